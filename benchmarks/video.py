@@ -1,0 +1,421 @@
+"""Time, memory and exactness of `video.py` against other readers, on videos made here with a number in every frame.
+
+    python benchmarks/video.py --out benchmarks/results/video.md
+
+Every figure comes from processes of its own, which have imported the reader and read one small file before the clock
+starts. Readers take turns; time is the median, memory the largest of `--repeats` processes: the peak of the resident
+set above its size before the task. All readers return the same frames (by number) at the same size, by the same bicubic
+rule; end to end they return `pixel_values_videos`. Exactness is judged one frame per request and all at once, by time,
+or by the frame's number in presentation order where a reader takes only numbers.
+
+Readers that are not installed are skipped by name. To have them all, in an environment of their own:
+
+    pip install --no-deps decord torchcodec==0.13.0 opencv-python-headless qwen-vl-utils torchvision requests packaging
+
+torchcodec needs FFmpeg's shared libraries (4 to 8) on LD_LIBRARY_PATH; of torchvision only Python code is used.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import itertools
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+HERE = Path(__file__).resolve().parent
+# This file has the name of the module it measures.
+sys.path = [str(ROOT), str(ROOT / "tests"), *(p for p in sys.path if Path(p or ".").resolve() != HERE)]
+
+import av  # noqa: E402
+import torch  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
+from test_video import FILES, edited, read_number, sequential, times_of, write_video  # noqa: E402
+
+import video  # noqa: E402
+
+CORES = len(os.sched_getaffinity(0))
+READERS = ("ours", "decord", "torchcodec", "opencv")
+TIMEOUT = 60  # seconds for all requests of an exactness test, 10 times that for a task
+
+VIDEOS = {
+    "warm.mp4": {"n": 50, "size": (320, 180)},
+    "60s_360p.mp4": {"n": 1500, "size": (640, 360)},
+    "10min_720p.mp4": {"n": 15000, "size": (1280, 720)},
+    "60min_360p.mp4": {"n": 90000, "size": (640, 360)},
+}
+ZOOM = [2700 + 0.625 * k for k in range(16)]
+SPANS = [start + k for start in (300, 1200, 2100, 3300) for k in range(4)]
+# name: file, times in seconds, (height, width)
+TASKS = {
+    "60 s of 360p, 1 fps": ("60s_360p.mp4", [float(k) for k in range(60)], (252, 448)),
+    "10 min of 720p, 1 fps": ("10min_720p.mp4", [float(k) for k in range(600)], (112, 196)),
+    "60 min, 256 frames": ("60min_360p.mp4", [k * 3600 / 256 for k in range(256)], (140, 252)),
+    "zoom: 16 frames of 10 s at minute 45": ("60min_360p.mp4", ZOOM, (336, 588)),
+    "zoom: 4 spans of 4 s": ("60min_360p.mp4", [float(t) for t in SPANS], (336, 588)),
+}
+END_TO_END = ("60 s of 360p, 1 fps", "10 min of 720p, 1 fps", "60 min, 256 frames")
+EXACT = {
+    "CFR, mp4": "cfr.mp4",
+    "B-frames, mp4": "b.mp4",
+    "open GOP, H.264": "open.mp4",
+    "open GOP, HEVC": "hevc.mp4",
+    "VFR, mp4": "vfr.mp4",
+    "VFR, Matroska": "vfr.mkv",
+    "VP9, WebM": "vp9.webm",
+    "MPEG-TS, H.264": "b.ts",
+    "MPEG-TS, open GOP": "open.ts",
+    "MPEG-TS, HEVC": "hevc.ts",
+    "edit list": "edited.mp4",
+    "MPEG-4 with B-frames, AVI": "mpeg4.avi",
+}
+
+
+def load_torchvision() -> None:
+    """Import torchvision for its Python code, which is all that is used here, also where its compiled part does not
+    load."""
+    register = torch.library.register_fake
+    torch.library.register_fake = lambda *args, **kwargs: lambda function: function
+    try:
+        import torchvision  # noqa: F401
+    finally:
+        torch.library.register_fake = register
+
+
+# ---------------------------------------------------------------- readers: frames at times, uint8 [N, 3, H, W]
+
+
+def bicubic(frames: torch.Tensor, size: tuple[int, int] | None) -> torch.Tensor:
+    """The rule of Qwen's utilities, on the whole batch."""
+    if size is None:
+        return frames
+    smooth = F.interpolate(frames.float(), size=size, mode="bicubic", antialias=True)
+    return smooth.clamp_(0, 255).round_().to(torch.uint8)
+
+
+def read_ours(path: str, times: list[float], numbers: list[int], size) -> torch.Tensor:
+    return video.decode(path, times, size)[0]
+
+
+def read_decord(path: str, times: list[float], numbers: list[int], size) -> torch.Tensor:
+    import decord
+
+    reader = decord.VideoReader(path, num_threads=CORES)
+    return bicubic(torch.from_numpy(reader.get_batch(numbers).asnumpy()).permute(0, 3, 1, 2), size)
+
+
+def read_torchcodec(path: str, times: list[float], numbers: list[int], size) -> torch.Tensor:
+    from torchcodec.decoders import VideoDecoder
+
+    decoder = VideoDecoder(path, num_ffmpeg_threads=CORES, seek_mode="approximate" if size else "exact")
+    begin = decoder.metadata.begin_stream_seconds or 0.0
+    return bicubic(decoder.get_frames_played_at([t + begin for t in times]).data, size)
+
+
+def read_opencv(path: str, times: list[float], numbers: list[int], size) -> torch.Tensor:
+    import cv2
+
+    capture, frames, position = cv2.VideoCapture(path), {}, -1
+    for number in sorted(set(numbers)):
+        if not 0 < number - position <= 300:  # seeking costs more than reading on for a while
+            capture.set(cv2.CAP_PROP_POS_FRAMES, number)
+            position = number - 1
+        while position < number:
+            capture.grab()
+            position += 1
+        found, frame = capture.retrieve()
+        if not found:
+            raise RuntimeError(f"no frame {number}")
+        frame = torch.from_numpy(cv2.cvtColor(frame, cv2.COLOR_BGR2RGB)).permute(2, 0, 1)[None]
+        frames[number] = bicubic(frame, size)[0]  # one at a time, to its credit
+    capture.release()
+    return torch.stack([frames[number] for number in numbers])
+
+
+def read_ours_to_patches(path: str, times: list[float], numbers: list[int], size) -> torch.Tensor:
+    return video.patchify(video.decode(path, times, size)[0])[0]
+
+
+def read_qwen_to_patches(path: str, times: list[float], numbers: list[int], size) -> torch.Tensor:
+    """qwen-vl-utils with its default reader, then the transformers processor: its own (linspace) frames, as many of
+    them."""
+    from qwen_vl_utils.vision_process import fetch_video
+    from transformers import Qwen2VLVideoProcessor
+
+    request = {"video": path, "nframes": len(numbers), "resized_height": size[0], "resized_width": size[1]}
+    frames = fetch_video(request)
+    processor = Qwen2VLVideoProcessor(cap_pixels_per_frame=False)
+    return processor(videos=[frames], do_resize=False, return_tensors="pt")["pixel_values_videos"]
+
+
+READ = {
+    "ours": read_ours,
+    "decord": read_decord,
+    "torchcodec": read_torchcodec,
+    "opencv": read_opencv,
+    "ours, to patches": read_ours_to_patches,
+    "qwen-vl-utils + transformers": read_qwen_to_patches,
+}
+
+
+def why_not(reader: str) -> str | None:
+    """The reason for which a reader cannot be used, or None."""
+    try:
+        if reader == "decord":
+            import decord  # noqa: F401
+        elif reader == "torchcodec":
+            from torchcodec.decoders import VideoDecoder  # noqa: F401
+        elif reader == "opencv":
+            import cv2  # noqa: F401
+        elif reader.startswith("qwen"):
+            load_torchvision()
+            import qwen_vl_utils  # noqa: F401
+            from transformers import Qwen2VLVideoProcessor  # noqa: F401
+    except (ImportError, RuntimeError, OSError) as error:
+        return f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+    return None
+
+
+# ---------------------------------------------------------------- a measurement in its own process
+
+
+def resident() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+@contextlib.contextmanager
+def peak_memory(peak: list[int]):
+    """Sample the resident set every 2 ms; `peak` receives its largest growth in bytes."""
+    base, done = resident(), threading.Event()
+    peak.append(0)
+
+    def watch() -> None:
+        while not done.wait(0.002):
+            peak[0] = max(peak[0], resident() - base)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        yield
+    finally:
+        done.set()
+        watcher.join()
+        peak[0] = max(peak[0], resident() - base)
+
+
+def measure(job: dict) -> dict:
+    """Run one job: {"reader", "path", "times", "numbers", "size", "warm"} -> {"seconds", "bytes", "shape", "seen"}."""
+    reason = why_not(job["reader"])
+    if reason:
+        return {"skipped": reason}
+    read = READ[job["reader"]]
+    if job.get("warm"):
+        read(job["warm"], [0.0, 0.5], [0, 12], (28, 56))
+    size = tuple(job["size"]) if job["size"] else None
+    peak: list[int] = []
+    with peak_memory(peak):
+        began = time.perf_counter()
+        frames = read(job["path"], job["times"], job["numbers"], size)
+        seconds = time.perf_counter() - began
+    seen = [read_number(frame) for frame in frames] if frames.ndim == 4 else None
+    return {"seconds": seconds, "bytes": peak[0], "shape": list(frames.shape), "seen": seen}
+
+
+def ask(job: dict) -> None:
+    """Run one request after another, "rows" of "times", and print the numbers seen on the frames of each."""
+    why_not(job["reader"])
+    for rows in job["requests"]:
+        try:
+            frames = READ[job["reader"]](job["path"], [job["times"][k] for k in rows], rows, None)
+            seen = [read_number(frame) for frame in frames]
+        except Exception as error:  # of any kind, by the rules of any reader
+            seen = [type(error).__name__] * len(rows)
+        print(json.dumps({"seen": seen}), flush=True)
+
+
+def in_process(job: dict, timeout: float) -> tuple[list[dict], str]:
+    """What a fresh process prints for a job, and in words what went wrong."""
+    command = [sys.executable, str(Path(__file__).resolve()), "--job"]
+    words = ""
+    try:
+        run = subprocess.run(command, input=json.dumps(job).encode(), capture_output=True, timeout=timeout)
+        output = run.stdout
+        if run.returncode:
+            words = f"exit {run.returncode}: {(run.stderr.decode().strip().splitlines() or ['no message'])[-1][:200]}"
+    except subprocess.TimeoutExpired as error:
+        output, words = error.stdout or b"", f"no end after {timeout:.0f} s"
+    return [json.loads(line) for line in output.decode().splitlines() if line.startswith("{")], words
+
+
+# ---------------------------------------------------------------- the tables
+
+
+def make_videos(folder: Path, names) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        if not (folder / name).exists():
+            part = folder / f"part_{name}"
+            if name == "edited.mp4":
+                write_video(folder / "part_whole.mp4", **FILES["b.mp4"])
+                edited(folder / "part_whole.mp4", part, 7 * 512)
+            else:
+                options = {"preset": "veryfast", "crf": "26"}
+                write_video(part, **({"options": options, **VIDEOS[name]} if name in VIDEOS else FILES[name]))
+            part.rename(folder / name)
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def compare(folder: Path, readers: list[str], tasks, repeats: int) -> tuple[dict, dict, dict]:
+    """Median seconds, largest bytes, {task: {reader: ...}}, and wrong frames, {(task, reader): number}; a failure is a
+    text."""
+    wrong: dict = {}
+    seconds: dict = {task: {} for task in tasks}
+    memory: dict = {task: {} for task in tasks}
+    for task in tasks:
+        name, times, size = TASKS[task]
+        numbers = [int(t * 25 + 1e-6) for t in times]
+        results: dict = {reader: [] for reader in readers}
+        for _ in range(repeats):
+            for reader in readers:
+                if results[reader] and "failed" in results[reader][-1]:
+                    continue
+                job = {"reader": reader, "path": str(folder / name), "times": times, "numbers": numbers, "size": size}
+                printed, words = in_process({**job, "warm": str(folder / "warm.mp4")}, 10 * TIMEOUT)
+                results[reader].append(printed[-1] if printed else {"failed": words})
+        for reader, found in results.items():
+            failed = [r["failed"] for r in found if "failed" in r]
+            seconds[task][reader] = failed[0] if failed else statistics.median(r["seconds"] for r in found)
+            memory[task][reader] = failed[0] if failed else max(r["bytes"] for r in found)
+            seen = found[0].get("seen")
+            if seen is not None and seen != numbers:
+                wrong[task, reader] = sum(a != b for a, b in zip(seen, numbers, strict=True))
+            print(f"{task}: {reader}: {seconds[task][reader]} s, {memory[task][reader]} bytes", flush=True)
+    return seconds, memory, wrong
+
+
+def exactness(folder: Path, readers: list[str]) -> list[list[str]]:
+    """For every kind of file and reader: right frames one at a time in random order, and right frames of one request
+    for all."""
+    rows = []
+    for kind, name in EXACT.items():
+        path = folder / name
+        if name == "edited.mp4":
+            times, truth = [k / 25 for k in range(53)], list(range(7, 60))
+        else:
+            times, truth = times_of(name), [read_number(frame) for frame in sequential(path)]
+        order = random.Random(0).sample(range(len(times)), 20)
+        ends = [*times[1:], times[-1] + 0.04]
+        middles = [(t + end) / 2 for t, end in zip(times, ends, strict=True)]  # so that rounding cannot matter
+        row = [kind]
+        for reader in readers:
+            requests = [*([k] for k in order), list(range(len(times)))]
+            job = {"reader": reader, "path": str(path), "times": middles, "requests": requests}
+            printed, words = in_process(job, TIMEOUT)
+            answers = [line["seen"] for line in printed] + [[words] * len(rows) for rows in requests[len(printed) :]]
+            right = sum(seen == [truth[k]] for k, seen in zip(order, answers, strict=False))
+            all_right = sum(seen == number for seen, number in zip(answers[-1], truth, strict=True))
+            failed = any(isinstance(seen, str) for seen in itertools.chain.from_iterable(answers))
+            note = " (no end)" if words.startswith("no end") else " (errors)" if failed else ""
+            row.append(f"{right}/{len(order)}, {all_right}/{len(truth)}{note}")
+            print(kind, reader, row[-1], flush=True)
+        rows.append(row)
+    return rows
+
+
+def report(args) -> str:
+    skipped = {reader: reason for reader in READ if (reason := why_not(reader))}
+    readers = [reader for reader in READERS if reader not in skipped]
+    chains = [reader for reader in ("ours, to patches", "qwen-vl-utils + transformers") if reader not in skipped]
+    make_videos(args.folder, [*VIDEOS, *EXACT.values()])
+
+    def show(value, unit: str) -> str:
+        if isinstance(value, str):
+            return value
+        return f"{value:.2f} s" if unit == "s" else f"{value / 2**20:.0f} MiB"
+
+    def both(tasks, names) -> str:
+        seconds, memory, wrong = compare(args.folder, names, tasks, args.repeats)
+        rows = []
+        for task in tasks:
+            others = [v for r, v in seconds[task].items() if not r.startswith("ours") and not isinstance(v, str)]
+            ours = seconds[task][names[0]]
+            ratio = f"{min(others) / ours:.2f}x" if others and not isinstance(ours, str) else "-"
+            cells = [f"{show(seconds[task][r], 's')}, {show(memory[task][r], 'MiB')}" for r in names]
+            for k, reader in enumerate(names):
+                if (task, reader) in wrong:
+                    cells[k] += f" ({wrong[task, reader]} frames wrong)"
+            rows.append([task, *cells, ratio])
+        return table(["task", *names, "best other / ours"], rows)
+
+    parts = [
+        "# Reading videos",
+        f"`{args.command}`, {args.date}, {args.hardware}.",
+        f"Python {sys.version.split()[0]}, torch {torch.__version__}, PyAV {av.__version__}. "
+        + versions(readers, chains),
+        *(f"Skipped: {reader} ({reason})." for reader, reason in skipped.items()),
+        "## Frames: median time, peak memory",
+        f"Medians of {args.repeats} processes each. Same frames, same size, same bicubic rule.",
+        both(list(TASKS), readers),
+        "## End to end: from file to `pixel_values_videos`",
+        both(list(END_TO_END), chains),
+        "## Right frames",
+        "Of 20 frames asked for one at a time, in random order; then of all frames asked for at once.",
+        table(["file", *readers], exactness(args.folder, readers)),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def versions(readers: list[str], chains: list[str]) -> str:
+    from importlib.metadata import version
+
+    ours = f"Python {sys.version.split()[0]}, torch {torch.__version__}, av {av.__version__}"
+    packages = {"decord": "decord", "torchcodec": "torchcodec", "opencv": "opencv-python-headless"}
+    names = [packages[reader] for reader in readers if reader in packages]
+    if any(chain.startswith("qwen") for chain in chains):
+        names += ["qwen-vl-utils", "transformers", "torchvision"]
+    return ", ".join([ours, *(f"{name} {version(name)}" for name in names)]) + "."
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--folder", type=Path, default=ROOT / "cache" / "video-benchmark", help="where the videos are kept"
+    )
+    parser.add_argument("--out", type=Path, help="write the tables to this file")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--date", default=time.strftime("%Y-%m-%d"))
+    parser.add_argument("--hardware", default=f"{CORES} CPU cores, load average {os.getloadavg()[0]:.1f} at the start")
+    parser.add_argument("--make-only", action="store_true", help="only write the videos")
+    parser.add_argument("--job", action="store_true", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.job:
+        job = json.load(sys.stdin)
+        if "requests" in job:
+            ask(job)
+        else:
+            print(json.dumps(measure(job)))
+        return
+    args.command = "python " + " ".join(["benchmarks/video.py", *sys.argv[1:]])
+    if args.make_only:
+        make_videos(args.folder, [*VIDEOS, *EXACT.values()])
+        return
+    text = report(args)
+    print(text)
+    if args.out:
+        args.out.write_text(text)
+
+
+if __name__ == "__main__":
+    main()

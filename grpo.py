@@ -1,0 +1,102 @@
+"""The objective: what is maximised once every token has an advantage.
+
+GRPO's clipped surrogate with a KL penalty: Zoom-Zero Eq. 2 (no clip), LongVTG-R1 Eq. 2 (clip), VideoZoomer (asymmetric
+clip). The probability ratio is policy / old policy; LongVTG-R1's text calls the denominator the reference model, which
+would make the ratio a second penalty.
+
+Three normalisations: "sequence" (mean over the tokens of each response, then over responses: the papers'), "token"
+(mean over all tokens), "fixed" (every token counts 1 / max_tokens of a response, so that long responses are not
+diluted). Each is a sum over tokens divided by one count, and the count is of the whole batch: sum `loss_count` over all
+micro-batches and processes before the first backward pass, give the sum to `grpo_loss`, and add gradients up. Then the
+gradient does not depend on how the batch was split. (DDP averages over processes: multiply the loss by their number.)
+"""
+
+import torch
+from torch import Tensor
+
+NORMALISE = ("sequence", "token", "fixed")
+
+
+def loss_count(mask: Tensor, normalise: str, max_tokens: int | None = None) -> Tensor:
+    """What the loss of these responses is divided by; add it up over micro-batches and processes.
+
+    mask: bool [N, T], True on sampled tokens. max_tokens: length limit of a response, for "fixed". Returns a scalar.
+    """
+    if normalise not in NORMALISE:
+        raise ValueError(f"unknown normalisation {normalise!r}: choose one of {', '.join(NORMALISE)}")
+    if normalise == "token":
+        return mask.sum()
+    sequences = mask.any(-1).sum()  # rows without any token are padding
+    if normalise == "sequence":
+        return sequences
+    if max_tokens is None:
+        raise ValueError('normalise="fixed" needs max_tokens, the length limit of a response')
+    return sequences * max_tokens
+
+
+def grpo_loss(
+    logp: Tensor,
+    old_logp: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    kl: Tensor | None,
+    clip_low: float | None,
+    clip_high: float | None,
+    normalise: str,
+    count: Tensor | float | None = None,
+    max_tokens: int | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The loss of a (micro-)batch of responses, and its statistics.
+
+    logp, old_logp, advantages: [N, T], of the sampled tokens under the policy, under the policy that sampled them, and
+    from `advantage.token_advantages`. mask: bool [N, T], True on sampled tokens; everything else has no influence,
+    whatever it holds. kl: [N, T] penalty per token, already multiplied by beta, or None. clip_low, clip_high: the ratio
+    is clipped to [1 - clip_low, 1 + clip_high]; None leaves that side open. count: the whole batch's `loss_count`; None
+    means this is all.
+
+    Returns the loss (scalar) and sums over real tokens (see `mean_stats`), to be added over micro-batches and
+    processes. Source: Zoom-Zero Eq. 2, LongVTG-R1 Eq. 2.
+    """
+    if count is None:
+        count = loss_count(mask, normalise, max_tokens)
+    count = torch.as_tensor(count).clamp(min=1)  # a batch without any token has loss 0
+    mask = mask.bool()
+
+    def real(x: Tensor) -> Tensor:
+        return torch.where(mask, x, torch.zeros_like(x))  # before any arithmetic: padding may hold NaN
+
+    logp, old_logp, advantages = real(logp), real(old_logp), real(advantages)  # [N, T]
+    log_ratio = logp - old_logp  # [N, T]
+    ratio = log_ratio.exp()  # [N, T]
+    low = 0.0 if clip_low is None else 1 - clip_low
+    high = float("inf") if clip_high is None else 1 + clip_high
+    # Eq. 2: min(r A, clip(r, 1 - eps_low, 1 + eps_high) A) - beta D_KL
+    gain = torch.minimum(ratio * advantages, ratio.clamp(low, high) * advantages)  # [N, T]
+    penalty = torch.zeros_like(gain) if kl is None else real(kl)  # [N, T]
+    per_token = real(penalty - gain)  # [N, T], to be minimised
+
+    if normalise == "sequence":
+        # Eq. 2: 1/G sum_i 1/|o_i| sum_t
+        lengths = mask.sum(-1, keepdim=True).clamp(min=1)  # [N, 1]
+        loss = (per_token / lengths).sum() / count
+    else:
+        loss = per_token.sum() / count
+
+    with torch.no_grad():
+        sums = {
+            "tokens": mask,
+            "ratio": real(ratio),
+            "clipped_low": mask & (ratio < low) & (advantages < 0),
+            "clipped_high": mask & (ratio > high) & (advantages > 0),
+            "approx_kl": real(ratio - 1 - log_ratio),  # KL(old || policy), k3 of the sampled tokens
+            "penalty": penalty,
+            "advantage": advantages,
+        }
+        stats = {name: value.sum(dtype=torch.float64) for name, value in sums.items()}
+    return loss, stats
+
+
+def mean_stats(stats: dict[str, Tensor]) -> dict[str, float]:
+    """Averages over real tokens from the (added up) sums of `grpo_loss`; "tokens" stays the number of tokens."""
+    tokens = float(stats["tokens"])
+    return {name: float(value) if name == "tokens" else float(value) / max(tokens, 1) for name, value in stats.items()}

@@ -1,0 +1,591 @@
+"""The formulas of evaluation: ours, each benchmark's official ones, and how sure one can be of a number.
+
+A row is what is known about one question, a dict with "id", "video", "kind", "duration" (seconds or None), "answer"
+(letter or None), "predicted_answer" (letter or None: unanswered), "glue" (the evidence's spans, seconds) and "spans"
+(the predicted spans, best first, or None: no readable one). A result file is JSON lines of rows.
+
+Ours (`summarise`) measure spans on merged unions (rewards.py) and count an unanswered question as wrong. R@m is
+IoU > m and Acc@GQA is a right answer with IoP >= 0.5, as in Zoom-Zero section 5. rec@IoU and acc@IoU are CG-Bench's:
+the mean over the thresholds 0.1 to 0.5 of IoU >= threshold, without and with the right answer.
+
+The official scores differ from ours and from each other. What their released evaluators do:
+
+| variant      | prediction                | evidence           | IoU over | threshold   | no prediction   | unit     |
+|--------------|---------------------------|--------------------|----------|-------------|-----------------|----------|
+| nextgqa      | first span                | best span          | hull     | >=          | row left out    | per cent |
+| cgbench      | union                     | union              | union    | >=          | 0               | fraction |
+| rextime      | first span                | best span          | hull     | >=          | 0 (*)           | mixed    |
+| qvhighlights | R1: first, mAP: first ten | best span / each   | hull / union | >=      | 0 (*)           | per cent |
+| charades_sta | first 1 or 5 spans        | the span           | hull     | both        | 0               | per cent |
+| ego4d_nlq    | first 1 or 5 spans        | the span           | hull     | >           | row left out    | fraction |
+
+(*) the released evaluator stops with an error. "Hull" is from the first start to the last end, so the IoU of two
+disjoint spans is divided by more than their union; it is 0 all the same.
+"""
+
+import bisect
+import itertools
+import json
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+
+from data import KIND_SEPARATOR, DataError, Sample, read_rows
+from rewards import interval_iog, interval_iop, interval_iou, merge
+
+CGBENCH_THRESHOLDS = (0.1, 0.2, 0.3, 0.4, 0.5)
+CLUE_LENGTHS = (0, 2, 5, 10, 20, 40)  # seconds of evidence: borders of Figure 3's left half
+CLUE_PORTIONS = (0, 0.05, 0.1, 0.2, 0.4, 0.7)  # evidence / duration: borders of its right half
+
+
+# ---------------------------------------------------------------- ours
+
+
+def score(row: dict) -> dict[str, float]:
+    """One question's scores, 0 to 1: accuracy only where there is an answer, the others where there is evidence."""
+    scores = {}
+    if row["answer"] is not None:
+        scores["accuracy"] = float(row["predicted_answer"] == row["answer"])
+    if row["glue"]:
+        pred, gt = ([tuple(span) for span in spans or []] for spans in (row["spans"], row["glue"]))
+        iou, iop, iog = (formula(pred, gt) for formula in (interval_iou, interval_iop, interval_iog))
+        scores |= {"mIoU": iou, "mIoP": iop, "mIoG": iog}
+        scores |= {f"R@{m}": float(iou > m) for m in (0.3, 0.5, 0.7)}
+        scores["rec@IoU"] = sum(iou >= m for m in CGBENCH_THRESHOLDS) / len(CGBENCH_THRESHOLDS)
+        if "accuracy" in scores:
+            scores["Acc@GQA"] = scores["accuracy"] * (iop >= 0.5)
+            scores["acc@IoU"] = scores["accuracy"] * scores["rec@IoU"]
+    return scores
+
+
+def summarise(rows: list[dict]) -> dict[str, float]:
+    """Means of the scores over the questions that have them; with the numbers of questions, unanswered and spanless."""
+    scores = [score(row) for row in rows]
+    names = dict.fromkeys(name for s in scores for name in s)
+    return {
+        "questions": len(rows),
+        "unanswered": sum(row["answer"] is not None and row["predicted_answer"] is None for row in rows),
+        "without_span": sum(bool(row["glue"]) and not row["spans"] for row in rows),
+        **{name: float(np.mean([s[name] for s in scores if name in s])) for name in names},
+    }
+
+
+def breakdown(rows: list[dict], by: str) -> dict[str, dict]:
+    """`summarise` of each group, by "kind", "clue_length" (seconds of evidence) or "clue_portion" (of the duration).
+
+    A question of several kinds counts under each. The group "unknown" has the questions without a kind, without
+    evidence, or, for the portion, without a duration. Empty groups are left out.
+    """
+    groups: dict[str, list[dict]] = {name: [] for name in group_names(rows, by)}
+    for row in rows:
+        for name in groups_of(row, by):
+            groups[name].append(row)
+    return {name: summarise(group) for name, group in groups.items() if group}
+
+
+def group_names(rows: list[dict], by: str) -> list[str]:
+    """All groups that `groups_of` can give, in order."""
+    if by == "kind":
+        return sorted({name for row in rows for name in groups_of(row, by)})
+    if by not in ("clue_length", "clue_portion"):
+        raise ValueError(f"breakdown by '{by}': expected kind, clue_length or clue_portion")
+    borders, unit = (CLUE_LENGTHS, " s") if by == "clue_length" else (CLUE_PORTIONS, "")
+    between = [f"{low} to {high}{unit}" for low, high in itertools.pairwise(borders)]
+    return [*between, f"from {borders[-1]}{unit}", "unknown"]
+
+
+def groups_of(row: dict, by: str) -> list[str]:
+    if by == "kind":
+        return row["kind"].split(KIND_SEPARATOR) if row["kind"] else ["unknown"]
+    if not row["glue"] or (by == "clue_portion" and row["duration"] is None):
+        return ["unknown"]
+    length = sum(end - start for start, end in merge([tuple(span) for span in row["glue"]]))
+    value, borders = (length, CLUE_LENGTHS) if by == "clue_length" else (length / row["duration"], CLUE_PORTIONS)
+    return [group_names([], by)[bisect.bisect_right(borders, value) - 1]]
+
+
+# ---------------------------------------------------------------- how sure one can be
+
+
+def sums_by_video(rows: list[dict], names: Iterable[str]) -> tuple[np.ndarray, np.ndarray]:
+    """Sums of the scores and numbers of questions that have them: two arrays [videos, scores]."""
+    index = {video: i for i, video in enumerate(dict.fromkeys(row["video"] for row in rows))}
+    columns = {name: j for j, name in enumerate(names)}
+    sums, counts = np.zeros((2, len(index), len(columns)))
+    for row in rows:
+        for name, value in score(row).items():
+            if name in columns:
+                sums[index[row["video"]], columns[name]] += value
+                counts[index[row["video"]], columns[name]] += 1
+    return sums, counts
+
+
+def bootstrap(
+    rows: list[dict], level: float = 0.95, samples: int = 2000, seed: int = 0
+) -> dict[str, tuple[float, float]]:
+    """Percentile intervals of `summarise`'s means, by drawing videos with replacement.
+
+    Questions about one video are not independent, so whole videos are drawn. {name: (low, high)}.
+    """
+    names = list(dict.fromkeys(name for row in rows for name in score(row)))
+    if not names:
+        return {}
+    sums, counts = sums_by_video(rows, names)  # [V, K]
+    videos = len(sums)
+    draws = np.random.default_rng(seed).multinomial(videos, np.full(videos, 1 / videos), size=samples)  # [S, V]
+    drawn = draws @ counts  # [S, K]
+    # A draw in which no question has the score tells nothing about it.
+    means = np.divide(draws @ sums, drawn, out=np.full_like(drawn, np.nan), where=drawn > 0)
+    low, high = np.nanquantile(means, [(1 - level) / 2, (1 + level) / 2], axis=0)
+    return {name: (float(low[j]), float(high[j])) for j, name in enumerate(names)}
+
+
+def paired_test(rows_a: list[dict], rows_b: list[dict], metric: str, samples: int = 10000, seed: int = 0) -> dict:
+    """Is A's mean of a score different from B's? A permutation test over videos, on the same questions.
+
+    Under the null hypothesis the two results of a video could be exchanged: the p-value (two-sided) is the share of
+    random exchanges whose difference is at least as large as the observed one, which counts itself. "low" and "high"
+    are the 95% bootstrap interval of the difference A - B, over videos. Raises DataError if the questions differ.
+    """
+    by_id = {row["id"]: row for row in rows_b}
+    if len(rows_a) != len(rows_b) or any(row["id"] not in by_id for row in rows_a):
+        only = sorted({row["id"] for row in rows_a} ^ set(by_id))
+        raise DataError(f"the two results are about different questions; {len(only)} are in only one, first {only[:3]}")
+    rows_b = [by_id[row["id"]] for row in rows_a]
+    sums_a, counts = (x[:, 0] for x in sums_by_video(rows_a, [metric]))  # [V]
+    sums_b, counts_b = (x[:, 0] for x in sums_by_video(rows_b, [metric]))
+    if not counts.sum() or not np.array_equal(counts, counts_b):
+        raise DataError(f"'{metric}' is not a score of the same questions in both results")
+    differences = sums_a - sums_b
+    observed = differences.sum() / counts.sum()
+    rng = np.random.default_rng(seed)
+    signs = rng.choice([-1.0, 1.0], size=(samples, len(differences)))  # [S, V]
+    exchanged = signs @ differences / counts.sum()
+    # The tolerance keeps exchanges that equal the observed one up to rounding.
+    extreme = int((np.abs(exchanged) >= abs(observed) - 1e-12).sum())
+    draws = rng.multinomial(len(differences), np.full(len(differences), 1 / len(differences)), size=samples)  # [S, V]
+    drawn = draws @ counts
+    low, high = np.quantile((draws @ differences)[drawn > 0] / drawn[drawn > 0], [0.025, 0.975])
+    return {
+        "metric": metric,
+        "difference": float(observed),
+        "low": float(low),
+        "high": float(high),
+        "p_value": (1 + extreme) / (1 + samples),
+        "questions": int(counts.sum()),
+        "videos": len(differences),
+    }
+
+
+# ---------------------------------------------------------------- result files
+
+
+def row_of(sample: Sample, predicted_answer: str | None, spans: list | None) -> dict:
+    """The row of one question."""
+    return {
+        "id": sample.id,
+        "video": sample.video,
+        "kind": sample.kind,
+        "duration": sample.duration,
+        "answer": sample.answer,
+        "predicted_answer": predicted_answer,
+        "glue": [list(span) for span in sample.spans],
+        "spans": spans,
+    }
+
+
+def is_span(pair: object) -> bool:
+    return isinstance(pair, list) and len(pair) == 2 and all(type(x) in (int, float) for x in pair)
+
+
+def read_results(path: str | Path, samples: list[Sample]) -> list[dict]:
+    """One row per sample, in the samples' order, with the predictions of a result file.
+
+    A line needs "id", "predicted_answer" and "spans"; the truth comes from the samples. Samples that the file does
+    not mention are unanswered. Raises DataError for an id that is not among the samples, one that comes twice, or a
+    line about another video or with another right answer: then the file belongs to something else.
+    """
+    path = Path(path)
+    known = {sample.id: sample for sample in samples}
+    predictions, unknown = {}, []
+    for line in read_rows(path):
+        id = str(line.get("id", str, int))
+        answer = line.get("predicted_answer", str, type(None))
+        spans = line.get("spans", list, type(None))
+        for pair in spans or []:
+            if not is_span(pair) or pair[0] > pair[1]:
+                raise line.error("spans", f"expected [start, end] in seconds, start <= end, got {pair!r}")
+        if id in predictions:
+            raise line.error("id", f"'{id}' comes twice")
+        if id not in known:
+            unknown.append(id)
+            continue
+        for name, truth in (("video", Path(known[id].video).stem), ("answer", known[id].answer)):
+            given = line.fields.get(name, truth)
+            if given != truth and (name != "video" or Path(given).stem != truth):
+                raise line.error(
+                    name, f"the question '{id}' has {truth!r}, not {given!r}: results of another data set?"
+                )
+        predictions[id] = (answer, spans)
+    if unknown:
+        raise DataError(
+            f"{path}: {len(unknown)} of {len(unknown) + len(predictions)} question ids are unknown, "
+            f"first {unknown[:3]}; ids look like {[sample.id for sample in samples[:2]]}: results of another benchmark?"
+        )
+    return [row_of(sample, *predictions.get(sample.id, (None, None))) for sample in samples]
+
+
+def write_results(path: str | Path, rows: list[dict]) -> None:
+    """Write rows as a result file."""
+    Path(path).write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+
+
+# ---------------------------------------------------------------- official scores
+
+
+def hull_iou(a: list[float], b: list[float]) -> float:
+    """Intersection over hull of two spans; 0 where the hull has no length."""
+    hull = max(a[1], b[1]) - min(a[0], b[0])
+    return max(0.0, min(a[1], b[1]) - max(a[0], b[0])) / hull if hull != 0 else 0.0
+
+
+def best_iou(row: dict) -> float:
+    """The first predicted span's IoU with the span of the evidence that it fits best; 0 without a prediction."""
+    return max(hull_iou(row["spans"][0], span) for span in row["glue"]) if row["spans"] else 0.0
+
+
+def rounded(fraction: float) -> float:
+    """Per cent with two decimals, as QVHighlights' and ReXTime's evaluators write it."""
+    return float(f"{100 * fraction:.2f}")
+
+
+def nextgqa(rows: list[dict]) -> dict[str, float]:
+    """NExT-GQA: IoU and IoP of the first predicted span with its best span of the evidence (each on its own).
+
+    A point inside the evidence has IoP 1 and IoU 0; a reversed span has 0. Per cent, over questions with a
+    prediction. "Acc" is over all questions.
+    """
+    grounded = [row for row in rows if row["spans"]]
+    pairs = np.array([nextgqa_iou_iop(row["spans"][0], row["glue"]) for row in grounded]).reshape(-1, 2)
+    right = np.array([row["predicted_answer"] == row["answer"] for row in grounded], dtype=bool)
+    if not grounded:
+        raise DataError("NExT-GQA: no question has a predicted span")
+    iou, iop = pairs.T
+    return {
+        "count": len(grounded),
+        "Acc@GQA": 100 * float(np.mean(right & (iop >= 0.5))),
+        "mIoP": 100 * float(iop.mean()),
+        "TIoP@0.3": 100 * float(np.mean(iop >= 0.3)),
+        "TIoP@0.5": 100 * float(np.mean(iop >= 0.5)),
+        "mIoU": 100 * float(iou.mean()),
+        "TIoU@0.3": 100 * float(np.mean(iou >= 0.3)),
+        "TIoU@0.5": 100 * float(np.mean(iou >= 0.5)),
+        "Acc": 100 * float(np.mean([row["predicted_answer"] == row["answer"] for row in rows])),
+    }
+
+
+def nextgqa_iou_iop(pred: list[float], gt: list[list[float]]) -> tuple[float, float]:
+    """The best IoU and the best IoP, possibly with different spans of the evidence."""
+    start, end = pred
+    if start == end:
+        return 0.0, float(any(s <= start <= e for s, e in gt))
+    if start > end:
+        return 0.0, 0.0
+    return max(hull_iou(pred, span) for span in gt), max(max(0.0, min(end, e) - max(start, s)) for s, e in gt) / (
+        end - start
+    )
+
+
+def cgbench(rows: list[dict]) -> dict[str, float]:
+    """CG-Bench: unions of all spans; fractions. rec@IoU and acc@IoU are means over the thresholds 0.1 to 0.5."""
+    iou = np.array([cgbench_iou(row["spans"] or [], row["glue"]) for row in rows])  # [N]
+    right = np.array([row["predicted_answer"] == row["answer"] for row in rows], dtype=bool)
+    recalls = {m: iou >= m for m in CGBENCH_THRESHOLDS}
+    return {
+        "count": len(rows),
+        "mIoU": float(iou.mean()),
+        "accuracy": float(right.mean()),
+        **{f"rec@{m}": float(hits.mean()) for m, hits in recalls.items()},
+        **{f"acc@{m}": float((hits & right).mean()) for m, hits in recalls.items()},
+        "rec@IoU": float(np.mean(list(recalls.values()))),
+        "acc@IoU": float(np.mean([hits & right for hits in recalls.values()])),
+    }
+
+
+def cgbench_iou(pred: list, gt: list) -> float:
+    """IoU of two unions, |A| + |B| - |A ∩ B| below the line. A reversed span counts as it does there: negatively."""
+
+    def union(spans: list) -> list:
+        merged = []
+        for start, end in sorted(spans, key=lambda span: span[0]):
+            if merged and start <= merged[-1][1]:
+                merged[-1][1] = max(merged[-1][1], end)
+            else:
+                merged.append([start, end])
+        return merged
+
+    a, b = union(pred), union(gt)
+    overlap = sum(max(0, min(x[1], y[1]) - max(x[0], y[0])) for x in a for y in b)
+    whole = sum(end - start for start, end in a) + sum(end - start for start, end in b) - overlap
+    return overlap / whole if whole > 0 else 0.0
+
+
+def cgbench_result(text: str) -> object:
+    """The value of "result" in the text's ```json block, where a bare letter is a text too; None without one."""
+    block = re.search(r"```json(.*?)```", text, re.DOTALL)
+    if not block:
+        return None
+    quoted = re.sub(r"(?<=:\s)([A-Za-z_]\w*)", r'"\1"', block[1])
+    try:
+        value = json.loads(quoted)
+    except json.JSONDecodeError:
+        return None
+    return value.get("result") if isinstance(value, dict) else None
+
+
+def cgbench_answer(text: str, right: str) -> str | None:
+    """The letter that CG-Bench's parser credits: the JSON's, or else the right one if it is anywhere in the text."""
+    result = cgbench_result(text)
+    if result is not None:
+        return result if isinstance(result, str) else None
+    letters = re.findall(r"\b[A-H]\b", text)
+    return right if right in letters else next(iter(letters), None)
+
+
+def cgbench_spans(text: str) -> list[list[float]] | None:
+    """The spans that CG-Bench's parser reads: the JSON's, or else all numbers of the text in pairs; None if odd."""
+    result = cgbench_result(text)
+    if isinstance(result, list) and all(is_span(pair) for pair in result):
+        return result
+    numbers = [float(number) for number in re.findall(r"-?\d+\.?\d*", text)]
+    if len(numbers) % 2:
+        return None
+    return [list(pair) for pair in zip(numbers[::2], numbers[1::2], strict=True)]
+
+
+def rextime(rows: list[dict]) -> dict:
+    """ReXTime: recall of the first span at 0.3 to 0.95 and mIoU in per cent; answers as fractions, also with IoU."""
+    iou = np.array([best_iou(row) for row in rows])
+    right = np.array([row["predicted_answer"] == row["answer"] for row in rows], dtype=bool)
+    thresholds = [round(0.3 + 0.05 * k, 2) for k in range(14)]
+    recalls = {str(m): rounded(np.mean(iou >= m)) for m in thresholds}
+    grounded = {f"VQA,mIoU@{m}": float(np.mean(right & (iou >= m))) for m in (0.3, 0.5, 0.7)}
+    accuracy, miou = float(right.mean()), rounded(iou.mean())
+    return {
+        "brief": {
+            "VQA": accuracy,
+            "MR-full-R1@0.3": recalls["0.3"],
+            "MR-full-R1@0.5": recalls["0.5"],
+            "MR-full-mIoU": miou,
+            "VQA,mIoU@0.5": grounded["VQA,mIoU@0.5"],
+        },
+        "VQA": accuracy,
+        "full": {"MR-mIoU": miou, "MR-R1": recalls, "VQA,mIoU": grounded},
+    }
+
+
+def ranked_recall(
+    rows: list[dict], ranks: tuple[int, ...], thresholds: tuple[float, ...], strict: bool
+) -> dict[str, float]:
+    """The share of questions with a hit among the first k spans: IoU > threshold if strict, else >=.
+
+    Keys like "R@1,IoU>0.3". The evidence is one span.
+    """
+    recalls = {}
+    for k in ranks:
+        best = np.array(
+            [max((hull_iou(s, row["glue"][0]) for s in (row["spans"] or [])[:k]), default=-1) for row in rows]
+        )
+        for m in thresholds:
+            hits = best > m if strict else best >= m
+            recalls[f"R@{k},IoU{'>' if strict else '>='}{m}"] = float(hits.mean())
+    return recalls
+
+
+def charades_sta(rows: list[dict]) -> dict[str, float]:
+    """Charades-STA in both conventions, > (TALL, 2D-TAN) and >= (language models); mIoU of the first span; per cent."""
+    recalls = {
+        name: 100 * value
+        for strict in (True, False)
+        for name, value in ranked_recall(rows, (1, 5), (0.3, 0.5, 0.7), strict).items()
+    }
+    return {**recalls, "mIoU": 100 * float(np.mean([best_iou(row) for row in rows]))}
+
+
+def charades_span(text: str) -> list[float] | None:
+    """The span that the language models' usual Charades-STA parser reads from free text, or None.
+
+    Only a text with a line that speaks of start, end or happening counts. Then it is the first "a - b" or "a to b"
+    anywhere, else the first numbers of the first two such lines. So a bare "3 - 7" gives None, and so does "starts at
+    3 and ends at 7" on one line; the first number of 00:01:05 is 0.
+    """
+    text = text.lower().replace("a specific example is : 20.8 - 30.0 seconds", "").replace("to", "-")
+    lines = [line for line in re.split(r"[!?\n]", text) if re.search("start|end|happen", line)]
+    if not lines:
+        return None
+    pair = re.search(r"(\d+\.*\d*)\s*-\s*(\d+\.*\d*)", text)
+    if pair:
+        return sorted([float(pair[1]), float(pair[2])])
+    numbers = [match for line in lines if (match := re.search(r"\b(\d+\.\d+|\d+)\b", line))]
+    return sorted(float(match[1]) for match in numbers[:2]) if len(numbers) >= 2 else None
+
+
+def ego4d_nlq(rows: list[dict]) -> dict[str, float]:
+    """Ego4D-NLQ: fractions over the questions with a prediction; mIoU of the first span."""
+    predicted = [row for row in rows if row["spans"]]
+    if not predicted:
+        raise DataError("Ego4D-NLQ: no question has a predicted span")
+    return {
+        "count": len(predicted),
+        **ranked_recall(predicted, (1, 5), (0.3, 0.5), strict=True),
+        "mIoU": float(np.mean([best_iou(row) for row in predicted])),
+    }
+
+
+# ---------------------------------------------------------------- QVHighlights
+
+QVHIGHLIGHTS_LENGTHS = {"short": (0, 10), "middle": (10, 30), "long": (30, 150), "full": (0, np.inf)}  # (low, high] s
+QVHIGHLIGHTS_IOUS = tuple(round(0.5 + 0.05 * k, 2) for k in range(10))
+
+
+def qvhighlights(rows: list[dict]) -> dict[str, dict]:
+    """QVHighlights' moment retrieval by length of the evidence: {"full": {"MR-mAP": {...}, "MR-R1": {...}}, ...}.
+
+    For a length, only spans of the evidence in it count, and only questions that have one. The order of `spans` ranks
+    them, unless the row has "span_scores", one number per span, which rank them for mAP.
+    """
+    results = {}
+    for name, (low, high) in QVHIGHLIGHTS_LENGTHS.items():
+        kept = [{**row, "glue": [s for s in row["glue"] if low < s[1] - s[0] <= high]} for row in rows]
+        kept = [row for row in kept if row["glue"]]
+        if not kept:
+            continue
+        precisions = np.mean([moment_precisions(row) for row in kept], axis=0)  # [thresholds]
+        first = np.array([best_iou(row) for row in kept])
+        results[name] = {
+            "MR-mAP": {
+                **{str(m): rounded(p) for m, p in zip(QVHIGHLIGHTS_IOUS, precisions, strict=True)},
+                "average": rounded(precisions.mean()),
+            },
+            "MR-R1": {str(m): rounded(np.mean(first >= m)) for m in QVHIGHLIGHTS_IOUS},
+        }
+    return results
+
+
+def moment_precisions(row: dict) -> np.ndarray:
+    """One question's average precision at each IoU threshold: [thresholds].
+
+    The ten first spans by falling score; each takes the best-fitting span of the evidence that is still free.
+    """
+    spans = np.array((row["spans"] or [])[:10], dtype=float).reshape(-1, 2)  # [P, 2]
+    scores = np.array(row.get("span_scores", -np.arange(len(row["spans"] or [])))[:10])
+    spans = spans[np.argsort(-scores, kind="stable")]
+    gt = np.array(row["glue"], dtype=float)  # [G, 2]
+    overlap = np.minimum(spans[:, None, 1], gt[:, 1]) - np.maximum(spans[:, None, 0], gt[:, 0])  # [P, G]
+    overlap = overlap.clip(min=0)
+    union = (spans[:, 1] - spans[:, 0])[:, None] + (gt[:, 1] - gt[:, 0]) - overlap
+    iou = np.divide(overlap, union, out=np.zeros_like(overlap), where=union != 0)
+    precisions = []
+    for threshold in QVHIGHLIGHTS_IOUS:
+        hits, free = [], set(range(len(gt)))
+        for fits in iou:
+            # Among equally good ones, the last.
+            match = next((g for g in np.argsort(fits)[::-1] if fits[g] >= threshold and g in free), None)
+            hits.append(match is not None)
+            free.discard(match)
+        precisions.append(average_precision(np.array(hits, dtype=bool), len(gt)))
+    return np.array(precisions)
+
+
+def average_precision(hits: np.ndarray, positives: int) -> float:
+    """Area under the interpolated precision-recall curve; hits [P] by falling score, of `positives` to be found."""
+    if not hits.any():
+        return 0.0
+    precision = np.cumsum(hits) / np.arange(1, len(hits) + 1)
+    precision = np.maximum.accumulate(precision[::-1])[::-1]  # the best at this recall or a higher one
+    return float(precision[hits].sum() / positives)
+
+
+def qvhighlights_highlights(truths: list[dict], predictions: list[dict]) -> dict[str, dict]:
+    """QVHighlights' highlight detection from its own JSON lines: {"HL-min-Fair": {"HL-mAP", "HL-Hit1"}, ...}.
+
+    A clip of two seconds is positive for an annotator who gave it at least 2 (Fair), 3 (Good) or 4 (VeryGood). mAP is
+    the mean over the three annotators, Hit1 (of the clip with the highest predicted score) the best of them.
+    Predicted scores beyond the video are cut off for mAP, missing ones are 0.
+    """
+    predicted = {row["qid"]: np.array(row["pred_saliency_scores"]) for row in predictions}
+    if set(predicted) != {row["qid"] for row in truths}:
+        only = sorted(set(predicted) ^ {row["qid"] for row in truths}, key=str)
+        raise DataError(f"QVHighlights: {len(only)} questions are in only one of the two files, first {only[:3]}")
+    results = {}
+    for name, minimum in (("Fair", 2), ("Good", 3), ("VeryGood", 4)):
+        precisions, hits = [], []
+        for truth in truths:
+            clips = np.zeros((int(truth["duration"] / 2), 3))  # [clips, annotators]
+            clips[truth["relevant_clip_ids"]] = truth["saliency_scores"]
+            positive = clips >= minimum
+            scores = predicted[truth["qid"]]
+            top = int(np.argmax(scores))
+            hits.append(top < len(positive) and bool(positive[top].any()))
+            padded = np.zeros(len(positive))
+            padded[: len(scores)] = scores[: len(positive)]
+            precisions += [clip_precision(positive[:, annotator], padded) for annotator in range(3)]
+        results[f"HL-min-{name}"] = {"HL-mAP": rounded(np.mean(precisions)), "HL-Hit1": rounded(np.mean(hits))}
+    return results
+
+
+def clip_precision(positive: np.ndarray, scores: np.ndarray) -> float:
+    """Mean interpolated precision over the scores at which recall grows; 0 without positives. Both [clips]."""
+    if not positive.any():
+        return 0.0
+    order = np.argsort(-scores, kind="stable")
+    last = np.append(np.diff(scores[order]) != 0, True)  # the last of clips with equal scores
+    found = np.cumsum(positive[order])[last]
+    precision = found / np.flatnonzero(np.append(True, last))[1:]
+    precision = np.maximum.accumulate(precision[::-1])[::-1]  # the best at this score or a lower one
+    return float(precision[np.diff(found, prepend=0) > 0].mean())
+
+
+def qvhighlights_files(truths: list[dict], predictions: list[dict]) -> dict[str, dict]:
+    """All scores of QVHighlights' evaluator, from the rows of its two files."""
+    by_id = {row["qid"]: row["pred_relevant_windows"] for row in predictions}
+    highlights = qvhighlights_highlights(truths, predictions)
+    moments = qvhighlights(
+        [
+            {
+                "glue": truth["relevant_windows"],
+                "spans": [window[:2] for window in by_id[truth["qid"]]],
+                "span_scores": [window[2] for window in by_id[truth["qid"]]],
+            }
+            for truth in truths
+        ]
+    )
+    full = moments["full"]
+    brief = {f"MR-full-R1@{m}": full["MR-R1"][m] for m in ("0.5", "0.7")}
+    brief |= {"MR-full-mAP": full["MR-mAP"]["average"]}
+    brief |= {f"MR-full-mAP@{m}": full["MR-mAP"][m] for m in ("0.5", "0.75")}
+    brief |= {f"MR-{name}-mAP": scores["MR-mAP"]["average"] for name, scores in moments.items() if name != "full"}
+    brief |= {f"{name}-{key[3:]}": value for name, scores in highlights.items() for key, value in scores.items()}
+    return {"brief": brief, **highlights, **moments}
+
+
+OFFICIAL = {
+    "nextgqa": nextgqa,
+    "cgbench": cgbench,
+    "rextime": rextime,
+    "qvhighlights": qvhighlights,
+    "charades_sta": charades_sta,
+    "ego4d_nlq": ego4d_nlq,
+}
+
+
+def official(benchmark: str, rows: list[dict]) -> dict:
+    """The benchmark's own scores; `benchmark` is a key of OFFICIAL. DataError if there is nothing to compare with."""
+    if benchmark not in OFFICIAL:
+        raise DataError(f"no official scores for '{benchmark}'; known: {', '.join(OFFICIAL)}")
+    without = [row["id"] for row in rows if not row["glue"]]
+    if without or not rows:
+        raise DataError(f"{benchmark}: {len(without)} of {len(rows)} questions have no evidence, first {without[:3]}")
+    return OFFICIAL[benchmark](rows)

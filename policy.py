@@ -1,0 +1,542 @@
+"""The policy: Qwen2.5-VL with our own positions, our own traversal of the vision tower, and one computation of a prompt
+for its whole group.
+
+- `mrope_positions`: the released checkpoints' rule for time, row and column positions, whatever version of transformers
+  is installed.
+- `encode_clips`: the vision tower with windows of equal length attended to as one batch (transformers loops over them
+  in Python).
+- `group_hidden`: `[prompt, response_1 .. response_G]` is one sequence with a tree-shaped mask; each response sees the
+  prompt and itself, at the positions it would have alone. Log-probabilities and gradients are those of G separate
+  passes.
+- `sample`: the same layout, token by token: the prompt's keys and values are computed once and shared by its G
+  responses.
+
+Shapes: B prompts, G responses per prompt, P prompt tokens, T response tokens, H hidden size. Sequences are padded on
+the right; masks say what is real.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from math import floor
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.utils.checkpoint import checkpoint
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase, Qwen2_5_VLForConditionalGeneration
+
+from prompts import LETTERS
+from video import normalise_patches, patchify_uint8
+
+TEMPORAL_PATCH = 2  # frames per temporal grid
+EOS_TOKENS = ("<|im_end|>", "<|endoftext|>")
+BANNED_TOKENS = (
+    "<|im_start|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|vision_pad|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+)
+
+
+class ModelError(ValueError):
+    """A checkpoint that is not there, or not a Qwen2.5-VL."""
+
+
+def load(
+    path: str, dtype: torch.dtype = torch.float32
+) -> tuple[Qwen2_5_VLForConditionalGeneration, PreTrainedTokenizerBase]:
+    """Load a Qwen2.5-VL checkpoint folder (or hub name) and its tokenizer. Raises ModelError naming the path."""
+    try:
+        kind = AutoConfig.from_pretrained(path).model_type
+        if kind != "qwen2_5_vl":
+            raise ModelError(f"model {path}: its type is {kind!r}, this needs 'qwen2_5_vl'")
+        model = Qwen2_5_VLForConditionalGeneration.from_pretrained(path, dtype=dtype, attn_implementation="sdpa")
+        return model, AutoTokenizer.from_pretrained(path)
+    except OSError as error:
+        raise ModelError(f"model {path}: {error}") from None
+
+
+# ---------------------------------------------------------------- prompts and positions
+
+
+@dataclass
+class Video:
+    """The pixels of one clip as the vision tower takes them.
+
+    `patches`: uint8 [t * h * w, 1176]; `grid`: (t, h, w) in temporal pairs and 14-pixel patches; `step`: seconds
+    between frames.
+    """
+
+    patches: Tensor
+    grid: tuple[int, int, int]
+    step: float
+
+    @classmethod
+    def from_frames(cls, frames: Tensor, step: float) -> Video:
+        """frames uint8 [N, 3, H, W], `step` seconds apart."""
+        return cls(*patchify_uint8(frames), step)
+
+    @property
+    def n_tokens(self) -> int:
+        t, h, w = self.grid
+        return t * h * w // 4
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """The tokenizer with the ids that sampling needs: `eos` ends a response, `banned` are never sampled (vision
+    tokens).
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    eos: tuple[int, ...]
+    banned: tuple[int, ...]
+
+    @classmethod
+    def of(cls, tokenizer: PreTrainedTokenizerBase) -> Vocabulary:
+        """Raises ModelError if the tokenizer lacks one of Qwen2.5-VL's special tokens."""
+        vocabulary = tokenizer.get_vocab()
+        missing = [token for token in (*EOS_TOKENS, *BANNED_TOKENS) if token not in vocabulary]
+        if missing:
+            raise ModelError(f"this is not a Qwen2.5-VL tokenizer: it has no {', '.join(missing)}")
+        return cls(tokenizer, tuple(vocabulary[t] for t in EOS_TOKENS), tuple(vocabulary[t] for t in BANNED_TOKENS))
+
+    def ids(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def forced_letter(self, text: str, n_options: int) -> tuple[list[int], list[int]]:
+        """Prompt ids that end where the letter of `{text}<answer>A` is decided, and the token that decides for each of
+        the letters.
+
+        Tokenizers may fuse the letter with the tag (`>A`), so the shared beginning of all n continuations is found, not
+        assumed.
+        """
+        continued = [self.ids(f"{text}<answer>{letter}") for letter in LETTERS[:n_options]]
+        shared = len(continued[0]) - 1
+        if any(len(ids) != shared + 1 or ids[:shared] != continued[0][:shared] for ids in continued):
+            raise ValueError("this tokenizer does not write an answer letter as one token")
+        return continued[0][:shared], [ids[shared] for ids in continued]
+
+
+@dataclass
+class Prompt:
+    """A tokenised prompt: `ids` int64 [P], `positions` int64 [3, P], its clips, and the position at which the response
+    starts.
+    """
+
+    ids: Tensor
+    positions: Tensor
+    videos: list[Video]
+    next_position: int
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+def mrope_positions(
+    segments: Sequence[int | tuple[int, int, int, float]], tokens_per_second: float, start: int = 0
+) -> tuple[Tensor, int]:
+    """Time, row and column positions of a prompt, by the rule the released checkpoints were trained with.
+
+    `segments`: in order, either a number of text tokens or a video as (t, rows, columns, seconds per temporal grid),
+    rows and columns in merged 28-pixel tokens. Text advances by 1 on all three axes. A video that starts at p has time
+    p + floor(k * tokens_per_second * seconds per grid), row p + i, column p + j; what follows it starts at the largest
+    of its positions + 1. Returns (int64 [3, L], next position).
+    """
+    parts, p = [], start
+    for segment in segments:
+        if isinstance(segment, int):
+            parts.append(torch.arange(p, p + segment).expand(3, -1))
+            p += segment
+            continue
+        t, h, w, seconds = segment
+        # The sampling interval is exact, its product may fall short of a whole number by a rounding error: so 1e-6.
+        time = torch.tensor([floor(k * tokens_per_second * seconds + 1e-6) for k in range(t)])
+        grid = torch.stack(torch.meshgrid(time, torch.arange(h), torch.arange(w), indexing="ij")).reshape(3, -1) + p
+        parts.append(grid)
+        p = int(grid.max()) + 1
+    return torch.cat(parts, dim=1) if parts else torch.zeros(3, 0, dtype=torch.long), p
+
+
+def build_prompt(ids: Sequence[int], videos: Sequence[Video], config) -> Prompt:
+    """A prompt from token ids in which each `<|video_pad|>` stands for one of the clips, in order, and becomes one
+    token per 28x28 patch.
+    """
+    pad = config.video_token_id
+    if ids.count(pad) != len(videos):
+        raise ValueError(f"the prompt has {ids.count(pad)} <|video_pad|> for {len(videos)} clips")
+    full: list[int] = []
+    segments: list[int | tuple[int, int, int, float]] = []
+    remaining = iter(videos)
+    for token in ids:
+        if token == pad:
+            video = next(remaining)
+            t, h, w = video.grid
+            full += [pad] * video.n_tokens
+            segments.append((t, h // 2, w // 2, video.step * TEMPORAL_PATCH))
+        else:
+            full.append(token)
+            segments.append(1)
+    positions, next_position = mrope_positions(segments, config.vision_config.tokens_per_second)
+    return Prompt(torch.tensor(full), positions, list(videos), next_position)
+
+
+# ---------------------------------------------------------------- vision
+
+
+@dataclass(frozen=True)
+class Layout:
+    """An order of patches in which windows of equal length are contiguous: `order` indexes the raw order, `groups` are
+    (windows, length).
+    """
+
+    order: Tensor
+    groups: tuple[tuple[int, int], ...]
+
+
+@lru_cache(maxsize=256)
+def _grid_windows(h: int, w: int, window: int | None) -> list[Tensor]:
+    """The attention windows of one temporal grid of h x w patches, as patch indices in raw order (2x2 blocks of patches
+    are contiguous).
+    """
+    rows, columns = h // 2, w // 2
+    window = window or max(rows, columns)  # None: the whole grid is one window
+    blocks = torch.arange(rows * columns).view(rows, columns)
+    windows = []
+    for top in range(0, rows, window):
+        for left in range(0, columns, window):
+            block = blocks[top : top + window, left : left + window].reshape(-1)
+            windows.append((block[:, None] * 4 + torch.arange(4)).reshape(-1))
+    return windows
+
+
+def window_layout(grids: Sequence[tuple[int, int, int]], window: int | None) -> Layout:
+    """Order the patches of all clips by windows (of `window` merged tokens a side, None = one window per temporal
+    grid), equal lengths together.
+    """
+    by_length: dict[int, list[Tensor]] = {}
+    offset = 0
+    for t, h, w in grids:
+        starts = offset + torch.arange(t) * h * w
+        for indices in _grid_windows(h, w, window):
+            by_length.setdefault(len(indices), []).append(starts[:, None] + indices)
+        offset += t * h * w
+    stacked = {length: torch.cat(parts) for length, parts in by_length.items()}
+    order = torch.cat([indices.reshape(-1) for indices in stacked.values()])
+    return Layout(order, tuple((len(indices), length) for length, indices in stacked.items()))
+
+
+def _patch_positions(grids: Sequence[tuple[int, int, int]]) -> Tensor:
+    """Row and column of every patch, in raw order: int64 [N, 2]."""
+    parts = []
+    for t, h, w in grids:
+        row, column = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
+        position = torch.stack([row, column], dim=-1).view(h // 2, 2, w // 2, 2, 2).transpose(1, 2).reshape(-1, 2)
+        parts.append(position.repeat(t, 1))
+    return torch.cat(parts)
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding in float32: x [N, heads, d], cos and sin [N, 1, d]."""
+    half = torch.cat([-x[..., x.shape[-1] // 2 :], x[..., : x.shape[-1] // 2]], dim=-1)
+    return (x.float() * cos + half.float() * sin).to(x.dtype)
+
+
+def _vision_block(block: nn.Module, x: Tensor, cos: Tensor, sin: Tensor, groups: tuple[tuple[int, int], ...]) -> Tensor:
+    """One block of the tower on patches in a layout's order: x [N, D] -> [N, D]."""
+    heads = block.attn.num_heads
+    q, k, v = block.attn.qkv(block.norm1(x)).view(len(x), 3, heads, -1).unbind(1)  # [N, heads, d] each
+    q, k = _rotate(q, cos, sin), _rotate(k, cos, sin)
+    parts, start = [], 0
+    for n, length in groups:
+        window = [z[start : start + n * length].view(n, length, heads, -1).transpose(1, 2) for z in (q, k, v)]
+        parts.append(F.scaled_dot_product_attention(*window).transpose(1, 2).reshape(n * length, -1))
+        start += n * length
+    x = x + block.attn.proj(torch.cat(parts))
+    return x + block.mlp(block.norm2(x))
+
+
+def encode_clips(visual: nn.Module, patches: Tensor, grids: Sequence[tuple[int, int, int]]) -> Tensor:
+    """Visual tokens of one or more clips: normalised patches [N, 1176], grids [(t, h, w)] -> [N / 4, H].
+
+    Same weights and same result as `visual(patches, grids)` of transformers. Temporal grids do not see each other, so
+    any split into clips gives the same tokens.
+    """
+    config = visual.config
+    window = config.window_size // config.patch_size // config.spatial_merge_size
+    layouts = {True: window_layout(grids, None), False: window_layout(grids, window)}
+
+    d = config.hidden_size // config.num_heads
+    frequency = 10000.0 ** -(torch.arange(0, d // 2, 2, device=patches.device, dtype=torch.float) / (d // 2))
+    angle = (
+        (_patch_positions(grids).to(patches.device)[..., None] * frequency).flatten(1).repeat(1, 2)[:, None]
+    )  # [N, 1, d]
+    raw_cos, raw_sin = angle.cos(), angle.sin()
+
+    x = visual.patch_embed(patches)
+    current = torch.arange(len(x))
+    for i, block in enumerate(visual.blocks):
+        layout = layouts[i in config.fullatt_block_indexes]
+        if layout.order is not current:
+            back = torch.argsort(current)
+            x = x[back[layout.order].to(x.device)]
+            order = layout.order.to(x.device)
+            cos, sin = raw_cos[order], raw_sin[order]
+            current = layout.order
+        if visual.gradient_checkpointing and torch.is_grad_enabled():
+            x = checkpoint(_vision_block, block, x, cos, sin, layout.groups, use_reentrant=False)
+        else:
+            x = _vision_block(block, x, cos, sin, layout.groups)
+    return visual.merger(x[torch.argsort(current).to(x.device)])
+
+
+# ---------------------------------------------------------------- the language model
+
+
+def embed_prompts(
+    model: Qwen2_5_VLForConditionalGeneration, prompts: Sequence[Prompt]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Embed prompts with their clips; a clip object that several prompts hold is encoded once.
+
+    Returns embeddings [B, P, H], positions int64 [3, B, P] and lengths int64 [B]; padding on the right is embedded as
+    zeros.
+    """
+    device = model.get_input_embeddings().weight.device
+    ids = nn.utils.rnn.pad_sequence([p.ids for p in prompts], batch_first=True).to(device)
+    lengths = torch.tensor([len(p) for p in prompts], device=device)
+    positions = torch.zeros(3, *ids.shape, dtype=torch.long)
+    for b, prompt in enumerate(prompts):
+        positions[:, b, : len(prompt)] = prompt.positions
+    real = torch.arange(ids.shape[1], device=device) < lengths[:, None]  # [B, P]
+    embeds = model.get_input_embeddings()(ids) * real[..., None]
+
+    videos = [video for prompt in prompts for video in prompt.videos]
+    if videos:
+        distinct = list({id(video): video for video in videos}.values())
+        patches = torch.cat([video.patches for video in distinct]).to(device)
+        tokens = encode_clips(model.model.visual, normalise_patches(patches), [video.grid for video in distinct])
+        by_clip = dict(zip(map(id, distinct), tokens.split([video.n_tokens for video in distinct]), strict=True))
+        features = torch.cat([by_clip[id(video)] for video in videos]).to(embeds.dtype)
+        is_video = (ids == model.config.video_token_id) & real
+        embeds = embeds.masked_scatter(is_video[..., None], features)
+    return embeds, positions.to(device), lengths
+
+
+def _language_model(
+    model: Qwen2_5_VLForConditionalGeneration,
+    embeds: Tensor,
+    positions: Tensor,
+    mask: Tensor | None,
+    cache: GroupCache | None = None,
+) -> Tensor:
+    """Hidden states [B, L, H]; mask bool [B, 1, L, keys], or None for a causal one. A dict passes the mask through
+    transformers untouched.
+    """
+    return model.model.language_model(
+        inputs_embeds=embeds,
+        position_ids=positions,
+        attention_mask={"full_attention": mask},
+        past_key_values=cache,
+        use_cache=cache is not None,
+    ).last_hidden_state
+
+
+def last_hidden(model: Qwen2_5_VLForConditionalGeneration, prompts: Sequence[Prompt]) -> Tensor:
+    """The hidden state after each prompt, [B, H]: its projection is the distribution of the first response token."""
+    embeds, positions, lengths = embed_prompts(model, prompts)
+    hidden = _language_model(model, embeds, positions, None)  # real tokens never see the padding to their right
+    return hidden[torch.arange(len(prompts), device=hidden.device), lengths - 1]
+
+
+def group_hidden(
+    model: Qwen2_5_VLForConditionalGeneration, prompts: Sequence[Prompt], responses: Tensor, mask: Tensor
+) -> Tensor:
+    """The hidden states that predict each response token, with each prompt computed once for its G responses.
+
+    prompts: B of them; responses: int64 [B, G, T] padded on the right; mask: bool [B, G, T], real tokens. Returns [B,
+    G, T, H]: entry t is the state before token t (for t = 0 the state after the prompt).
+    """
+    B, G, T = responses.shape
+    embeds, positions, lengths = embed_prompts(model, prompts)
+    P, device = embeds.shape[1], embeds.device
+    responses, mask = responses.to(device), mask.to(device)
+    next_position = torch.tensor([p.next_position for p in prompts], device=device)
+    response_positions = (
+        (next_position[:, None, None] + torch.arange(T, device=device)).expand(B, G, T).reshape(B, G * T)
+    )
+
+    embeds = torch.cat([embeds, model.get_input_embeddings()(responses.view(B, G * T))], dim=1)  # [B, P + G*T, H]
+    positions = torch.cat([positions, response_positions.expand(3, -1, -1)], dim=2)  # [3, B, P + G*T]
+
+    # The tree: a token sees its own prompt, and what comes before it in its own response.
+    L = P + G * T
+    real = torch.cat([torch.arange(P, device=device) < lengths[:, None], mask.view(B, G * T)], dim=1)  # [B, L]
+    branch = torch.cat(
+        [torch.full((P,), -1, device=device), torch.arange(G * T, device=device) // T]
+    )  # [L]: -1 prompt, else g
+    index = torch.arange(L, device=device)
+    tree = (index <= index[:, None]) & ((branch == -1) | (branch == branch[:, None]))  # [L, L]
+    visible = (tree & real[:, None, :]) | torch.eye(
+        L, dtype=torch.bool, device=device
+    )  # padding sees itself, so that no row is empty
+    hidden = _language_model(model, embeds, positions, visible[:, None])
+
+    after_prompt = hidden[torch.arange(B, device=device), lengths - 1]  # [B, H]
+    in_response = hidden[:, P:].view(B, G, T, -1)
+    return torch.cat([after_prompt[:, None, None].expand(B, G, 1, -1), in_response[:, :, :-1]], dim=2)
+
+
+class Policy(nn.Module):
+    """The module that accelerate wraps: one forward pass goes from groups to their loss, so that a wrapper sees every
+    use of a weight.
+    """
+
+    def __init__(self, model: Qwen2_5_VLForConditionalGeneration):
+        super().__init__()
+        self.model = model
+
+    def checkpoint_activations(self) -> None:
+        """Recompute activations in the backward pass (in training mode)."""
+        # The newer name; up to transformers 5.22 there is only the older one.
+        enable = getattr(self.model, "activation_checkpointing_enable", self.model.gradient_checkpointing_enable)
+        enable({"use_reentrant": False})
+
+    def forward(
+        self, prompts: Sequence[Prompt], responses: Tensor, mask: Tensor, objective: Callable[[Tensor, Tensor], object]
+    ) -> object:
+        """`objective(hidden [N, H] of the real response tokens, output projection [V, H])`; None without prompts."""
+        if not prompts:
+            return None
+        hidden = group_hidden(self.model, prompts, responses, mask)
+        return objective(hidden[mask.to(hidden.device)], self.model.lm_head.weight)
+
+
+@contextlib.contextmanager
+def whole_weights(policy: nn.Module) -> Iterator[None]:
+    """Within it, every process holds all weights of a policy that FSDP2 shards; nothing happens to other policies.
+
+    Sampling would otherwise gather them anew for every token, and processes that write responses of different lengths
+    would wait for each other forever. They are held in the compute precision (7B in bfloat16: 15 GB).
+    """
+    sharded = [module for module in policy.modules() if isinstance(module, FSDPModule)]
+    if sharded:
+        policy([], None, None, None)  # FSDP2 takes the module that is called first for the root
+    for module in sharded:
+        module.set_reshard_after_forward(False, recurse=False)
+        module.unshard()
+    try:
+        yield
+    finally:
+        for module in sharded:
+            module.reshard()
+            module.set_reshard_after_forward(module is not policy, recurse=False)  # the root's stay for the backward
+
+
+# ---------------------------------------------------------------- sampling
+
+
+class GroupCache:
+    """Keys and values of B rows in buffers of fixed size, filled from the left; transformers' layers call `update`."""
+
+    def __init__(self, n_layers: int, capacity: int):
+        self.keys: list[Tensor | None] = [None] * n_layers
+        self.values: list[Tensor | None] = [None] * n_layers
+        self.capacity = capacity
+        self.length = 0  # columns filled; the caller advances it after each forward pass
+
+    def update(self, keys: Tensor, values: Tensor, layer: int, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        """Write keys and values [B, heads, n, d] behind the filled columns and return all filled ones."""
+        if self.keys[layer] is None:
+            b, heads, _, d = keys.shape
+            self.keys[layer] = keys.new_zeros(b, heads, self.capacity, d)
+            self.values[layer] = values.new_zeros(b, heads, self.capacity, d)
+        end = self.length + keys.shape[2]
+        self.keys[layer][:, :, self.length : end] = keys
+        self.values[layer][:, :, self.length : end] = values
+        return self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
+
+    def get_seq_length(self, layer: int = 0) -> int:
+        return self.length
+
+
+def choose_tokens(logits: Tensor, uniform: Tensor | None, temperature: float, banned: Tensor) -> Tensor:
+    """Sample one token per row by inverting the cumulative distribution at `uniform` [N]; None takes the most probable.
+    logits [N, V] -> [N].
+    """
+    logits = logits.float().index_fill(-1, banned, float("-inf"))
+    if uniform is None:
+        return logits.argmax(-1)
+    cumulative = torch.softmax(logits / temperature, dim=-1, dtype=torch.float64).cumsum(-1)
+    target = (uniform * cumulative[:, -1])[:, None]  # float sums may end below 1
+    return torch.searchsorted(cumulative, target, right=True).squeeze(-1).clamp(max=logits.shape[-1] - 1)
+
+
+@contextlib.contextmanager
+def _evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """For as long as a cache is in use: in training mode with checkpointing, transformers' layers would ignore it."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
+@torch.no_grad()
+def sample(
+    model: Qwen2_5_VLForConditionalGeneration,
+    prompts: Sequence[Prompt],
+    group_size: int,
+    max_tokens: int,
+    eos: Sequence[int],
+    banned: Sequence[int],
+    temperature: float = 1.0,
+    seeds: Sequence[Sequence[int]] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Sample G responses per prompt; all prompts and responses are decoded together, the prompt's cache is shared by
+    its group.
+
+    seeds [B][G]: one per response, so that a response does not depend on the batch it is in; None decodes greedily.
+    `banned` ids are never sampled (vision tokens). Returns ids int64 [B, G, T] and mask bool [B, G, T]; a response ends
+    with, and includes, its first `eos` token.
+    """
+    B, G = len(prompts), group_size
+    embeds, positions, lengths = embed_prompts(model, prompts)
+    P, device = embeds.shape[1], embeds.device
+    uniform = None
+    if seeds is not None:
+        draws = [[torch.rand(max_tokens, generator=torch.Generator().manual_seed(s)) for s in row] for row in seeds]
+        uniform = torch.stack([torch.stack(row) for row in draws]).view(B * G, max_tokens).double().to(device)
+    eos_ids, banned_ids = torch.tensor(eos, device=device), torch.tensor(banned, device=device, dtype=torch.long)
+    next_position = torch.tensor([p.next_position for p in prompts], device=device)
+    prompt_visible = (torch.arange(P, device=device) < lengths[:, None])[:, None, None].expand(B, 1, G, P)
+    own = torch.eye(G, dtype=torch.bool, device=device).expand(B, 1, G, G)
+
+    cache = GroupCache(len(model.model.language_model.layers), P + G * max_tokens)
+    finished = torch.zeros(B * G, dtype=torch.bool, device=device)
+    ids, masks = [], []
+    with _evaluation_mode(model):
+        hidden = _language_model(model, embeds, positions, None, cache)
+        cache.length = P
+        hidden = hidden[torch.arange(B, device=device), lengths - 1][:, None].expand(B, G, -1)  # [B, G, H]
+        for t in range(max_tokens):
+            logits = model.lm_head(hidden).view(B * G, -1)
+            token = choose_tokens(logits, None if uniform is None else uniform[:, t], temperature, banned_ids)
+            ids.append(token.masked_fill(finished, 0))
+            masks.append(~finished)
+            finished = finished | torch.isin(token, eos_ids)
+            if finished.all() or t == max_tokens - 1:
+                break
+            # Columns of the cache: the prompt, then for each step one column per response; a response sees its own.
+            visible = torch.cat([prompt_visible, own.repeat(1, 1, 1, t + 1)], dim=3)
+            embeds = model.get_input_embeddings()(token.view(B, G))
+            hidden = _language_model(model, embeds, (next_position + t)[None, :, None].expand(3, B, G), visible, cache)
+            cache.length += G
+    return torch.stack(ids, dim=1).view(B, G, -1), torch.stack(masks, dim=1).view(B, G, -1)

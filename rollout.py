@@ -1,0 +1,233 @@
+"""Rollouts: the coarse pass with G responses per question, and the zoom pass on the spans they name.
+
+Coarse pass: the whole video under Eq. 3's budget, G sampled responses of reasoning, answer and spans. Zoom pass: only
+the predicted spans, decoded from the file again, with the same budget for fewer frames (so more tokens per frame) and
+at a higher frame rate; the answer is the option letter that is most probable after a forced `<answer>`. Responses of a
+group that name the same spans share one zoom.
+
+Everything here runs without gradients. Times are seconds, spans are lists of (start, end).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+import prompts as text
+from advantage import token_offsets
+from config import Config
+from data import DataError, Sample
+from policy import Prompt, Video, Vocabulary, build_prompt, last_hidden, sample
+from video import Clip, VideoError, VideoInfo, load_clip, load_clips, plan_clip, probe
+
+Spans = list[tuple[float, float]]
+
+
+@dataclass
+class View:
+    """A sample and what the coarse pass shows of its video: the frames, and the same as patches."""
+
+    sample: Sample
+    info: VideoInfo
+    clip: Clip
+    video: Video
+
+
+@dataclass
+class Zoom:
+    """One zoom pass: the clip that was shown, the letter answered and its probability among the options' letters."""
+
+    clip: Clip
+    answer: str | None
+    confidence: float
+
+
+@dataclass
+class Response:
+    """One sampled response: token ids int64 [T], their text and character offsets, and what was parsed from it."""
+
+    ids: Tensor
+    text: str
+    offsets: list[tuple[int, int]]
+    answer: str | None
+    spans: Spans | None
+    finished: bool  # ended by itself, not by the limit on its length
+    zoom: Zoom | None = None
+
+
+@dataclass
+class Group:
+    """The G responses to one prompt, with `rewards` [G] per facet once they are scored."""
+
+    view: View
+    prompt: Prompt
+    responses: list[Response]
+    rewards: dict[str, list[float]] = field(default_factory=dict)
+
+    def padded(self) -> tuple[Tensor, Tensor]:
+        """Ids int64 [G, T] padded on the right, and mask bool [G, T]."""
+        ids = torch.nn.utils.rnn.pad_sequence([response.ids for response in self.responses], batch_first=True)
+        lengths = torch.tensor([len(response.ids) for response in self.responses])
+        return ids, torch.arange(ids.shape[1]) < lengths[:, None]
+
+
+def check_samples(samples: Sequence[Sample], needed: Sequence[str], path: str) -> None:
+    """Raise DataError naming file, row and fields for a sample that lacks one of the `needed` fields."""
+    for number, row in enumerate(samples, 1):
+        missing = [name for name in needed if not getattr(row, name)]
+        if missing:
+            raise DataError(f"{path}: row {number} ({row.id}): {', '.join(missing)} needed, but missing or empty")
+        if len(row.options) > len(text.LETTERS):
+            n = len(row.options)
+            raise DataError(f"{path}: row {number} ({row.id}): {n} options, but only {len(text.LETTERS)} letters")
+
+
+def response_seed(*parts: object) -> int:
+    """A seed from what a response is (run, step, prompt, number), so that it does not depend on the batch it is sampled
+    in.
+    """
+    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:7])
+
+
+def view_video(sample: Sample, config: Config) -> View:
+    """Decode what the coarse pass sees of a sample's video (Eq. 3). Raises VideoError."""
+    info = probe(sample.video)
+    plan = plan_clip(info, None, config.fps, config.budget, config.v_min, config.v_max, paired=config.paired_frames)
+    clip = load_clip(plan, sample.video)
+    return View(sample, info, clip, Video.from_frames(clip.frames, clip.step))
+
+
+def chat_text(words: str, config: Config) -> str:
+    """One video and these words as the user's turn, as configured."""
+    return text.chat_text(words, system=config.system_prompt or None, text_first=config.question_first)
+
+
+def coarse_prompt(view: View, config: Config, vocabulary: Vocabulary, model_config) -> Prompt:
+    """The prompt of the coarse pass."""
+    words = text.coarse_text(config.template, view.sample.question, list(view.sample.options))
+    chat = chat_text(words, config)
+    return build_prompt(vocabulary.ids(chat), [view.video], model_config)
+
+
+def roll_out(model, views: Sequence[View], config: Config, vocabulary: Vocabulary, step: int | None) -> list[Group]:
+    """Sample a group of responses for each view; `step` seeds them, None decodes one greedy response each."""
+    groups = []
+    for start in range(0, len(views), config.rollout_batch):
+        chunk = views[start : start + config.rollout_batch]
+        prompts = [coarse_prompt(view, config, vocabulary, model.config) for view in chunk]
+        size = 1 if step is None else config.group_size
+        seeds = None
+        if step is not None:
+            seeds = [[response_seed(config.seed, step, view.sample.id, g) for g in range(size)] for view in chunk]
+        ids, mask = sample(
+            model, prompts, size, config.max_tokens, vocabulary.eos, vocabulary.banned, config.temperature, seeds
+        )
+        for view, prompt, group_ids, group_mask in zip(chunk, prompts, ids.cpu(), mask.cpu(), strict=True):
+            responses = [read_response(i[m], vocabulary) for i, m in zip(group_ids, group_mask, strict=True)]
+            groups.append(Group(view, prompt, responses))
+    return groups
+
+
+def read_response(ids: Tensor, vocabulary: Vocabulary) -> Response:
+    """Text, character offsets, answer and spans of one response's ids [T]; nothing is tokenised again."""
+    finished = int(ids[-1]) in vocabulary.eos
+    words, offsets = token_offsets(vocabulary.tokenizer, ids.tolist())
+    return Response(ids, words, offsets, text.parse_answer(words), text.parse_spans(words), finished)
+
+
+# ---------------------------------------------------------------- the zoom pass
+
+
+def visible_spans(spans: Spans | None, duration: float) -> Spans:
+    """The parts of the spans that lie in the video, without empty ones."""
+    clipped = [(max(0.0, start), min(end, duration)) for start, end in spans or []]
+    return [(start, end) for start, end in clipped if start < end]
+
+
+def zoom_clips(view: View, requests: Sequence[Spans], config: Config) -> list[Clip]:
+    """The zoomed clips of one video, one per list of spans (an empty list is the whole video); each frame is decoded
+    once.
+    """
+    budget = config.zoom_budget or config.budget
+    plans = [
+        plan_clip(
+            view.info, spans or None, config.zoom_fps, budget, config.v_min, config.v_max, paired=config.paired_frames
+        )
+        for spans in requests
+    ]
+    return load_clips(view.sample.video, plans)
+
+
+def zoom_pass(model, groups: Sequence[Group], config: Config, vocabulary: Vocabulary) -> dict[str, VideoError]:
+    """Answer every response's question again from its own spans, and keep the answer in `response.zoom`.
+
+    Without a usable span there is no zoom (`invalid_span = zero`), or one on the whole video (`uniform`, the released
+    code). A video that was readable in the coarse pass may be damaged elsewhere: then none of its group's responses has
+    a zoom, so that R_zoom teaches nothing about them. Returns these samples' ids and errors.
+    """
+    jobs: list[tuple[View, Clip, str | None, list[Response]]] = []
+    failed: dict[str, VideoError] = {}
+    for group in groups:
+        wanted: dict[tuple, list[Response]] = {}
+        for response in group.responses:
+            response.zoom = None
+            spans = visible_spans(response.spans, group.view.info.duration)
+            if not spans and config.invalid_span == "zero":
+                continue
+            think = text.parse_think(response.text) if config.zoom_sees_think else None
+            wanted.setdefault((tuple(spans), think), []).append(response)
+        try:
+            clips = zoom_clips(group.view, [list(spans) for spans, _ in wanted], config)
+        except VideoError as error:
+            failed[group.view.sample.id] = error
+            continue
+        for (_, think), clip, responses in zip(wanted, clips, wanted.values(), strict=True):
+            jobs.append((group.view, clip, think, responses))
+    answers = answer_clips(model, [(view.sample, clip, think) for view, clip, think, _ in jobs], config, vocabulary)
+    for (_, clip, _, responses), (letter, confidence) in zip(jobs, answers, strict=True):
+        for response in responses:
+            response.zoom = Zoom(clip, letter, confidence)
+    return failed
+
+
+@torch.no_grad()
+def answer_clips(
+    model, jobs: Sequence[tuple[Sample, Clip, str | None]], config: Config, vocabulary: Vocabulary
+) -> list[tuple[str | None, float]]:
+    """The answer to each (sample, clip, reasoning to show or None), with its probability among the option letters.
+
+    `zoom_answer = letters` compares the letters after a forced `<answer>` in one forward pass; `decode` lets the model
+    write up to 32 tokens (the answer may then be None, and its probability is not measured: 1). Clips are batched by
+    length, so that little is padded.
+    """
+    prompts, candidates = [], []
+    for sample_, clip, think in jobs:
+        words = text.zoom_text(config.template, sample_.question, list(sample_.options), think)
+        chat = chat_text(words, config)
+        if config.zoom_answer == "letters":
+            ids, letters = vocabulary.forced_letter(chat, len(sample_.options))
+        else:
+            ids, letters = vocabulary.ids(chat), []
+        prompts.append(build_prompt(ids, [Video.from_frames(clip.frames, clip.step)], model.config))
+        candidates.append(letters)
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    answers: list[tuple[str | None, float]] = [(None, 0.0)] * len(prompts)
+    for start in range(0, len(order), config.zoom_batch):
+        chunk = order[start : start + config.zoom_batch]
+        batch = [prompts[i] for i in chunk]
+        if config.zoom_answer == "decode":
+            ids, mask = sample(model, batch, 1, 32, vocabulary.eos, vocabulary.banned)
+            for i, row, real in zip(chunk, ids[:, 0], mask[:, 0], strict=True):
+                words, _ = token_offsets(vocabulary.tokenizer, row[real].tolist())
+                answers[i] = text.parse_answer(words) or text.parse_answer(words, bare=True), 1.0
+            continue
+        logits = model.lm_head(last_hidden(model, batch)).float()
+        for i, row in zip(chunk, logits, strict=True):
+            probabilities = row[candidates[i]].softmax(-1)
+            best = int(probabilities.argmax())
+            answers[i] = text.LETTERS[best], float(probabilities[best])
+    return answers

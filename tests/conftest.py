@@ -1,0 +1,139 @@
+"""What several tests share: a small world, random models, and a policy that has learned the form of a response."""
+
+from __future__ import annotations
+
+import json
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+
+import prompts
+import sft
+import tiny
+import world
+from policy import Policy, Video, Vocabulary, build_prompt
+
+RECIPE = """
+model: {model}
+out: {out}
+train_data: {train}
+test_data: {test}
+video_root: {root}
+template: world
+system_prompt: ""
+fps: 1
+zoom_fps: 2
+budget: 176
+v_min: 4
+v_max: 16
+steps: 2
+prompts_per_step: 4
+prompts_per_pass: 2
+group_size: 4
+max_tokens: 40
+tokenadv: code
+lr: 1.0e-3
+warmup: 1
+schedule: constant
+mixed_precision: "no"
+gradient_checkpointing: false
+tracker: none
+n_episodes: 1
+"""
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread():
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    return tiny.build_tokenizer(sft.corpus())
+
+
+@pytest.fixture(scope="session")
+def vocabulary(tokenizer):
+    return Vocabulary.of(tokenizer)
+
+
+def loud_model(tokenizer, seed: int = 0):
+    """A tiny Qwen2.5-VL whose random weights are as large as trained ones, so that attention matters."""
+    model = tiny.build_model(tokenizer, seed)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            noise = torch.randn(p.shape, generator=generator)
+            if p.dim() == 1:
+                p.copy_((1.0 if "norm" in name or "ln_q" in name else 0.0) + 0.3 * noise)
+            else:
+                p.copy_(noise * (2.0 / p[0].numel() ** 0.5 if "embed_tokens" not in name else 1.0))
+    return model.eval()
+
+
+@pytest.fixture(scope="session")
+def model64(tokenizer):
+    return loud_model(tokenizer).double()
+
+
+@pytest.fixture(scope="session")
+def small_world(tmp_path_factory) -> dict[str, Path]:
+    """The annotation files of a small built-in world: {"train": path, "test": path}."""
+    root = tmp_path_factory.mktemp("world")
+    return {"train": world.build(root, "train", 6, workers=1), "test": world.build(root, "test", 3, workers=1)}
+
+
+@pytest.fixture(scope="session")
+def talker(tmp_path_factory, tokenizer, vocabulary) -> Path:
+    """A checkpoint that writes well-formed responses with arbitrary letters and spans, whatever it sees: its rewards
+    vary.
+    """
+    folder = tmp_path_factory.mktemp("talker")
+    model = tiny.build_model(tokenizer).train()
+    policy = Policy(model)
+    optimizer = torch.optim.AdamW(policy.parameters(), betas=(0.9, 0.98))
+    generator = torch.Generator().manual_seed(0)
+    steps = 120
+    for step in range(steps):
+        optimizer.param_groups[0]["lr"] = 3e-3 * min(1, (step + 1) / 10) * (1 - step / steps)
+        grey = torch.randint(0, 256, (1, 3, 1, 1), generator=generator, dtype=torch.uint8)
+        clip = Video.from_frames(grey.expand(2 + step % 3 * 9, 3, 28, 28), 1.0)
+        chat = prompts.chat_text(f"Which pattern does {draw(world.COLOURS, generator)} show? A B C D", system=None)
+        prompt = build_prompt(vocabulary.ids(chat), [clip], model.config)
+        batch = sft.Batch.of([prompt], [[vocabulary.ids(random_response(generator)) for _ in range(12)]])
+        loss = policy(batch.prompts, batch.ids, batch.mask, partial(sft.cross_entropy, batch))
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    assert loss.item() < 0.6  # nats per token
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def draw(names, generator: torch.Generator) -> str:
+    return list(names)[int(torch.randint(len(names), (1,), generator=generator))]
+
+
+def random_response(generator: torch.Generator) -> str:
+    start, end = sorted(torch.randint(0, 20, (2,), generator=generator).tolist())
+    times = sft.span_text([(start, end + 1)])
+    think = f"<think>{draw(world.COLOURS, generator)}<time>{times}</time></think>"
+    return f"{think}<answer>{draw('ABCD', generator)}</answer><glue>[{times}]</glue>{sft.END}"
+
+
+@pytest.fixture
+def recipe(tmp_path, talker, small_world) -> Path:
+    """A recipe for a run of two small steps on one core; its output goes to `tmp_path / "run"`."""
+    path = tmp_path / "recipe.yaml"
+    values = {"model": talker, "out": tmp_path / "run", "train": small_world["train"], "test": '""'}
+    values["root"] = small_world["train"].parent
+    path.write_text(RECIPE.format(**values))
+    return path
+
+
+def read_metrics(out: Path) -> list[dict]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]

@@ -1,0 +1,138 @@
+"""Options: where they come from, and how mistakes are named."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+
+import config as configuration
+from config import NOT_NEGATIVE, POSITIVE, Config, ConfigError, check, parse, read_recipe, save
+
+ROOT = Path(configuration.__file__).parent
+RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text("steps: 7\nlr: 1e-6\nresume: false\n")
+    return path
+
+
+def test_command_line_over_recipe_over_defaults(recipe):
+    config = parse(["--config", str(recipe), "--steps", "9", "--kl=k3", "--beta_time", "-1"])
+    assert (config.steps, config.lr, config.kl, config.group_size) == (9, 1e-6, "k3", 8)
+    assert isinstance(config.lr, float)  # YAML reads 1e-6, without a point, as text
+
+
+def test_without_config_the_default_recipe_counts():
+    assert asdict(parse([])) == asdict(Config(**read_recipe(configuration.DEFAULT_RECIPE)))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "value"),
+    [(["--resume"], True), (["--resume", "true"], True), (["--resume", "False"], False), (["--resume=true"], True)],
+)
+def test_switches(recipe, arguments, value):
+    assert parse(["--config", str(recipe), *arguments]).resume is value
+
+
+def test_every_recipe_is_valid_and_every_key_known():
+    assert len(RECIPES) >= 2
+    for path in (path for path in RECIPES if "accelerate" not in path.name):
+        parse(["--config", str(path)])
+
+
+def test_a_saved_configuration_reads_back(tmp_path, recipe):
+    config = parse(["--config", str(recipe), "--out", "123", "--system_prompt", "", "--lr", "3.3e-7"])
+    save(config, tmp_path / "saved.yaml")
+    assert parse(["--config", str(tmp_path / "saved.yaml")]) == config
+
+
+@pytest.mark.parametrize("name", ["group_sise", "group-size", "groupsize", "GROUP_SIZE"])
+def test_a_misspelt_option_names_the_nearest(recipe, name):
+    expected = f"there is no option '{name}'; the nearest is '"
+    with pytest.raises(ConfigError, match=f"command line: {expected}"):
+        parse(["--config", str(recipe), f"--{name}", "4"])
+    recipe.write_text(f"{name}: 4\n")
+    with pytest.raises(ConfigError, match=f"{re.escape(str(recipe))}: {expected}"):
+        parse(["--config", str(recipe)])
+    if name != "GROUP_SIZE":
+        with pytest.raises(ConfigError, match=r"'group_size'$"):
+            parse(["--config", str(recipe)])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--steps", "many"], "command line: steps takes a int, not 'many'"),
+        (["--steps", "2.5"], "steps takes a int"),
+        (["--steps", ""], "steps takes a int"),
+        (["--steps"], "command line: argument --steps: expected one argument"),
+        (["--lr", "fast"], "lr takes a float"),
+        (["--resume", "runs/x"], "resume takes a bool, not 'runs/x'"),
+        (["--kl", "k4"], "kl is one of exact, k1, k2, k3, none, not 'k4'"),
+        (["steps", "3"], "'steps' belongs to no option"),
+        (["-steps", "3"], "'-steps' belongs to no option"),
+        (["--step", "3"], "there is no option 'step'; the nearest is 'steps'"),
+        (["--lr", "nan"], "lr must be finite"),
+        (["--temperature", "inf"], "temperature must be finite"),
+        (["--steps", "0"], "steps must be positive, not 0"),
+        (["--beta=-0.1"], "beta must not be negative"),
+        (["--v_min", "40", "--v_max", "39"], "v_min = 40 must be at most v_max = 39"),
+        (["--budget", "10", "--v_min", "16"], "v_min = 16 must be at most .* budget = 10"),
+        (["--beta_time", "0", "--kl", "k3"], "needs kl = exact, not k3"),
+        (["--updates_per_rollout", "7"], "updates_per_rollout = 7 must divide prompts_per_step = 64"),
+    ],
+)
+def test_mistakes_on_the_command_line(recipe, arguments, expected):
+    with pytest.raises(ConfigError, match=expected):
+        parse(["--config", str(recipe), *arguments])
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ("", "not NoneType"),
+        ("- steps\n", "not list"),
+        ("steps: [1]\n", r"steps takes a int, not \[1\]"),
+        ("steps: 2.5\n", "steps takes a int, not 2.5"),
+        ("steps: true\n", "steps takes a int, not True"),
+        ("steps:\n", "steps takes a int, not None"),
+        ("resume: 1\n", "resume takes a bool, not 1"),
+        ("kl: no\n", "kl takes a str, not False"),  # YAML reads no as False: say so instead of guessing
+        ("steps: 3: 4\n", "not YAML"),
+        ("1: 2\n", "there is no option 1"),
+    ],
+)
+def test_mistakes_in_a_recipe(recipe, content, expected):
+    recipe.write_text(content)
+    with pytest.raises(ConfigError, match=f"{re.escape(str(recipe))}: .*{expected}"):
+        read_recipe(recipe)
+
+
+def test_a_missing_recipe_names_those_there_are(tmp_path):
+    with pytest.raises(ConfigError, match=r"nowhere.yaml: no such recipe; there are .*cpu_world.yaml"):
+        parse(["--config", str(tmp_path / "nowhere.yaml")])
+
+
+def test_every_number_has_a_range():
+    """A new number must be put into a range, or named here because any finite value works."""
+    free = {"beta_time", "v_max"}
+    for name, kind in configuration._field_types().items():
+        if kind in (int, float):
+            assert (name in POSITIVE) + (name in NOT_NEGATIVE) + (name in free) == 1, name
+    for name in (*POSITIVE, *NOT_NEGATIVE):
+        wrong = Config(**{name: -1})
+        with pytest.raises(ConfigError, match=f"{name} must"):
+            check(wrong)
+
+
+def test_every_option_is_read_somewhere():
+    """No option that nothing reads."""
+    source = "".join(path.read_text() for path in ROOT.glob("*.py") if path.name != "config.py")
+    for name in Config.__dataclass_fields__:
+        assert re.search(rf"config\.{name}\b", source), f"{name} is read nowhere"

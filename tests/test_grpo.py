@@ -1,0 +1,293 @@
+"""The objective against a loop-written reference, REINFORCE, hand-computed clipping, and every way to split a batch."""
+
+import math
+from itertools import pairwise
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from grpo import NORMALISE, grpo_loss, loss_count, mean_stats
+
+settings.register_profile("exact", derandomize=True, deadline=None, max_examples=100)
+settings.load_profile("exact")
+
+CLIPS = [(None, None), (0.2, 0.2), (0.2, 0.27), (0.2, 0.28), (None, 0.2), (0.2, None)]
+MAX_TOKENS = 10
+STATS = ("tokens", "ratio", "clipped_low", "clipped_high", "approx_kl", "penalty", "advantage")
+
+
+def random_batch(n=6, t=5, seed=0, spread=0.3):
+    """[N, T] tensors in float64 with ratios around the clipping range; row 0 is full, the last row is empty."""
+    g = torch.Generator().manual_seed(seed)
+
+    def normal():
+        return torch.randn(n, t, generator=g, dtype=torch.float64)
+
+    lengths = torch.randint(1, t + 1, (n,), generator=g)
+    lengths[0], lengths[-1] = t, 0
+    old = normal() - 2
+    batch = {
+        "logp": old + spread * normal(),
+        "old_logp": old,
+        "advantages": normal(),
+        "mask": torch.arange(t) < lengths[:, None],
+        "kl": 0.1 * normal().abs(),
+    }
+    return batch
+
+
+def slow_loss(logp, old_logp, advantages, mask, kl, clip_low, clip_high, normalise):
+    """The three objectives, token by token."""
+    total, sequences, tokens = 0.0, 0, 0
+    for i in range(mask.shape[0]):
+        length = int(mask[i].sum())
+        if length == 0:
+            continue
+        sequence = 0.0
+        for t in range(mask.shape[1]):
+            if not mask[i, t]:
+                continue
+            ratio = torch.exp(logp[i, t] - old_logp[i, t])
+            clipped = ratio
+            if clip_low is not None and ratio < 1 - clip_low:
+                clipped = torch.tensor(1 - clip_low, dtype=torch.float64)
+            if clip_high is not None and ratio > 1 + clip_high:
+                clipped = torch.tensor(1 + clip_high, dtype=torch.float64)
+            gain = min(ratio * advantages[i, t], clipped * advantages[i, t])
+            sequence = sequence - gain + (0 if kl is None else kl[i, t])
+        total = total + (sequence / length if normalise == "sequence" else sequence)
+        sequences, tokens = sequences + 1, tokens + length
+    return total / {"sequence": sequences, "token": tokens, "fixed": sequences * MAX_TOKENS}[normalise]
+
+
+def loss_and_gradients(batch, clips=(0.2, 0.28), normalise="sequence", loss=grpo_loss, **options):
+    """Loss, and its gradients for logp and kl."""
+    leaves = {name: batch[name].detach().clone().requires_grad_() for name in ("logp", "kl")}
+    if loss is grpo_loss:
+        value, _ = grpo_loss(
+            **{**batch, **leaves}, clip_low=clips[0], clip_high=clips[1], normalise=normalise, **options
+        )
+    else:
+        value = loss(**{**batch, **leaves}, clip_low=clips[0], clip_high=clips[1], normalise=normalise)
+    return value.detach(), *torch.autograd.grad(value, list(leaves.values()))
+
+
+@pytest.mark.parametrize("normalise", NORMALISE)
+@pytest.mark.parametrize("clips", CLIPS)
+@pytest.mark.parametrize("seed", range(3))
+def test_against_the_slow_reference(normalise, clips, seed):
+    batch = random_batch(seed=seed)
+    found = loss_and_gradients(batch, clips, normalise, max_tokens=MAX_TOKENS)
+    expected = loss_and_gradients(batch, clips, normalise, loss=slow_loss)
+    for a, b in zip(found, expected, strict=True):
+        assert (a - b).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("normalise", NORMALISE)
+def test_without_penalty(normalise):
+    batch = {**random_batch(), "kl": None}
+    found, stats = grpo_loss(**batch, clip_low=0.2, clip_high=0.2, normalise=normalise, max_tokens=MAX_TOKENS)
+    assert found == pytest.approx(slow_loss(**batch, clip_low=0.2, clip_high=0.2, normalise=normalise))
+    assert stats["penalty"] == 0
+
+
+# --- Eq. 2
+
+
+@pytest.mark.parametrize("clips", CLIPS)
+def test_at_ratio_one_the_gradient_is_reinforce_with_advantages(clips):
+    batch = random_batch()
+    batch["old_logp"] = batch["logp"].clone()
+    _, gradient, _ = loss_and_gradients(batch, clips)
+    lengths = batch["mask"].sum(-1, keepdim=True).clamp(min=1)
+    reinforce = -(batch["advantages"] * batch["mask"] / lengths) / 5  # 5 of the 6 sequences have tokens
+    assert torch.allclose(gradient, reinforce, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("ratio", "advantage", "gain", "slope"),
+    [
+        (1.0, 2.0, 2.0, 2.0),
+        (1.2, 2.0, 2.4, 2.4),
+        (1.5, 2.0, 2.56, 0.0),  # rewarded enough: clipped at 1.28
+        (0.5, 2.0, 1.0, 1.0),  # min keeps the pessimistic side: no clip
+        (1.0, -2.0, -2.0, -2.0),
+        (0.9, -2.0, -1.8, -1.8),
+        (0.5, -2.0, -1.6, 0.0),  # punished enough: clipped at 0.8
+        (1.5, -2.0, -3.0, -3.0),  # gone up although bad: no clip
+        (3.0, 0.0, 0.0, 0.0),
+        (0.3, 0.0, 0.0, 0.0),
+    ],
+)
+def test_clipping_by_hand_for_both_signs(ratio, advantage, gain, slope):
+    logp = torch.tensor([[math.log(ratio)]], dtype=torch.float64).requires_grad_()
+    zero, one = torch.zeros(1, 1, dtype=torch.float64), torch.ones(1, 1, dtype=torch.bool)
+    loss, stats = grpo_loss(logp, zero, zero + advantage, one, None, 0.2, 0.28, "sequence")
+    loss.backward()
+    assert loss.item() == pytest.approx(-gain)
+    assert float(logp.grad) == pytest.approx(-slope)  # d gain / d log p = ratio A where it is not clipped
+    clipped = slope == 0 and advantage != 0
+    assert float(stats["clipped_high"]) == (clipped and advantage > 0)
+    assert float(stats["clipped_low"]) == (clipped and advantage < 0)
+    assert mean_stats(stats)["ratio"] == pytest.approx(ratio)
+    unclipped, _ = grpo_loss(logp, zero, zero + advantage, one, None, None, None, "sequence")
+    assert unclipped.item() == pytest.approx(-ratio * advantage)
+
+
+def test_normalisations_by_hand():
+    mask = torch.tensor([[True, False, False], [True, True, True]])
+    advantages = torch.tensor([[6.0, 0, 0], [1.0, 2.0, 3.0]], dtype=torch.float64)
+    zero = torch.zeros(2, 3, dtype=torch.float64)
+
+    def loss(normalise):
+        return float(grpo_loss(zero, zero, advantages, mask, None, 0.2, 0.2, normalise, max_tokens=4)[0])
+
+    assert loss("sequence") == pytest.approx(-(6 + 2) / 2)
+    assert loss("token") == pytest.approx(-12 / 4)
+    assert loss("fixed") == pytest.approx(-12 / (2 * 4))
+    penalised = grpo_loss(zero, zero, advantages, mask, zero + 0.5, 0.2, 0.2, "sequence")[0]
+    assert float(penalised) == pytest.approx(-4 + 0.5)
+
+
+def test_counts():
+    mask = torch.tensor([[True, False, False], [True, True, True], [False, False, False]])
+    assert [int(loss_count(mask, normalise, max_tokens=4)) for normalise in NORMALISE] == [2, 4, 8]
+    with pytest.raises(ValueError, match="unknown normalisation 'mean': choose one of sequence, token, fixed"):
+        loss_count(mask, "mean")
+    with pytest.raises(ValueError, match=r'^normalise="fixed" needs max_tokens, the length limit of a response$'):
+        loss_count(mask, "fixed")
+
+
+# --- what must not matter
+
+
+@pytest.mark.parametrize("normalise", NORMALISE)
+@pytest.mark.parametrize("clips", CLIPS)
+@pytest.mark.parametrize("value", [math.nan, math.inf, 1e300])
+def test_masked_tokens_have_exactly_no_influence(normalise, clips, value):
+    batch = random_batch()
+    expected = loss_and_gradients(batch, clips, normalise, max_tokens=MAX_TOKENS)
+    _, expected_stats = grpo_loss(
+        **batch, clip_low=clips[0], clip_high=clips[1], normalise=normalise, max_tokens=MAX_TOKENS
+    )
+    for name in ("logp", "old_logp", "advantages", "kl"):
+        batch[name] = batch[name].masked_fill(~batch["mask"], value)
+    found = loss_and_gradients(batch, clips, normalise, max_tokens=MAX_TOKENS)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert all((gradient[~batch["mask"]] == 0).all() for gradient in found[1:])
+    _, stats = grpo_loss(**batch, clip_low=clips[0], clip_high=clips[1], normalise=normalise, max_tokens=MAX_TOKENS)
+    assert all(torch.equal(stats[name], expected_stats[name]) for name in STATS)
+
+
+@pytest.mark.parametrize("normalise", NORMALISE)
+@given(columns=st.integers(1, 4), rows=st.integers(0, 3), left=st.booleans())
+def test_padding_does_not_matter(normalise, columns, rows, left):
+    batch = random_batch()
+    n, t = batch["mask"].shape
+    padded = {}
+    for name, value in batch.items():
+        padded[name] = torch.zeros(n + rows, t + columns, dtype=value.dtype)
+        padded[name][:n, columns if left else 0 : t + columns if left else t] = value
+    expected = loss_and_gradients(batch, normalise=normalise, max_tokens=MAX_TOKENS)
+    found = loss_and_gradients(padded, normalise=normalise, max_tokens=MAX_TOKENS)
+    assert found[0] == pytest.approx(float(expected[0]))
+    for a, b in zip(found[1:], expected[1:], strict=True):
+        assert torch.allclose(a[padded["mask"]], b[batch["mask"]], atol=1e-14)
+
+
+@pytest.mark.parametrize("normalise", NORMALISE)
+@given(order=st.permutations(range(6)), cuts=st.sets(st.integers(1, 5)))
+def test_micro_batches_processes_and_order_do_not_matter(normalise, order, cuts):
+    """Split a shuffled batch anywhere: with the summed count, losses, gradients and statistics add up to the whole."""
+    batch = random_batch()
+    loss, *gradient = loss_and_gradients(batch, normalise=normalise, max_tokens=MAX_TOKENS)
+    _, stats = grpo_loss(**batch, clip_low=0.2, clip_high=0.28, normalise=normalise, max_tokens=MAX_TOKENS)
+    edges = [0, *sorted(cuts), 6]
+    parts = [order[a:b] for a, b in pairwise(edges)]
+    pieces = [{name: value[rows] for name, value in batch.items()} for rows in parts]
+    count = sum(loss_count(piece["mask"], normalise, MAX_TOKENS) for piece in pieces)
+    found_loss, found = 0.0, [torch.zeros(6, 5, dtype=torch.float64) for _ in gradient]
+    found_stats = dict.fromkeys(STATS, 0.0)
+    for rows, piece in zip(parts, pieces, strict=True):
+        part_loss, *part_gradient = loss_and_gradients(piece, normalise=normalise, count=count)
+        found_loss += float(part_loss)
+        for whole, part in zip(found, part_gradient, strict=True):
+            whole[rows] = part
+        _, part_stats = grpo_loss(**piece, clip_low=0.2, clip_high=0.28, normalise=normalise, count=count)
+        found_stats = {name: found_stats[name] + float(part_stats[name]) for name in STATS}
+    assert found_loss == pytest.approx(float(loss), abs=1e-12)
+    assert all(torch.allclose(a, b, atol=1e-14) for a, b in zip(found, gradient, strict=True))
+    assert found_stats == pytest.approx({name: float(stats[name]) for name in STATS}, abs=1e-12)
+
+
+def test_local_means_of_unequal_micro_batches_would_be_wrong():
+    """Why the count is an argument: averaging the parts' own means is another objective."""
+    batch = random_batch()
+    whole, _ = grpo_loss(**batch, clip_low=0.2, clip_high=0.2, normalise="token")
+    parts = [{name: value[rows] for name, value in batch.items()} for rows in (slice(0, 1), slice(1, 6))]
+    means = [grpo_loss(**part, clip_low=0.2, clip_high=0.2, normalise="token")[0] for part in parts]
+    assert abs(float(whole) - float(sum(means)) / 2) > 0.001
+
+
+# --- statistics
+
+
+def test_statistics_are_means_over_real_tokens():
+    batch = random_batch(spread=0.5)
+    _, sums = grpo_loss(**batch, clip_low=0.2, clip_high=0.28, normalise="sequence")
+    assert tuple(sums) == STATS
+    real = batch["mask"]
+    log_ratio, a = (batch["logp"] - batch["old_logp"])[real], batch["advantages"][real]
+    ratio = log_ratio.exp()
+    low, high = (ratio < 0.8) & (a < 0), (ratio > 1.28) & (a > 0)
+    assert low.any() and high.any()
+    assert mean_stats(sums) == pytest.approx(
+        {
+            "tokens": int(real.sum()),
+            "ratio": float(ratio.mean()),
+            "clipped_low": float(low.double().mean()),
+            "clipped_high": float(high.double().mean()),
+            "approx_kl": float((ratio - 1 - log_ratio).mean()),
+            "penalty": float(batch["kl"][real].mean()),
+            "advantage": float(a.mean()),
+        }
+    )
+
+
+def test_statistics_carry_no_gradient_and_nothing_is_clipped_without_clip():
+    batch = random_batch(spread=0.5)
+    batch["logp"].requires_grad_()
+    _, stats = grpo_loss(**batch, clip_low=None, clip_high=None, normalise="sequence")
+    assert not any(value.requires_grad for value in stats.values())
+    assert stats["clipped_low"] == stats["clipped_high"] == 0
+
+
+def test_a_ratio_on_the_border_is_not_clipped():
+    zero, mask = torch.zeros(2, 1), torch.ones(2, 1, dtype=torch.bool)
+    _, stats = grpo_loss(zero, zero, torch.tensor([[1.0], [-1.0]]), mask, None, 0.0, 0.0, "token")
+    assert stats["clipped_low"] == stats["clipped_high"] == 0
+
+
+def test_sums_are_kept_in_float64():
+    zero, mask = torch.zeros(1, 1), torch.ones(1, 1, dtype=torch.bool)
+    loss, stats = grpo_loss(zero, zero, zero, mask, None, None, None, "token")
+    assert loss.dtype == torch.float32
+    assert all(value.dtype == torch.float64 for value in stats.values())
+
+
+def test_no_tokens_at_all():
+    batch = random_batch()
+    batch["mask"] = torch.zeros_like(batch["mask"])
+    for count in (None, 0, torch.tensor(0), 5):
+        loss, stats = grpo_loss(**batch, clip_low=0.2, clip_high=0.2, normalise="sequence", count=count)
+        assert float(loss) == 0
+    assert mean_stats(stats) == dict.fromkeys(STATS, 0.0)
+
+
+def test_a_mask_of_zeros_and_ones_is_read_as_one():
+    batch = random_batch()
+    expected = loss_and_gradients(batch)
+    found = loss_and_gradients({**batch, "mask": batch["mask"].double()})
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))

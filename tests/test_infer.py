@@ -1,0 +1,652 @@
+"""infer.py: strategies against the passes they are made of, probabilities and cost against independent computations,
+resuming, splitting, the page and its player, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from accelerate import Accelerator
+from conftest import loud_model
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from test_report import Tree
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoTokenizer
+
+import config as configuration
+import data
+import evaluate
+import infer
+import metrics
+import prompts
+from config import ConfigError
+from data import DataError, Sample
+from infer import RELEASED, STRATEGIES, Agent, Look, Settings, load_agent, to_video_time
+from policy import ModelError, Vocabulary, group_hidden, last_hidden
+from rollout import answer_clips, coarse_prompt, read_response, roll_out, view_video, zoom_clips
+from video import Clip, VideoError
+
+ROOT = Path(__file__).resolve().parents[1]
+TOKENIZER = ROOT.parent / "shared" / "realdata" / "tokenizer"
+DEFAULT = Settings()
+
+
+@pytest.fixture(scope="module")
+def samples(small_world):
+    return data.load(small_world["train"], video_root=small_world["train"].parent)
+
+
+@pytest.fixture
+def config(recipe):
+    return configuration.parse(["--config", str(recipe)])
+
+
+@pytest.fixture
+def agent(talker, config):
+    return load_agent(str(talker), config, torch.device("cpu"))
+
+
+def clip_of(times: list[float], step: float) -> Clip:
+    return Clip(torch.zeros(len(times), 3, 28, 28, dtype=torch.uint8), times, step)
+
+
+# ---------------------------------------------------------------- times
+
+
+@pytest.mark.parametrize(
+    ("times", "step", "span", "expected"),
+    [
+        ([10.0, 11.0, 12.0], 1.0, (0.5, 2.5), [(10.5, 12.5)]),  # a window
+        ([2.0, 2.5, 8.0, 8.5], 0.5, (0.5, 1.5), [(2.5, 3.0), (8.0, 8.5)]),  # over a seam
+        ([2.0, 2.5, 8.0, 8.5], 0.5, (1.0, 2.0), [(8.0, 9.0)]),  # at a seam
+        ([10.0, 11.0], 1.0, (1.0, 7.0), [(11.0, 12.0)]),  # over the end
+        ([10.0, 11.0], 1.0, (5.0, 7.0), []),  # after the end
+        ([18.0, 19.0], 1.0, (0.0, 2.0), [(18.0, 19.5)]),  # over the video's end, at 19.5
+        ([10.0, 11.001], 1.0, (0.0, 2.0), [(10.0, 12.001)]),  # a file's own clock
+    ],
+)
+def test_spans_of_a_clip_in_the_videos_time(times, step, span, expected):
+    found = to_video_time([span], clip_of(times, step), 19.5)
+    assert len(found) == len(expected)
+    assert [t for pair in found for t in pair] == pytest.approx([t for pair in expected for t in pair])
+
+
+def test_no_spans_stay_no_spans():
+    assert to_video_time(None, clip_of([0.0], 1.0), 1.0) is None
+    assert to_video_time([], clip_of([0.0], 1.0), 1.0) == []
+
+
+@settings(derandomize=True, deadline=None, max_examples=60)
+@given(
+    st.lists(st.integers(1, 5), min_size=1, max_size=4),
+    st.lists(st.integers(0, 40), min_size=2, max_size=6),
+)
+def test_time_is_neither_lost_nor_invented(pieces, edges):
+    """Seconds of a span inside the clip = seconds of its image; every image lies in what was shown."""
+    step, times, start = 0.5, [], 0.0
+    for n in pieces:
+        start += 3.0
+        times += [start + k * step for k in range(n)]
+        start = times[-1]
+    spans = [tuple(sorted(pair)) for pair in zip(edges[::2], edges[1::2], strict=False)]
+    spans = [(a / 4, b / 4) for a, b in spans]
+    clip, length = clip_of(times, step), len(times) * step
+    for span in spans:
+        images = to_video_time([span], clip, 1000.0)
+        inside = max(0.0, min(span[1], length) - min(span[0], length))
+        assert sum(end - start for start, end in images) == pytest.approx(inside)
+        for a, b in images:
+            middle = (a + b) / 2
+            assert any(t <= middle < t + step + 1e-9 for t in times)
+
+
+def test_windows_cover_the_video_once_with_the_coarse_passes_frames(samples, config):
+    windows = infer.window_views(samples[0], config, Settings(window=8, window_budget=64))
+    assert [len(view.clip.times) for view in windows] == [8, 8, 4]
+    whole = view_video(samples[0], config)
+    assert [t for view in windows for t in view.clip.times] == pytest.approx(whole.clip.times)
+    assert torch.equal(windows[0].clip.frames, whole.clip.frames[:8])  # as coarse: 64 tokens for 8 frames
+    assert len(infer.window_views(samples[0], config, Settings(window=256))) == 1
+    assert len(infer.window_views(samples[0], config, Settings(window=20))) == 1
+
+
+def test_widened_spans_stay_in_the_video_and_merge():
+    assert infer.widened([(0.0, 2.0), (4.0, 6.0)], 6.5) == [(0.0, 6.5)]
+    assert infer.widened([(4.0, 6.0)], 20.0) == [(3.0, 7.0)]
+
+
+# ---------------------------------------------------------------- probabilities
+
+
+def test_letter_and_span_probabilities_are_those_of_a_forward_pass(agent, samples):
+    looks = [infer.look(agent, [view_video(sample, agent.config)])[0] for sample in samples]
+    assert all(look.span_confidence == 0 for look in looks if not look.spans)
+    seen, sample = next((look, sample) for look, sample in zip(looks, samples, strict=True) if look.spans)
+    [group] = roll_out(agent.model, [view_video(sample, agent.config)], agent.config, agent.vocabulary, step=None)
+    ids = group.responses[0].ids
+    with torch.no_grad():
+        mask = torch.ones(1, 1, len(ids), dtype=torch.bool)
+        hidden = group_hidden(agent.model, [group.prompt], ids[None, None], mask)
+        logits = agent.model.lm_head(hidden)[0, 0]
+    logits[:, list(agent.vocabulary.banned)] = float("-inf")
+    p = logits.softmax(-1)
+    pieces = [agent.vocabulary.tokenizer.decode([i]) for i in ids.tolist()]
+    reply = len(pieces) - pieces[::-1].index("</think>")  # after the last of them
+
+    token = pieces.index("<answer>", reply) + 1
+    letters = [agent.vocabulary.ids(letter)[0] for letter in "ABCD"]
+    assert pieces[token] == seen.answer
+    assert seen.confidence == pytest.approx(float(p[token, ids[token]]), abs=1e-4)
+    expected = (p[token, letters] / p[token, letters].sum()).tolist()
+    assert [seen.letters[letter] for letter in "ABCD"] == pytest.approx(expected, abs=1e-4)
+
+    claim = range(pieces.index("<glue>", reply), pieces.index("</glue>", reply) + 1)
+    mean = torch.stack([p[t, ids[t]].log() for t in claim]).mean().exp()
+    assert seen.span_confidence == pytest.approx(float(mean), abs=1e-4)
+
+
+@pytest.mark.parametrize("reply", ["<answer>B</answer>", "<answer>(b)</answer>", "<answer> B. text</answer>"])
+def test_the_answers_token_is_found_where_tags_and_letters_are_fused(reply):
+    if not TOKENIZER.is_dir():
+        pytest.skip(f"no Qwen2.5 tokenizer in {TOKENIZER}")
+    vocabulary = Vocabulary.of(AutoTokenizer.from_pretrained(TOKENIZER))
+    text = f"<think>Bad B <time>3.0</time></think>{reply}<glue>[(1.0, 2.0)]</glue>"
+    ids = vocabulary.ids(text)
+    response = read_response(torch.tensor(ids), vocabulary)
+    # A model whose hidden state says which token comes, with 3 nats over all others.
+    size = len(vocabulary.tokenizer)
+    fake = SimpleNamespace(lm_head=lambda hidden: 3.0 * nn.functional.one_hot(hidden[:, 0], size).float())
+    agent = Agent(fake, vocabulary, configuration.Config())
+    letters, confidence = infer.letter_probabilities(agent, response, torch.tensor(ids)[:, None], 4)
+    odds = math.exp(3)  # of B against each other letter
+    assert letters == pytest.approx({letter: (odds if letter == "B" else 1) / (odds + 3) for letter in "ABCD"})
+    assert confidence == pytest.approx(odds / (odds + size - 1 - len(vocabulary.banned)), rel=1e-3)
+
+
+def test_without_an_answer_there_is_no_confidence(agent):
+    response = read_response(torch.tensor(agent.vocabulary.ids("<think>red</think>")), agent.vocabulary)
+    hidden = torch.zeros(len(response.ids), 128)
+    assert infer.letter_probabilities(agent, response, hidden, 4) == ({}, 0.0)
+    assert infer.span_probability(agent, response, hidden) == 0.0
+
+
+# ---------------------------------------------------------------- cost
+
+
+def test_the_formula_counts_what_torch_counts(tokenizer, vocabulary, config, samples):
+    model = loud_model(tokenizer)
+    prompt = coarse_prompt(view_video(samples[0], config), config, vocabulary, model.config)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter, torch.no_grad():
+        model.lm_head(last_hidden(model, [prompt]))
+    layers = model.model.language_model.layers
+    # Torch counts the square of attention, the formula the causal half of it.
+    half = 2 * len(layers) * layers[0].self_attn.q_proj.out_features * len(prompt) ** 2
+    ours = infer.forward_flops(model, prompt, 1)
+    assert ours + half == pytest.approx(counter.get_total_flops(), rel=0.01)  # norms and biases
+
+
+def test_each_written_token_adds_a_row_of_attention(tokenizer, vocabulary, config, samples):
+    model = loud_model(tokenizer)
+    prompt = coarse_prompt(view_video(samples[0], config), config, vocabulary, model.config)
+    one, two, three = (infer.forward_flops(model, prompt, n) for n in (1, 2, 3))
+    layers = model.model.language_model.layers
+    assert (three - two) - (two - one) == 4 * len(layers) * layers[0].self_attn.q_proj.out_features
+
+
+# ---------------------------------------------------------------- strategies
+
+
+def test_one_stage_and_coarse_to_fine_are_the_evaluations_passes(agent, samples):
+    views, _ = evaluate.view_all(samples, agent.config)
+    rows = evaluate.evaluate_views(agent.model, views, agent.config, agent.vocabulary)
+    assert any(row["spans"] for row in rows)
+    for sample, row in zip(samples, rows, strict=True):
+        coarse = STRATEGIES["one-stage"](agent, sample, DEFAULT)
+        fine = STRATEGIES["coarse-to-fine"](agent, sample, DEFAULT)
+        assert coarse.answer == row["predicted_answer"]
+        assert [list(span) for span in coarse.spans or []] == (row["spans"] or [])
+        assert fine.spans == coarse.spans
+        assert fine.answer == (row["zoom_answer"] or row["predicted_answer"])
+        assert fine.visual_tokens >= coarse.visual_tokens and fine.flops >= coarse.flops
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"question_first": True}, {"system_prompt": "Look!"}, {"zoom_sees_think": True}, {"zoom_budget": 90}],
+)
+def test_the_zoom_is_the_rollouts(agent, samples, tokenizer, changes):
+    agent = Agent(loud_model(tokenizer), agent.vocabulary, replace(agent.config, **changes))
+    view, spans = view_video(samples[0], agent.config), [(2.0, 4.0), (7.0, 8.5)]
+    seen = infer.zoom(agent, view, spans, "<think>red<time>(2.0,4.0)</time></think>")
+    think = "red<time>(2.0,4.0)</time>" if agent.config.zoom_sees_think else None
+    jobs = [(samples[0], zoom_clips(view, [spans], agent.config)[0], think)]
+    [(letter, share)] = answer_clips(agent.model, jobs, agent.config, agent.vocabulary)
+    assert seen.answer == letter and seen.letters[letter] == pytest.approx(share, abs=1e-5)
+    assert sum(seen.letters.values()) == pytest.approx(1) and seen.confidence <= seen.letters[letter]
+
+
+def fake_look(answer, confidence, spans, kind="window", span_confidence=1.0):
+    return Look(kind, None, clip_of([0.0], 1.0), answer, confidence, {}, spans, span_confidence, "", 10, 1.0)
+
+
+@pytest.fixture
+def script(monkeypatch):
+    """Replace the model: `looks` come back in turn, zooms are noted and answered with Z."""
+    zoomed, looks = [], []
+
+    def look(agent, views, kind="coarse", parts=None):
+        return [looks.pop(0) for _ in views]
+
+    def zoom(agent, view, spans, response=""):
+        zoomed.append(spans)
+        return fake_look("Z", 0.6, None, "zoom")
+
+    monkeypatch.setattr(infer, "look", look)
+    monkeypatch.setattr(infer, "zoom", zoom)
+    return looks, zoomed
+
+
+FOUR = [
+    ("A", 0.5, [(1.0, 2.0)], 0.9),
+    ("B", 0.9, [(6.0, 7.0), (8.0, 9.0)], 0.1),
+    (None, 0.0, [(11.0, 12.0)], 0.9),
+    ("D", 0.7, None, 0.0),
+]
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"top": 2}, [(6.0, 7.0), (8.0, 9.0)]),
+        ({"top": 4}, [(1.0, 2.0), (6.0, 7.0), (8.0, 9.0), (11.0, 12.0)]),
+        ({"top": 3}, [(1.0, 2.0), (6.0, 7.0), (8.0, 9.0)]),
+        ({"top": 1, "rank": "answer_and_spans"}, [(1.0, 2.0)]),
+    ],
+)
+def test_divide_and_conquer_zooms_on_the_surest_windows(script, samples, config, options, expected):
+    looks, zoomed = script
+    looks += [fake_look(answer, sure, spans, "window", spanning) for answer, sure, spans, spanning in FOUR]
+    agent = SimpleNamespace(config=config)
+    result = infer.divide_and_conquer(agent, samples[0], Settings(window=5, **options))
+    assert zoomed == [expected] and result.spans == expected and result.answer == "Z"
+    assert len(result.looks) == 5 and result.visual_tokens == 50 and result.flops == 5
+
+
+def test_divide_and_conquer_without_spans_takes_the_surest_answer(script, samples, config):
+    looks, zoomed = script
+    looks += [fake_look("A", 0.2, None), fake_look("B", 0.8, [])]
+    result = infer.divide_and_conquer(SimpleNamespace(config=config), samples[0], Settings(window=10))
+    assert (result.answer, result.spans, zoomed) == ("B", None, [])
+
+
+@pytest.mark.parametrize(("sure", "answer"), [(0.5, "Z"), (0.7, "W")])
+def test_the_released_code_compares_with_the_whole_video(script, samples, config, sure, answer):
+    looks, _ = script
+    looks += [fake_look("A", 0.5, [(1.0, 2.0)]), fake_look("W", sure, [(3.0, 4.0)], "coarse")]
+    result = infer.divide_and_conquer(SimpleNamespace(config=config), samples[0], Settings(**RELEASED))
+    assert (result.answer, result.spans, len(result.looks)) == (answer, [(1.0, 2.0)], 3)
+
+
+def test_an_answer_that_cannot_be_read_can_stand_for_a_letter(script, samples, config):
+    looks, _ = script
+    agent = SimpleNamespace(config=config, model=SimpleNamespace(device=torch.device("cpu")))
+    for letter in ("", "C"):
+        looks.append(fake_look(None, 0.0, None, "coarse"))
+        row = infer.answer_row(agent, infer.one_stage, samples[0], Settings(unparsable=letter))
+        assert row["predicted_answer"] == (letter or None)
+
+
+@pytest.mark.parametrize(
+    ("found", "passes", "last"),
+    [
+        ([[(5.0, 7.0)]], 2, [(5.0, 7.0)]),  # stays at once
+        ([[(5.0, 6.0)], [(5.0, 6.0)]], 3, [(5.0, 6.0)]),  # moves, then stays
+        ([[(5.0, 6.0)], [(4.0, 5.0)], [(3.0, 4.0)], [(2.0, 3.0)]], 4, [(3.0, 4.0)]),  # the limit
+        ([None], 2, [(5.0, 7.0)]),  # nothing found inside: what was found before
+    ],
+)
+def test_repeated_zoom_stops(script, samples, config, found, passes, last):
+    looks, zoomed = script
+    looks += [fake_look("A", 0.5, [(5.0, 7.0)], "coarse"), *(fake_look("B", 0.5, spans, "closer") for spans in found)]
+    result = infer.repeated_zoom(SimpleNamespace(config=config), samples[0], Settings(max_zooms=3))
+    assert result.spans == last and zoomed == [last] and result.answer == "Z"
+    assert len(result.looks) == passes + 1
+
+
+def test_without_a_span_nothing_is_zoomed_except_for_a_model_that_has_not_looked(script, samples, config):
+    looks, zoomed = script
+    agent = SimpleNamespace(config=config)
+    for strategy in ("coarse-to-fine", "repeated-zoom", "ground-then-answer"):
+        looks.append(fake_look("A", 0.5, [(50.0, 60.0)], "coarse"))  # after the video's end
+        result = STRATEGIES[strategy](agent, samples[0], DEFAULT)
+        assert result.answer == ("Z" if strategy == "ground-then-answer" else "A")
+    assert zoomed == [[]]
+
+
+def test_two_models_find_and_answer(agent, samples, tokenizer, vocabulary):
+    other = Agent(loud_model(tokenizer), vocabulary, agent.config)
+    result = infer.ground_then_answer(other, samples[0], DEFAULT, grounder=agent)
+    [coarse] = infer.look(agent, [view_video(samples[0], agent.config)])
+    assert result.looks[0].text == coarse.text and result.spans == coarse.spans
+    view = view_video(samples[0], agent.config)
+    spans = infer.visible_spans(coarse.spans, view.info.duration)
+    assert result.letters == pytest.approx(infer.zoom(other, view, spans).letters)
+
+
+def test_zoom_that_writes_its_answer(agent, samples):
+    decoding = replace(agent, config=replace(agent.config, zoom_answer="decode"))
+    seen = infer.zoom(decoding, view_video(samples[0], agent.config), [(2.0, 4.0)])
+    assert seen.answer == prompts.parse_answer(seen.text) and 0 < seen.confidence <= 1
+    assert set(seen.letters) == set("ABCD")
+
+
+def test_every_strategy_answers_with_half_precision_weights(agent, samples):
+    half = replace(agent, model=loud_model(agent.vocabulary.tokenizer).bfloat16())
+    for strategy in STRATEGIES.values():
+        result = strategy(half, samples[0], Settings(window=10))
+        assert result.looks and result.flops > 0
+
+
+# ---------------------------------------------------------------- a data set
+
+
+def run_all(agent, samples, path, made_with=None, ask=infer.coarse_to_fine):
+    made_with = made_with or {"strategy": "coarse-to-fine"}
+    return infer.answer_all(agent, ask, samples, DEFAULT, path, made_with, Accelerator(cpu=True))
+
+
+def without_seconds(rows):
+    return [{k: v for k, v in row.items() if k != "seconds"} for row in rows]
+
+
+def test_an_interrupted_run_does_only_the_rest(agent, samples, tmp_path):
+    rows = run_all(agent, samples, tmp_path / "once.jsonl")
+    path = tmp_path / "twice.jsonl"
+    lines = (tmp_path / "once.jsonl").read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join(lines[:2]) + lines[2][:40])  # the third line was being written
+    asked = []
+
+    def counting(agent, sample, settings):
+        asked.append(sample.id)
+        return infer.coarse_to_fine(agent, sample, settings)
+
+    again = run_all(agent, samples, path, ask=counting)
+    assert asked == [sample.id for sample in samples[2:]]
+    assert without_seconds(again) == without_seconds(rows)
+    assert run_all(agent, samples, path, ask=counting) == again and len(asked) == len(samples) - 2
+    assert metrics.read_results(path, samples) == [
+        {k: row[k] for k in metrics.row_of(samples[0], None, None)} for row in rows
+    ]
+
+
+def test_results_of_something_else_are_refused(agent, samples, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    run_all(agent, samples[:2], path, {"strategy": "one-stage", "window": 256})
+    with pytest.raises(DataError, match="window was 256 and is 128 now"):
+        run_all(agent, samples[:2], path, {"strategy": "one-stage", "window": 128})
+    others = [replace(sample, id=f"other-{k}") for k, sample in enumerate(samples)]
+    with pytest.raises(DataError, match="2 of 2 question ids are unknown"):
+        run_all(agent, others, path, {"strategy": "one-stage", "window": 256})
+
+
+def test_an_unreadable_video_is_an_unanswered_question(agent, samples, tmp_path):
+    broken = tmp_path / "broken.mp4"
+    broken.write_bytes(b"not a video")
+    rows = run_all(agent, [samples[0], replace(samples[1], video=str(broken))], tmp_path / "rows.jsonl")
+    assert rows[0]["error"] is None and rows[1]["predicted_answer"] is None and str(broken) in rows[1]["error"]
+    assert "unreadable    1" in infer.summary(rows)
+    assert infer.cost(rows)["passes"] == rows[0]["passes"] > 0  # of the readable one
+
+
+def test_two_processes_share_a_data_set(recipe, small_world, tmp_path):
+    outs = [tmp_path / "one.jsonl", tmp_path / "two.jsonl"]
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_machines", "1"]
+    for n, out in enumerate(outs, 1):
+        command = [
+            *launch,
+            "--mixed_precision",
+            "no",
+            "--num_processes",
+            str(n),
+            "infer.py",
+            "--config",
+            str(recipe),
+            "--threads",
+            "1",
+        ]
+        command += ["--test_data", str(small_world["train"]), "--strategy", "one-stage", "--out", str(out)]
+        command += ["--model", re.search("model: (.*)", recipe.read_text())[1]]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, env=environment)
+        assert done.returncode == 0, done.stderr
+        assert "accuracy" in done.stdout and done.stdout.count("results in") == 1
+    one, two = ([json.loads(line) for line in out.read_text().splitlines()] for out in outs)
+    assert [row["id"] for row in one] == sorted(row["id"] for row in two)
+    assert without_seconds(one) == without_seconds(sorted(two, key=lambda row: row["id"]))
+
+
+# ---------------------------------------------------------------- a video of your own
+
+
+@pytest.fixture
+def own(small_world, recipe, talker):
+    video = next(small_world["train"].parent.glob("train/*.mp4"))
+    return ["--config", str(recipe), "--model", str(talker), "--threads", "1", "--video", str(video)]
+
+
+ASKED = ["--question", "Which pattern does <red> show?", "--options", "rows", "columns", "checks", "dots"]
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_own_video(own, strategy, tmp_path, capsys):
+    page = tmp_path / "pages" / "answer.html"
+    infer.main([*own, *ASKED, "--strategy", strategy, "--window", "10", "--out", str(page)])
+    printed = capsys.readouterr().out
+    assert re.search(r"^answer      [ABCD] (rows|columns|checks|dots)$", printed, re.M)
+    assert re.search(r"^confidence  \d+\.\d%$", printed, re.M)
+    assert re.search(r"^spans       (\d\d:\d\d\.\d–\d\d:\d\d\.\d|no span|empty)", printed, re.M)
+    tree = Tree(page.read_text()).root
+    [player] = tree.all("video")
+    assert (page.parent / player.attrs["src"]).resolve() == Path(own[-1]).resolve()
+    claimed = re.search(r"^spans +(.*)$", printed, re.M)[1]
+    jumps = [(float(b.attrs["data-start"]), float(b.attrs["data-end"])) for b in tree.all("button")]
+    assert ", ".join(f"{infer.report.clock(a)}–{infer.report.clock(b)}" for a, b in jumps) == (claimed if jumps else "")
+    assert len(tree.all("section")) >= 2 and tree.all("img") and "<red>" in tree.all("h1")[0].text
+
+
+def test_a_page_with_the_video_inside(own, tmp_path):
+    page = tmp_path / "answer.html"
+    infer.main([*own, *ASKED, "--embed", "--out", str(page)])
+    tree = Tree(page.read_text()).root
+    assert tree.all("video")[0].attrs["src"].startswith("data:video/mp4;base64,")
+    policy = next(m.attrs["content"] for m in tree.all("meta") if "http-equiv" in m.attrs)
+    assert policy.endswith("media-src data:") and "default-src 'none'" in policy
+
+
+def test_names_with_spaces_and_signs_are_quoted(tmp_path):
+    video = tmp_path / "a b#1?.mp4"
+    assert infer.play_source(video, tmp_path / "pages" / "x.html", False) == "../a%20b%231%3F.mp4"
+
+
+def test_without_options_the_spans_of_an_event(own, tmp_path, capsys, monkeypatch):
+    said = []
+    asking = prompts.coarse_text
+    monkeypatch.setattr(prompts, "coarse_text", lambda *a, **k: said.append(asking(*a, **k)) or said[-1])
+    page = tmp_path / "answer.html"
+    infer.main([*own, "--template", "zoom_zero", "--question", "a dog jumps", "--out", str(page)])
+    printed = capsys.readouterr().out
+    assert 'pinpoint the event "a dog jumps"' in said[0]
+    assert "answer " not in printed and re.search(r"^spans ", printed, re.M)
+    assert not Tree(page.read_text()).root.all("ul", "letters")
+
+
+CLICK = """<script>
+const player = document.querySelector("video"), jump = document.querySelector(WHERE);
+let clicked = false, played = false;
+player.play = () => { played = true; return Promise.resolve(); };  // stay where the click led, however slow the machine
+const click = () => { if (!clicked) { clicked = true; jump.click(); } };
+player.addEventListener("seeked", () => { if (clicked) document.title = `at ${player.currentTime} ${played}`; });
+if (player.readyState >= 2) click(); else player.addEventListener("loadeddata", click);
+</script>"""
+
+
+@pytest.mark.parametrize("where", [".jumps button", ".track .span", "figure:nth-of-type(4)"])
+@pytest.mark.parametrize("embed", [False, True])
+def test_a_click_seeks_the_video_in_a_browser(own, talker, tmp_path, where, embed):
+    browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if browser is None:
+        pytest.skip("no Chromium to open the page in")
+    page = tmp_path / "answer.html"
+    sample = Sample("x", own[-1], "?", ("a", "b"), None, (), 20.0)
+    look = fake_look("A", 0.9, [(5.0, 8.5)], "coarse")
+    look.clip = clip_of([float(k) for k in range(20)], 1.0)
+    result = infer.Result("A", 0.9, {"A": 0.9, "B": 0.1}, [(5.0, 8.5)], [look])
+    record = {**infer.page_record(result, sample, 20.0), "strategy": "one-stage"}
+    infer.report.answer_page(record, page, infer.play_source(own[-1], page, embed))
+    page.write_text(page.read_text().replace("</body>", CLICK.replace("WHERE", json.dumps(where)) + "</body>"))
+    flags = [
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--disable-background-networking",
+        "--virtual-time-budget=20000",
+    ]
+    command = [browser, *flags, f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom", page.as_uri()]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    title = re.search("<title>(.*?)</title>", done.stdout)
+    assert title, done.stderr
+    assert title[1].startswith("at "), f"never arrived: {title[1]}"
+    start = 3.0 if where.startswith("figure") else 5.0
+    time, played = title[1].removeprefix("at ").split()
+    assert float(time) == start and played == "true"
+
+
+# ---------------------------------------------------------------- what is refused
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--video", "a.mp4"], "needs a --question"),
+        (["--video", "a.mp4", "--question", "  "], "needs a --question"),
+        (["--question", "what?"], "about a --video of your own"),
+        (["--vidoe", "a.mp4"], "no option 'vidoe'; the nearest is 'video'"),
+        (["--bugdet", "4"], "no option 'bugdet'; the nearest is 'budget'"),
+        (["--budget", "x"], "budget takes a int"),
+        (["--window", "0"], "window must be at least 1"),
+        (["--stable", "1.5"], "stable is above 0 and at most 1"),
+        (["--unparsable", "c"], "one capital letter"),
+        (["--ground_model", "x", "--strategy", "one-stage"], "is for --strategy ground-then-answer"),
+        (["--video", "a.mp4", "--question", "?", "--options", "a", " "], "one of them is empty"),
+    ],
+)
+def test_command_lines_that_are_refused(arguments, message):
+    with pytest.raises(ConfigError, match=message):
+        infer.main(arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "the built-in policy answers by letters only; give --options"),
+        (["--strategy", "coarse-to-fine"], "coarse-to-fine ends with the letter of an option"),
+        (["--options", *map(str, range(27))], "27 options, but only 26 letters"),
+        (["--options", "a", "b", "--out", "page.pdf"], "ends with .html"),
+    ],
+)
+def test_questions_that_are_refused_before_a_model_is_loaded(own, arguments, message, monkeypatch):
+    monkeypatch.setattr(infer, "load_agent", lambda *_: pytest.fail("a model was loaded"))
+    with pytest.raises(ConfigError, match=message):
+        infer.main([*own, "--question", "when?", *arguments])
+
+
+def test_an_unreadable_video_is_refused_before_a_model_is_loaded(own, tmp_path, monkeypatch):
+    monkeypatch.setattr(infer, "load_agent", lambda *_: pytest.fail("a model was loaded"))
+    broken = tmp_path / "broken.mp4"
+    broken.write_bytes(b"not a video")
+    for video in (broken, tmp_path / "missing.mp4"):
+        with pytest.raises(VideoError, match=video.name):
+            infer.main([*own[:-1], str(video), *ASKED])
+
+
+def test_a_data_set_with_a_question_without_options_is_refused(own, samples, tmp_path):
+    path = tmp_path / "data.jsonl"
+    data.save(path, [samples[0], replace(samples[1], options=(), answer=None)])
+    with pytest.raises(ConfigError, match=r"data.jsonl: row 2 \(.*\): coarse-to-fine ends with the letter"):
+        infer.main([*own[:-2], "--test_data", str(path)])
+
+
+def damaged(talker: Path, tmp_path: Path, change) -> str:
+    folder = tmp_path / "checkpoint"
+    shutil.copytree(talker, folder)
+    change(folder)
+    return str(folder)
+
+
+def drop_vision(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    save_file({k: v for k, v in tensors.items() if "visual." not in k}, folder / "model.safetensors", {"format": "pt"})
+
+
+def drop_video_token(folder: Path) -> None:
+    path = folder / "tokenizer.json"
+    path.write_text(path.read_text().replace("<|video_pad|>", "<|something|>"))
+    path = folder / "tokenizer_config.json"
+    path.write_text(path.read_text().replace("<|video_pad|>", "<|something|>"))
+
+
+def truncate_weights(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:1000])
+
+
+def move_video_token(folder: Path) -> None:
+    path = folder / "config.json"
+    values = json.loads(path.read_text())
+    path.write_text(json.dumps({**values, "video_token_id": 1}))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (drop_vision, "without vision weights"),
+        (drop_video_token, r"not a Qwen2.5-VL tokenizer: it has no <\|video_pad\|>"),
+        (move_video_token, r"do not belong together: <\|video_pad\|> is"),
+        (truncate_weights, "weights cannot be read"),
+        (lambda folder: (folder / "config.json").unlink(), "checkpoint"),
+    ],
+)
+def test_checkpoints_that_are_refused(talker, config, tmp_path, change, message):
+    with pytest.raises(ModelError, match=message) as error:
+        load_agent(damaged(talker, tmp_path, change), config, torch.device("cpu"))
+    assert "checkpoint" in str(error.value)
+
+
+def test_an_error_is_one_line(own, tmp_path):
+    command = [sys.executable, "infer.py", *own[:-1], str(tmp_path / "missing.mp4"), *ASKED]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 1 and done.stderr.startswith("error: ") and "Traceback" not in done.stderr
+
+
+def test_a_runs_checkpoint_is_asked_as_the_run_was(tmp_path):
+    assert infer.suiting_recipe(None).name == "cpu_world.yaml"
+    assert infer.suiting_recipe("Qwen/Qwen2.5-VL-7B-Instruct").name == "long_video.yaml"
+    (tmp_path / "config.yaml").write_text("fps: 3\n")
+    assert infer.suiting_recipe(str(tmp_path / "checkpoint")) == tmp_path / "config.yaml"
+    given, settings, config = infer.parse(["--model", str(tmp_path / "checkpoint"), "--top", "2", "--released"])
+    assert config.fps == 3 and config.model == given.model
+    assert settings == Settings(**{**RELEASED, "top": 2})

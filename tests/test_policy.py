@@ -1,0 +1,501 @@
+"""Positions, vision, shared prompts and sampling, each against an independent computation."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from fractions import Fraction
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import loud_model
+from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
+
+import tiny
+from policy import (
+    BANNED_TOKENS,
+    GroupCache,
+    ModelError,
+    Policy,
+    Prompt,
+    Video,
+    Vocabulary,
+    _language_model,
+    build_prompt,
+    choose_tokens,
+    embed_prompts,
+    encode_clips,
+    group_hidden,
+    last_hidden,
+    load,
+    mrope_positions,
+    sample,
+    window_layout,
+)
+from video import normalise_patches
+
+REALDATA = Path(__file__).resolve().parents[2] / "shared" / "realdata"
+CLIP = "<|vision_start|><|video_pad|><|vision_end|>"
+
+
+def random_video(seed: int, frames: int, height: int, width: int, step: float = 1.0) -> Video:
+    generator = torch.Generator().manual_seed(seed)
+    return Video.from_frames(
+        torch.randint(0, 256, (frames, 3, height, width), generator=generator, dtype=torch.uint8), step
+    )
+
+
+def random_responses(seed: int, lengths: list[list[int]], n_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids [B, G, T] of ordinary tokens, padded with other random ids, and their mask."""
+    generator = torch.Generator().manual_seed(seed)
+    T = max(max(row) for row in lengths)
+    ids = torch.randint(8, n_tokens, (len(lengths), len(lengths[0]), T), generator=generator)
+    mask = torch.arange(T) < torch.tensor(lengths)[..., None]
+    return ids, mask
+
+
+# ---------------------------------------------------------------- positions
+
+
+def test_positions_of_text_video_text():
+    # 2 tokens of text, 2 temporal grids of 1x2 tokens, 2 s per grid at 2 positions per second, 1 token of text
+    positions, following = mrope_positions([2, (2, 1, 2, 2.0), 1], 2)
+    assert positions.tolist() == [
+        [0, 1, 2, 2, 6, 6, 7],
+        [0, 1, 2, 2, 2, 2, 7],
+        [0, 1, 2, 3, 2, 3, 7],
+    ]
+    assert following == 8
+
+
+def test_text_continues_after_the_largest_position_of_any_axis():
+    positions, following = mrope_positions([(1, 2, 5, 1.0), 2], 2)
+    assert positions[:, -2:].tolist() == [[5, 6]] * 3 and following == 7
+    _, following = mrope_positions([3, (4, 2, 2, 2.0)], 2)
+    assert following == 3 + 12 + 1
+
+
+def test_several_videos_each_start_after_the_other():
+    segments = [1, (2, 2, 1, 1.0), 1, (1, 1, 1, 1.0)]
+    positions, following = mrope_positions(segments, 2)
+    assert positions.tolist() == [
+        [0, 1, 1, 3, 3, 4, 5],
+        [0, 1, 2, 1, 2, 4, 5],
+        [0, 1, 1, 1, 1, 4, 5],
+    ]
+    assert following == 6
+
+
+def test_positions_can_start_anywhere_and_be_empty():
+    assert mrope_positions([2], 2, start=5)[0].tolist() == [[5, 6]] * 3
+    positions, following = mrope_positions([], 2)
+    assert positions.shape == (3, 0) and following == 0
+
+
+@pytest.mark.parametrize("fps", ["1/10", "1/3", "1/2", "1", "3/2", "2", "3", "4", "6", "7", "8", "24000/1001"])
+@pytest.mark.parametrize("tokens_per_second", [2, 4])
+def test_time_is_the_exact_floor(fps, tokens_per_second):
+    per_grid = 2 / Fraction(fps)  # seconds
+    positions, _ = mrope_positions([(300, 1, 1, float(per_grid))], tokens_per_second)
+    assert positions[0].tolist() == [int(k * tokens_per_second * per_grid) for k in range(300)]
+
+
+@pytest.mark.parametrize("fps", [0.1, 0.3, 0.5, 1, 1.5, 2, 2.5, 3, 4])
+def test_time_increases_strictly(fps):
+    """Up to 4 frames per second, at the released models' 2 positions per second; beyond it grids share positions."""
+    positions, _ = mrope_positions([(200, 1, 1, 2 / fps)], 2)
+    assert (positions[0].diff() > 0).all()
+
+
+@pytest.mark.parametrize("fps", [5, 8])
+def test_time_never_falls_at_high_rates(fps):
+    positions, _ = mrope_positions([(200, 1, 1, 2 / fps)], 2)
+    assert (positions[0].diff() >= 0).all() and positions[0, -1] == int(199 * 4 / fps + 1e-6)
+
+
+def test_a_prompt_expands_every_clip(vocabulary, model64):
+    a, b = random_video(0, 4, 56, 28), random_video(1, 3, 28, 84, step=0.5)
+    prompt = build_prompt(vocabulary.ids(f"{CLIP} red{CLIP}"), [a, b], model64.config)
+    pad = model64.config.video_token_id
+    assert (prompt.ids == pad).sum() == a.n_tokens + b.n_tokens == 2 * 2 + 2 * 3
+    runs = (prompt.ids == pad).int().diff().abs().sum()
+    assert runs == 4 and len(prompt) == prompt.positions.shape[1]
+    assert prompt.positions[0, prompt.ids == pad].tolist() == [1, 1, 5, 5, 9, 9, 9, 11, 11, 11]
+    assert prompt.next_position == prompt.positions[0, -1] + 1
+
+
+def test_a_prompt_with_the_wrong_number_of_clips_is_refused(vocabulary, model64):
+    with pytest.raises(ValueError, match=r"1 <\|video_pad\|> for 0 clips"):
+        build_prompt(vocabulary.ids(CLIP), [], model64.config)
+
+
+# ---------------------------------------------------------------- vision
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        [(4, 112, 112)],  # whole windows only
+        [(2, 28, 28)],  # one token per frame
+        [(6, 140, 84)],  # windows cut at the right and at the bottom
+        [(2, 252, 56), (4, 84, 196), (2, 140, 84)],  # several clips
+    ],
+)
+def test_visual_tokens_equal_those_of_transformers(model64, sizes):
+    videos = [random_video(i, *size) for i, size in enumerate(sizes)]
+    patches = normalise_patches(torch.cat([video.patches for video in videos])).double()
+    grids = [video.grid for video in videos]
+    ours = encode_clips(model64.model.visual, patches, grids)
+    theirs = model64.model.visual(patches, grid_thw=torch.tensor(grids))
+    theirs = theirs if isinstance(theirs, torch.Tensor) else theirs.pooler_output
+    assert ours.shape == theirs.shape
+    # rotary angles are float32 on both sides
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+
+
+def test_window_attention_has_an_effect(model64):
+    """The power of the test above: one large window instead of several gives other tokens."""
+    video = random_video(0, 2, 140, 84)
+    patches = normalise_patches(video.patches).double()
+    tower = copy.deepcopy(model64.model.visual)
+    before = encode_clips(tower, patches, [video.grid])
+    tower.config.window_size = 280
+    assert (encode_clips(tower, patches, [video.grid]) - before).abs().max() > 0.1
+
+
+def test_any_split_into_clips_gives_the_same_tokens(model64):
+    video = random_video(0, 8, 140, 84)
+    patches, (t, h, w) = normalise_patches(video.patches).double(), video.grid
+    whole = encode_clips(model64.model.visual, patches, [(t, h, w)])
+    for parts in ([1, 3], [2, 2], [1, 1, 1, 1]):
+        split = encode_clips(model64.model.visual, patches, [(n, h, w) for n in parts])
+        torch.testing.assert_close(split, whole, atol=1e-12, rtol=0)
+        pieces = patches.split([n * h * w for n in parts])
+        apart = [encode_clips(model64.model.visual, piece, [(n, h, w)]) for piece, n in zip(pieces, parts, strict=True)]
+        torch.testing.assert_close(torch.cat(apart), whole, atol=1e-12, rtol=0)
+
+
+def test_every_patch_is_in_exactly_one_window():
+    layout = window_layout([(2, 10, 6), (1, 2, 18)], 4)
+    assert layout.order.sort().values.tolist() == list(range(2 * 60 + 36))
+    assert sum(n * length for n, length in layout.groups) == len(layout.order)
+
+
+def test_a_clip_that_prompts_share_is_encoded_once(vocabulary, model64, monkeypatch):
+    encoded = []
+    monkeypatch.setattr(
+        "policy.encode_clips",
+        lambda tower, patches, grids: encoded.append(grids) or encode_clips(tower, patches, grids),
+    )
+    shared, other = random_video(0, 2, 56, 56), random_video(1, 4, 28, 56)
+    clips = [[shared], [other], [shared]]
+    prompts = [
+        build_prompt(vocabulary.ids(f"{CLIP} {c}"), v, model64.config) for c, v in zip("abc", clips, strict=True)
+    ]
+    together = last_hidden(model64, prompts)
+    assert encoded == [[shared.grid, other.grid]]
+    for prompt, row in zip(prompts, together, strict=True):
+        torch.testing.assert_close(last_hidden(model64, [prompt])[0], row, atol=1e-4, rtol=1e-4)
+
+
+# ---------------------------------------------------------------- the prompt shared by its group
+
+
+@pytest.fixture
+def scene(vocabulary, model64):
+    """Two prompts of different length with clips, and three responses of different lengths each."""
+    prompts = [
+        build_prompt(vocabulary.ids(f"{CLIP} red <think>"), [random_video(0, 4, 56, 84)], model64.config),
+        build_prompt(vocabulary.ids(f"a b c {CLIP} blue"), [random_video(1, 2, 28, 56)], model64.config),
+    ]
+    ids, mask = random_responses(2, [[5, 1, 7], [3, 7, 2]], len(vocabulary.tokenizer))
+    return prompts, ids, mask
+
+
+def separate_logp(model, prompt: Prompt, response: torch.Tensor) -> torch.Tensor:
+    """Log-probabilities of one response by a plain causal pass of transformers' own model, with our positions: [T]."""
+    ids = torch.cat([prompt.ids, response])[None]
+    after = torch.arange(len(response)) + prompt.next_position
+    positions = torch.cat([prompt.positions, after.expand(3, -1)], dim=1)[:, None]
+    patches = normalise_patches(torch.cat([video.patches for video in prompt.videos])).double()
+    logits = model(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        position_ids=positions,
+        pixel_values_videos=patches,
+        video_grid_thw=torch.tensor([video.grid for video in prompt.videos]),
+        use_cache=False,
+    ).logits[0]
+    predicted = logits[len(prompt) - 1 : -1].log_softmax(-1)
+    return predicted.gather(-1, response[:, None])[:, 0]
+
+
+def group_logp(model, prompts, ids, mask) -> torch.Tensor:
+    hidden = group_hidden(model, prompts, ids, mask)
+    return model.lm_head(hidden).log_softmax(-1).gather(-1, ids[..., None])[..., 0]
+
+
+def test_group_equals_separate_passes(model64, scene):
+    """Log-probabilities and all gradients, the vision tower's included, are those of one pass per response."""
+    prompts, ids, mask = scene
+    weight = torch.linspace(-1, 1, int(mask.sum()), dtype=torch.float64)
+
+    shared, apart = copy.deepcopy(model64), copy.deepcopy(model64)
+    logp = group_logp(shared, prompts, ids, mask)[mask]
+    (logp * weight).sum().backward()
+    alone = torch.cat(
+        [separate_logp(apart, prompts[b], ids[b, g][mask[b, g]]) for b in range(2) for g in range(ids.shape[1])]
+    )
+    (alone * weight).sum().backward()
+
+    torch.testing.assert_close(logp, alone, atol=1e-4, rtol=1e-5)  # rotary angles are float32
+    for (name, p), q in zip(shared.named_parameters(), apart.parameters(), strict=True):
+        assert p.grad.abs().max() > 0, name
+        difference = (p.grad - q.grad).abs().max() / q.grad.abs().max()
+        assert difference < 1e-4, (name, difference)
+
+
+def test_attention_matters_in_these_tests(model64, scene):
+    """The power of the tests here: without the clip, or with another first token, log-probabilities change a lot."""
+    prompts, ids, mask = scene
+    logp = group_logp(model64, prompts, ids, mask)
+    other = [
+        build_prompt_like(
+            prompt, [random_video(9, 2 * v.grid[0], v.grid[1] * 14, v.grid[2] * 14) for v in prompt.videos]
+        )
+        for prompt in prompts
+    ]
+    assert (group_logp(model64, other, ids, mask) - logp)[mask].abs().mean() > 0.05
+
+
+def build_prompt_like(prompt: Prompt, videos: list[Video]) -> Prompt:
+    return Prompt(prompt.ids, prompt.positions, videos, prompt.next_position)
+
+
+def test_a_token_changes_only_what_follows_it_in_its_own_response(model64, scene):
+    prompts, ids, mask = scene
+    before = group_hidden(model64, prompts, ids, mask)
+    changed = ids.clone()
+    changed[0, 2, 3] = (ids[0, 2, 3] - 8 + 1) % 100 + 8
+    assert changed[0, 2, 3] != ids[0, 2, 3]
+    moved = (group_hidden(model64, prompts, changed, mask) - before).abs().amax(-1) > 0  # [B, G, T]
+    expected = torch.zeros_like(moved)
+    expected[0, 2, 4:] = True  # entry t is the state before token t
+    assert torch.equal(moved, expected)
+
+
+def test_padding_has_no_influence(model64, scene):
+    prompts, ids, mask = scene
+    before = group_hidden(model64, prompts, ids, mask)[mask]
+    padded = torch.where(mask, ids, torch.randint_like(ids, 8, 100))
+    assert torch.equal(group_hidden(model64, prompts, padded, mask)[mask], before)
+    wider = torch.nn.functional.pad(ids, (0, 3), value=11), torch.nn.functional.pad(mask, (0, 3))
+    torch.testing.assert_close(group_hidden(model64, prompts, *wider)[wider[1]], before, atol=1e-9, rtol=0)
+
+
+def test_an_empty_response_among_the_group_does_no_harm(model64, scene):
+    prompts, ids, mask = scene
+    emptied = mask.clone()
+    emptied[0, 1] = False
+    hidden = group_hidden(model64, prompts, ids, emptied)
+    assert hidden.isfinite().all()
+    torch.testing.assert_close(hidden[emptied], group_hidden(model64, prompts, ids, mask)[emptied], atol=1e-9, rtol=0)
+
+
+def test_checkpointing_changes_no_gradient(model64, scene):
+    prompts, ids, mask = scene
+    plain, checkpointed = copy.deepcopy(model64).train(), copy.deepcopy(model64).train()
+    Policy(checkpointed).checkpoint_activations()
+    for model in (plain, checkpointed):
+        group_logp(model, prompts, ids, mask)[mask].sum().backward()
+    for p, q in zip(plain.parameters(), checkpointed.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad, atol=1e-12, rtol=1e-12)
+
+
+def test_the_policy_gives_the_objective_its_real_tokens(model64, scene):
+    prompts, ids, mask = scene
+    hidden, head = Policy(model64)(prompts, ids, mask, lambda *given: given)
+    assert torch.equal(hidden, group_hidden(model64, prompts, ids, mask)[mask]) and head is model64.lm_head.weight
+
+
+# ---------------------------------------------------------------- sampling
+
+
+def decode(model, vocabulary, prompts, G=3, T=24, temperature=1.0, seeds=True):
+    rows = [[100 * b + g for g in range(G)] for b in range(len(prompts))] if seeds else None
+    return sample(model, prompts, G, T, vocabulary.eos, vocabulary.banned, temperature, rows)
+
+
+def test_decoding_agrees_with_a_full_pass(model64, vocabulary, scene):
+    """Greedy tokens are the most probable ones of `group_hidden`: cache, positions and masks of the two paths agree."""
+    prompts, _, _ = scene
+    ids, mask = decode(model64, vocabulary, prompts, G=2, seeds=False)
+    logits = model64.lm_head(group_hidden(model64, prompts, ids, mask))
+    logits[..., list(vocabulary.banned)] = -torch.inf
+    assert torch.equal(logits.argmax(-1)[mask], ids[mask])
+    assert torch.equal(ids[:, 0], ids[:, 1])
+
+
+def test_sampled_tokens_follow_the_distribution_of_a_full_pass(model64, vocabulary, scene):
+    """With the same random numbers, inverting the distributions of `group_hidden` gives the sampled tokens again."""
+    prompts, _, _ = scene
+    ids, mask = decode(model64, vocabulary, prompts, temperature=1.3)
+    logits = model64.lm_head(group_hidden(model64, prompts, ids, mask))
+    for b in range(2):
+        for g in range(3):
+            uniform = torch.rand(24, generator=torch.Generator().manual_seed(100 * b + g)).double()[: ids.shape[2]]
+            again = choose_tokens(logits[b, g], uniform, 1.3, torch.tensor(vocabulary.banned))
+            assert torch.equal(again[mask[b, g]], ids[b, g][mask[b, g]])
+
+
+def test_a_response_does_not_depend_on_its_batch(model64, vocabulary, scene):
+    prompts, _, _ = scene
+    ids, mask = decode(model64, vocabulary, prompts)
+    for b in range(2):
+        for g in range(3):
+            alone, real = sample(model64, [prompts[b]], 1, 24, vocabulary.eos, vocabulary.banned, 1.0, [[100 * b + g]])
+            assert torch.equal(alone[0, 0][real[0, 0]], ids[b, g][mask[b, g]])
+
+
+def test_sampling_works_while_the_model_is_in_training_mode_with_checkpointing(model64, vocabulary, scene):
+    """transformers drops the cache in that mode; `sample` leaves it for as long as it needs the cache."""
+    prompts, _, _ = scene
+    model = copy.deepcopy(model64)
+    Policy(model).checkpoint_activations()
+    model.train()
+    for ours, expected in zip(decode(model, vocabulary, prompts), decode(model64, vocabulary, prompts), strict=True):
+        assert torch.equal(ours, expected)
+    assert model.training and all(module.training for module in model.modules())
+
+
+def test_a_response_ends_with_its_first_end_token(vocabulary, tokenizer):
+    model = loud_model(tokenizer)
+    with torch.no_grad():  # one token in four ends a response
+        model.lm_head.weight.mul_(0.01)
+    prompt = build_prompt(vocabulary.ids("red"), [], model.config)
+    eos = (*vocabulary.eos, *range(20, 20 + len(tokenizer) // 4))
+    ids, mask = sample(model, [prompt], 64, 12, eos, vocabulary.banned, 1.0, [list(range(64))])
+    lengths = set()
+    for row, real in zip(ids[0], mask[0], strict=True):
+        n = int(real.sum())
+        assert real.tolist() == [True] * n + [False] * (len(real) - n)  # a prefix
+        ends = [int(token) in eos for token in row[:n]]
+        assert not any(ends[:-1]) and (ends[-1] or n == 12)
+        lengths.add(n)
+    assert len(lengths) > 4
+
+
+def test_banned_tokens_never_appear(vocabulary, tokenizer):
+    model = loud_model(tokenizer)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(0.01)  # nearly uniform: each banned token would come about every 300 tokens
+    prompt = build_prompt(vocabulary.ids("red"), [], model.config)
+    ids, mask = sample(model, [prompt], 200, 30, (), vocabulary.banned, 1.0, [list(range(200))])
+    assert mask.all() and ids.shape == (1, 200, 30)
+    counts = torch.bincount(ids.flatten(), minlength=len(tokenizer))
+    assert counts[list(vocabulary.banned)].sum() == 0
+    assert (counts > 0).sum() == len(tokenizer) - len(BANNED_TOKENS)
+
+
+def test_frequencies_are_the_probabilities():
+    logits = torch.tensor([0.0, 1.0, 2.0, 5.0]).expand(20000, 4)
+    uniform = torch.rand(20000, generator=torch.Generator().manual_seed(0)).double()
+    for temperature in (0.5, 1.0, 2.0):
+        chosen = choose_tokens(logits, uniform, temperature, torch.tensor([3]))
+        expected = (logits[0, :3] / temperature).softmax(-1)
+        frequency = torch.bincount(chosen, minlength=4)[:3] / 20000
+        torch.testing.assert_close(frequency, expected, atol=0.012, rtol=0)
+
+
+def test_choosing_at_the_ends_of_the_interval():
+    logits = torch.tensor([[-torch.inf, 0.0, 0.0, -torch.inf]])
+    for u, expected in ((0.0, 1), (0.499, 1), (0.501, 2), (1 - 1e-12, 2)):
+        chosen = choose_tokens(logits, torch.tensor([u], dtype=torch.double), 1.0, torch.tensor([], dtype=torch.long))
+        assert chosen == expected
+
+
+def test_the_cache_returns_what_was_written():
+    cache = GroupCache(1, 5)
+    first, second = torch.randn(2, 1, 3, 4), torch.randn(2, 1, 2, 4)
+    keys, _ = cache.update(first, first, 0)
+    assert torch.equal(keys, first) and cache.get_seq_length() == 0
+    cache.length = 3
+    keys, values = cache.update(second, -second, 0)
+    assert torch.equal(keys, torch.cat([first, second], 2)) and torch.equal(values, torch.cat([first, -second], 2))
+
+
+def test_last_hidden_is_that_of_each_prompt_alone(model64, scene):
+    prompts, _, _ = scene
+    together = last_hidden(model64, prompts)
+    for prompt, row in zip(prompts, together, strict=True):
+        embeds, positions, _ = embed_prompts(model64, [prompt])
+        torch.testing.assert_close(_language_model(model64, embeds, positions, None)[0, -1], row, atol=1e-9, rtol=0)
+
+
+# ---------------------------------------------------------------- vocabulary and checkpoints
+
+
+def check_forced_letter(vocabulary: Vocabulary, chat: str):
+    tokenizer = vocabulary.tokenizer
+    ids, letters = vocabulary.forced_letter(chat, 5)
+    assert len(set(letters)) == 5
+    for letter, token in zip("ABCDE", letters, strict=True):
+        assert tokenizer.decode([*ids, token]) == f"{chat}<answer>{letter}"
+        assert tokenizer(f"{chat}<answer>{letter}")["input_ids"] == [*ids, token]
+
+
+def test_forced_letter_with_the_tiny_tokenizer(vocabulary):
+    check_forced_letter(vocabulary, f"<|im_start|>user\n{CLIP}red<|im_end|>\n<|im_start|>assistant\n")
+
+
+@pytest.mark.skipif(not REALDATA.exists(), reason=f"no {REALDATA}: the released tokenizer's files are not here")
+def test_forced_letter_with_the_released_tokenizer():
+    tokenizer = AutoTokenizer.from_pretrained(REALDATA / "tokenizer")
+    vocabulary = Vocabulary.of(tokenizer)
+    check_forced_letter(vocabulary, f"<|im_start|>user\n{CLIP}Which (A) x?<|im_end|>\n<|im_start|>assistant\n")
+    _, letters = vocabulary.forced_letter("<|im_start|>assistant\n", 4)
+    assert tokenizer.convert_ids_to_tokens(letters) == [">A", ">B", ">C", ">D"]  # letters fuse with the tag
+
+
+def test_more_letters_than_single_tokens_is_an_error(vocabulary):
+    class Spelling:
+        def __call__(self, text, add_special_tokens=False):
+            return {"input_ids": [ord(c) for c in text.replace("B", "BB")]}
+
+    with pytest.raises(ValueError, match="one token"):
+        Vocabulary(Spelling(), (), ()).forced_letter("x", 2)
+
+
+def test_a_foreign_tokenizer_is_refused():
+    class Other:
+        def get_vocab(self):
+            return {"<|im_end|>": 0, "a": 1}
+
+    with pytest.raises(ModelError, match=r"no <\|endoftext\|>, <\|im_start\|>"):
+        Vocabulary.of(Other())
+
+
+def test_a_missing_checkpoint_is_named(tmp_path):
+    with pytest.raises(ModelError, match="nowhere"):
+        load(str(tmp_path / "nowhere"))
+
+
+def test_a_checkpoint_of_another_kind_is_refused(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "qwen2"}')
+    with pytest.raises(ModelError, match=r"qwen2.*qwen2_5_vl"):
+        load(str(tmp_path))
+
+
+def test_a_saved_model_loads_silently_with_the_same_logits(tmp_path, tokenizer, vocabulary, caplog):
+    model = loud_model(tokenizer)
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        loaded, words = load(str(tmp_path))
+    assert not [record for record in caplog.records if record.levelname in ("WARNING", "ERROR")]
+    prompt = build_prompt(vocabulary.ids(f"{CLIP} red"), [random_video(0, 2, 56, 56)], model.config)
+    torch.testing.assert_close(last_hidden(loaded, [prompt]), last_hidden(model, [prompt]), atol=0, rtol=0)
+    assert words.get_vocab() == tokenizer.get_vocab()
+    assert isinstance(loaded, Qwen2_5_VLForConditionalGeneration) and tiny.SPECIAL_TOKENS[0] in words.get_vocab()

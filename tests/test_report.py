@@ -1,0 +1,690 @@
+"""report.py: curves, mIoU by evidence, pages. The pages are parsed, the figures are caught before they are written."""
+
+import ast
+import base64
+import doctest
+import io
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+import report
+from report import ReportError
+
+deterministic = settings(derandomize=True, deadline=None, max_examples=60)
+VOID = {"meta", "img", "br"}
+
+
+class Node:
+    def __init__(self, tag, attrs, parent):
+        self.tag, self.attrs, self.parent, self.children = tag, attrs, parent, []
+
+    @property
+    def text(self):
+        return "".join(c if isinstance(c, str) else c.text for c in self.children)
+
+    def all(self, tag=None, cls=None):
+        """Every node below with this tag and class, in document order."""
+        found = []
+        for child in self.children:
+            if isinstance(child, Node):
+                if tag in (None, child.tag) and (cls is None or cls in child.attrs.get("class", "").split()):
+                    found.append(child)
+                found += child.all(tag, cls)
+        return found
+
+
+class Tree(HTMLParser):
+    """Parse a page into nodes; a tag that is closed in the wrong place or not at all is an error."""
+
+    def __init__(self, html):
+        super().__init__(convert_charrefs=True)
+        self.root = self.here = Node("root", {}, None)
+        self.feed(html)
+        self.close()
+        assert self.here is self.root, f"<{self.here.tag}> is never closed"
+
+    def handle_starttag(self, tag, attrs):
+        assert len({name for name, _ in attrs}) == len(attrs), f"<{tag}> has an attribute twice"
+        node = Node(tag, dict(attrs), self.here)
+        self.here.children.append(node)
+        if tag not in VOID:
+            self.here = node
+
+    def handle_endtag(self, tag):
+        assert tag == self.here.tag, f"</{tag}> closes <{self.here.tag}>"
+        self.here = self.here.parent
+
+    def handle_data(self, data):
+        self.here.children.append(data)
+
+
+def parse(path):
+    """A page's nodes, after the checks that every page must pass: well-formed and without any outside reference."""
+    html = path.read_bytes().decode("utf-8")
+    root = Tree(html).root
+    assert not re.search(r"https?:|//[a-z]|url\(|@import", html)
+    for node in root.all():
+        assert not {"href", "srcset", "action"} & set(node.attrs)
+        assert not [name for name in node.attrs if name.startswith("on")]
+        assert node.attrs.get("src", "data:image/").startswith("data:image/")
+    assert root.all("meta")[2].attrs["content"].startswith("default-src 'none'")
+    return root
+
+
+def place(node):
+    """left and width of a box, in per cent."""
+    return tuple(float(x) for x in re.fullmatch(r"left:([\d.]+)%;width:([\d.]+)%", node.attrs["style"]).groups())
+
+
+def write_run(folder, rows, tail=""):
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + tail)
+    return folder
+
+
+def training(n, top=0.8):
+    return [
+        {"step": s, "reward/iou_mean": top * s / n, "reward/iou_std": 0.1, "kl/time": 0.01 * s, "lr": 1e-4, "note": "x"}
+        for s in range(1, n + 1)
+    ]
+
+
+@pytest.fixture
+def figures(monkeypatch):
+    """The figures that would have been written."""
+    caught = []
+    monkeypatch.setattr(report, "save_figure", lambda figure, out: caught.append(figure))
+    return caught
+
+
+# Curves
+
+
+def test_curves_write_a_png_with_a_panel_per_logged_key(tmp_path):
+    keys = report.plot_curves([write_run(tmp_path / "run", training(40))], tmp_path / "new" / "curves.png")
+    assert keys == ["reward/iou_mean", "kl/time", "lr"]  # no panel for what is not logged, nor for the band and text
+    with Image.open(tmp_path / "new" / "curves.png") as image:
+        assert image.format == "PNG" and image.width > 1000
+        assert len(np.unique(np.asarray(image.convert("L")))) > 20
+
+
+def test_panels_follow_the_keys_and_runs_differ_without_colour(tmp_path, figures):
+    a = write_run(tmp_path / "a", training(40))
+    b = write_run(tmp_path / "b", [{**row, "my/own": 1.0} for row in training(30, top=0.5)])
+    keys = report.plot_curves({"TokenAdv": a / "metrics.jsonl", "GRPO": b}, "unused.png")
+    panels = figures[0].axes
+    assert keys == ["reward/iou_mean", "kl/time", "lr", "my/own"]
+    assert [axes.get_title(loc="left") for axes in panels] == [
+        "IoU reward",
+        "KL, time tokens",
+        "Learning rate",
+        "my/own",
+    ]
+    lines = [line for line in panels[0].lines if not line.get_label().startswith("_")]
+    assert [line.get_label() for line in lines] == ["TokenAdv", "GRPO"]
+    assert len({line.get_marker() for line in lines}) == len({line.get_linestyle() for line in lines}) == 2
+    raw = [line for line in panels[0].lines if line.get_label().startswith("_")]
+    np.testing.assert_allclose(raw[1].get_ydata(), [0.5 * s / 30 for s in range(1, 31)])
+    assert all(line.get_alpha() < 0.5 for line in raw)
+    assert [line.get_label() for line in panels[3].lines if not line.get_label().startswith("_")] == ["GRPO"]
+    assert {text.get_text() for text in figures[0].legends[0].get_texts()} == {"TokenAdv", "GRPO"}
+    low, high = panels[0].get_ylim()
+    assert -0.1 < low < 0 and 1 < high < 1.1  # rewards share one scale
+
+
+def test_a_single_run_shows_its_spread_and_several_do_not(tmp_path, figures):
+    runs = [write_run(tmp_path / name, training(40)) for name in "ab"]
+    report.plot_curves(runs[:1], "unused.png")
+    report.plot_curves(runs, "unused.png")
+    assert len(figures[0].axes[0].collections) == 1
+    assert len(figures[1].axes[0].collections) == 0
+    band = figures[0].axes[0].collections[0].get_paths()[0].vertices[:, 1]
+    assert band.max() == pytest.approx(0.79 + 0.1)  # the last smoothed mean is that of steps 39 and 40
+
+
+def test_chosen_keys_come_in_the_given_order_and_a_misspelt_one_is_refused(tmp_path, figures):
+    run = write_run(tmp_path / "run", training(3))
+    assert report.plot_curves([run], "unused.png", ["lr", "reward/iou_std"]) == ["lr", "reward/iou_std"]
+    with pytest.raises(ReportError, match=r"'reward/iou_men'.*nearest.*'reward/iou_mean'"):
+        report.plot_curves([run], "unused.png", ["reward/iou_men"])
+    with pytest.raises(ReportError, match="no run has logged numbers as 'note'"):
+        report.plot_curves([run], "unused.png", ["note"])
+
+
+def test_smoothing_is_a_centred_mean_that_skips_gaps():
+    np.testing.assert_allclose(report.smooth(np.array([1.0, 2.0, 6.0, 0.0]), 3), [1.5, 3.0, 8 / 3, 3.0])
+    np.testing.assert_allclose(report.smooth(np.array([1.0, np.nan, 3.0]), 3), [1.0, 2.0, 3.0])
+    np.testing.assert_allclose(report.smooth(np.array([4.0, np.nan]), 1), [4.0, np.nan])
+
+
+def test_steps_run_again_after_a_resume_count_once(tmp_path):
+    rows = [{"step": s, "loss": 1.0} for s in (1, 2, 3)] + [{"step": s, "loss": 2.0} for s in (2, 3, 4)]
+    read = report.read_metrics(write_run(tmp_path, rows) / "metrics.jsonl")
+    assert [(row["step"], row["loss"]) for row in read] == [(1, 1.0), (2, 2.0), (3, 2.0), (4, 2.0)]
+
+
+def test_values_that_are_not_finite_leave_a_gap(tmp_path, figures):
+    text = '{"step": 1, "loss": NaN}\n{"step": 2, "loss": 3.0}\n{"step": 3, "loss": Infinity}\n{"step": 4}\n'
+    (tmp_path / "metrics.jsonl").write_text(text)
+    report.plot_curves([tmp_path], "unused.png")
+    line = figures[0].axes[0].lines[0]
+    np.testing.assert_allclose(line.get_xdata(), [1, 2, 3])
+    np.testing.assert_allclose(line.get_ydata(), [np.nan, 3.0, np.nan])
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": NaN, "lr": 0}\n')
+    report.plot_curves([tmp_path], "unused.png")
+    assert [len(axes.lines) for axes in figures[1].axes] == [0, 1]
+
+
+@pytest.mark.parametrize("tail", ['{"step": 3, "lo', '{"step": 3, "note": "\udce4'])
+def test_a_broken_last_line_is_what_a_crash_leaves(tmp_path, tail):
+    write_run(tmp_path, training(2))
+    with open(tmp_path / "metrics.jsonl", "ab") as file:
+        file.write(tail.encode("utf-8", "surrogateescape"))
+    assert [row["step"] for row in report.read_metrics(tmp_path / "metrics.jsonl")] == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"step": 1}\n\n{"step": 2, "lo\n{"step": 3}\n', r"metrics\.jsonl, row 3: not JSON"),
+        ('{"step": 1}\n[1, 2]\n', r"metrics\.jsonl, row 2: expected an object"),
+        ('{"loss": 1}\n', r"metrics\.jsonl, row 1: .*'step'"),
+        ('{"step": true}\n', r"metrics\.jsonl, row 1: .*'step'"),
+        ('{"step": NaN}\n', r"metrics\.jsonl, row 1: .*'step'"),
+        ("", r"metrics\.jsonl: no complete row"),
+        ('{"st', r"metrics\.jsonl: no complete row"),
+    ],
+)
+def test_any_other_broken_row_is_named(tmp_path, content, message):
+    (tmp_path / "metrics.jsonl").write_text(content)
+    with pytest.raises(ReportError, match=message):
+        report.read_metrics(tmp_path / "metrics.jsonl")
+
+
+def test_nothing_to_draw_is_an_error(tmp_path):
+    with pytest.raises(ReportError, match="no run"):
+        report.plot_curves([], tmp_path / "x.png")
+    with pytest.raises(ReportError, match="nothing but steps"):
+        report.plot_curves([write_run(tmp_path / "run", [{"step": 1}])], tmp_path / "x.png")
+    with pytest.raises(ReportError, match=r"elsewhere.*no such file"):
+        report.plot_curves([tmp_path / "elsewhere"], tmp_path / "x.png")
+
+
+def test_runs_are_named_by_as_many_folders_as_needed(tmp_path):
+    folders = [write_run(tmp_path / seed / "run", training(2)) for seed in ("seed0", "seed1")]
+    assert list(report.label_runs(folders[:1])) == ["run"]
+    assert list(report.label_runs(folders)) == ["seed0/run", "seed1/run"]
+    assert report.label_runs([folders[0] / "metrics.jsonl"]) == {"run": folders[0] / "metrics.jsonl"}
+    with pytest.raises(ReportError, match="named twice"):
+        report.label_runs([folders[0], folders[0]])
+
+
+def test_command_line(tmp_path, capsys):
+    runs = [str(write_run(tmp_path / name, training(5))) for name in "ab"]
+    report.main([*runs, "--out", str(tmp_path / "c.png"), "--keys", "lr"])
+    assert "1 panels" in capsys.readouterr().out and (tmp_path / "c.png").stat().st_size > 1000
+    with pytest.raises(SystemExit) as stop:
+        report.main([str(tmp_path / "missing"), "--out", str(tmp_path / "d.png")])
+    assert stop.value.code == 2 and "missing: no such file" in capsys.readouterr().err
+    assert not (tmp_path / "d.png").exists()
+
+
+# mIoU by evidence
+
+
+def result(i, glue, iou, duration=20.0, **fields):
+    row = {"id": f"q{i}", "video": "v.mp4", "question": "What?", "kind": "fine", "answer": "A", "coarse_answer": "B"}
+    return row | {"zoom_answer": "A", "glue": glue, "spans": glue, "iou": iou, "duration": duration} | fields
+
+
+def test_bins_and_means_by_hand(figures):
+    lengths = [1, 2, 3, 4, 5, 6]
+    iou = [0.0, 0.2, 0.4, 0.6, 0.8, 1.0]
+    ours = [result(i, [[2, 2 + n]], v) for i, (n, v) in enumerate(zip(lengths, iou, strict=True))]
+    ours.append(result(9, [], None))  # not annotated: left out
+    base = [{**row, "iou": row["iou"] and row["iou"] / 2} for row in reversed(ours)]
+    counts = report.plot_by_clue({"GRPO": base, "Zoom-Zero": ours}, "unused.png", bins=2)
+    # The median of 1..6 lies between the third and fourth; the nearest value is 3 (index 2.5 rounds down to even).
+    assert counts == {"duration": [2, 4], "proportion": [2, 4]}
+    for axes in figures[0].axes:
+        means = {c.get_label(): c[0].get_ydata().astype(float) for c in axes.containers}
+        np.testing.assert_allclose(means["Zoom-Zero"], [0.1, 0.7])
+        np.testing.assert_allclose(means["GRPO (baseline)"], [0.05, 0.35])
+        np.testing.assert_allclose(means["whole video as answer"], [1.5 / 20, 4.5 / 20])
+        styles = {(c[0].get_linestyle(), c[0].get_marker()) for c in axes.containers}
+        assert len(styles) == 3
+        drawn = {c.get_label(): c[0] for c in axes.containers}
+        assert list(drawn) == ["Zoom-Zero", "GRPO (baseline)", "whole video as answer"]
+        assert drawn["GRPO (baseline)"].get_markerfacecolor() == "white"
+        assert drawn["Zoom-Zero"].get_markerfacecolor() == drawn["Zoom-Zero"].get_color() == report.COLOURS[0]
+    left, right = ([t.get_text() for t in axes.get_xticklabels()] for axes in figures[0].axes)
+    assert left == ["1.0–3.0\nn = 2", "3.0–6.0\nn = 4"]
+    assert right == ["5.0–15.0\nn = 2", "15.0–30.0\nn = 4"]
+
+
+def test_evidence_is_measured_on_the_union_and_equal_lengths_share_a_bin(tmp_path, figures):
+    rows = [result(i, [[0, 3], [2, 5], [7, 7]], 0.5) for i in range(3)]
+    assert report.plot_by_clue({"a": rows}, "unused.png") == {"duration": [3], "proportion": [3]}
+    assert [t.get_text() for t in figures[0].axes[0].get_xticklabels()] == ["5.0–5.0\nn = 3"]
+
+
+def test_clue_picture_is_written(tmp_path):
+    rng = np.random.default_rng(0)
+    rows = [result(i, [[0, s]], u) for i, (s, u) in enumerate(rng.uniform(0, 1, (50, 2)).tolist())]
+    counts = report.plot_by_clue({"a": rows, "b": rows}, tmp_path / "clue.png")
+    assert counts["duration"] == counts["proportion"] and sum(counts["duration"]) == 50
+    assert max(counts["duration"]) - min(counts["duration"]) <= 2
+    with Image.open(tmp_path / "clue.png") as image:
+        assert image.format == "PNG"
+
+
+@pytest.mark.parametrize(
+    ("results", "message"),
+    [
+        ({}, "no results"),
+        ({"a": [result(1, [], None)]}, "a: no question has annotated evidence"),
+        ({"a": [result(1, [[0, 1]], 1)], "b": [result(2, [[0, 1]], 1)]}, r"same questions.*\['q1', 'q2'\]"),
+        ({"a": [result(1, [[0, 1]], 1, duration=None)]}, "a: a question without a duration"),
+        ({"a": [result(1, [[0, 1]], None)]}, r"a: no IoU for \['q1'\]"),
+        ({"a": [result(1, [[0, 1]], 1), result(1, [[0, 1]], 0)]}, "a: 2 rows with evidence but 1 different ids"),
+    ],
+)
+def test_results_that_cannot_be_compared_are_refused(tmp_path, results, message):
+    with pytest.raises(ReportError, match=message):
+        report.plot_by_clue(results, tmp_path / "clue.png")
+
+
+@deterministic
+@given(st.lists(st.tuples(st.integers(0, 30), st.integers(0, 8)), max_size=6))
+def test_union_length_counts_seconds(spans):
+    covered = {second for start, length in spans for second in range(start, start + length)}
+    assert report.union_length([(start, start + length) for start, length in spans]) == len(covered)
+
+
+@deterministic
+@given(st.lists(st.integers(0, 9), min_size=1, max_size=30), st.integers(1, 6))
+def test_bins_are_never_empty(values, bins):
+    edges = report.bin_edges(np.array(values, dtype=float), bins)
+    counts = np.histogram(values, np.unique(edges) if len(np.unique(edges)) > 1 else 1)[0]
+    assert counts.min() >= 1 and counts.sum() == len(values) and 2 <= len(edges) <= bins + 1
+
+
+# Pieces
+
+
+@deterministic
+@given(st.floats(-1e5, 1e5))
+def test_clock_is_right_to_a_tenth(seconds):
+    sign, minutes, rest = re.fullmatch(r"(-?)(\d{2,}):([0-5]\d\.\d)", report.clock(seconds)).groups()
+    assert (-1 if sign else 1) * (int(minutes) * 60 + float(rest)) == pytest.approx(seconds, abs=0.0501)
+
+
+def test_doctests_and_independence():
+    assert doctest.testmod(report).failed == 0
+    tree = ast.parse(Path(report.__file__).read_text())
+    imports = {node.module if isinstance(node, ast.ImportFrom) else node.names[0].name for node in ast.walk(tree)
+               if isinstance(node, ast.Import | ast.ImportFrom)}  # fmt: skip
+    ours = {path.stem for path in Path(report.__file__).parent.glob("*.py")}
+    assert not {name.split(".")[0] for name in imports} & ours
+
+
+def test_spans_lie_on_the_time_line_at_their_per_cent():
+    root = Tree(report.timeline([[2.5, 6.5]], {"r1": [[3, 8], [14, 19]], "r2": None, "r3": []}, 16.0)).root
+    assert [place(n) for n in root.all(cls="true")] == [(15.625, 25.0)]
+    assert [place(n) for n in root.all(cls="ghost")] == [(15.625, 25.0)] * 3
+    first, cut = root.all(cls="pred")
+    assert place(first) == (18.75, 31.25) and first.attrs["title"] == "00:03.0–00:08.0"
+    assert place(cut) == (87.5, 12.5) and cut.attrs["title"] == "00:14.0–00:19.0"  # drawn cut off, labelled in full
+    assert (cut.attrs["data-start"], cut.attrs["data-end"]) == ("14.0", "19.0")
+    assert [n.text for n in root.all(cls="who")] == ["truth", "r1", "r2", "r3"]
+    assert [n.text for n in root.all(cls="times")] == [
+        "00:02.5–00:06.5", "00:03.0–00:08.0, 00:14.0–00:19.0", "no span", "empty"
+    ]  # fmt: skip
+    ticks = root.all("i")
+    assert [(t.attrs["style"], t.text) for t in ticks[:2]] == [("left:0.000%", "00:00.0"), ("left:31.250%", "00:05.0")]
+    assert [n.text for n in Tree(report.timeline(None, {"r": []}, 2.0)).root.all(cls="who")] == ["r"]
+    assert Tree(report.timeline([], {}, 2.0)).root.all(cls="times")[0].text == "not annotated"
+
+
+@deterministic
+@given(st.lists(st.tuples(st.floats(-1e4, 1e4), st.floats(-1e4, 1e4)), max_size=4), st.floats(0.1, 1e4))
+def test_boxes_never_leave_the_time_line(spans, duration):
+    for node in Tree(report.bars(spans, duration, "pred")).root.all(cls="span"):
+        left, width = place(node)
+        assert 0 <= left <= 100 and width >= 0 and left + width <= 100.001
+
+
+@pytest.mark.parametrize("duration", [0.3, 1, 16, 59.9, 754, 7200, 36000, 1e6])
+def test_ticks_are_few_and_inside(duration):
+    ticks = report.tick_times(duration)
+    assert ticks[0] == 0 and 2 <= len(ticks) <= 7 and ticks[-1] < duration
+
+
+@pytest.mark.parametrize("duration", [0, -1, float("nan"), float("inf")])
+def test_a_time_line_needs_a_duration(duration):
+    with pytest.raises(ReportError, match="positive duration"):
+        report.timeline([[0, 1]], {}, duration)
+
+
+def decode(node):
+    kind, data = re.fullmatch(r"data:image/(png|jpeg);base64,(.+)", node.attrs["src"]).groups()
+    return kind, np.asarray(Image.open(io.BytesIO(base64.b64decode(data)))).transpose(2, 0, 1)
+
+
+def test_small_frames_are_embedded_exactly_and_shown_larger_by_a_whole_factor():
+    frames = np.random.default_rng(0).integers(0, 256, (3, 3, 28, 56), dtype=np.uint8)
+    root = Tree(report.film_strip(frames, [0.0, 0.5, 1.0], 136, [[0.5, 0.9]])).root
+    for frame, image in zip(frames, root.all("img"), strict=True):
+        kind, pixels = decode(image)
+        assert kind == "png" and image.attrs["class"] == "small"
+        np.testing.assert_array_equal(pixels, frame)
+        assert (image.attrs["width"], image.attrs["height"]) == ("112", "56")
+    assert [n.text for n in root.all("figcaption")] == ["00:00.0", "00:00.5", "00:01.0"]
+    assert [n.attrs["class"] for n in root.all("figure")] == ["context", "evidence", "context"]
+    assert "image-rendering: pixelated" in report.STYLE.split(".small {")[1].split("}")[0]
+
+
+def test_large_frames_shrink_and_long_clips_are_thinned_evenly():
+    frames = np.full((1, 3, 700, 1400), 90, np.uint8)
+    root = Tree(report.film_strip(frames, [0.0], 136)).root
+    kind, pixels = decode(root.all("img")[0])
+    assert kind == "jpeg" and pixels.shape == (3, 160, 320) and abs(int(pixels.mean()) - 90) <= 1
+    assert (root.all("img")[0].attrs["width"], root.all("img")[0].attrs["height"]) == ("136", "68")
+    many = np.zeros((200, 3, 8, 8), np.uint8)
+    root = Tree(report.film_strip(many, list(range(200)), 136)).root
+    times = [n.text for n in root.all("figcaption")]
+    assert len(times) == report.MAX_FRAMES and times[0] == "00:00.0" and times[-1] == "03:19.0"
+    assert "48 of 200 frames shown" in root.text
+
+
+@pytest.mark.parametrize(
+    ("frames", "times"),
+    [
+        (np.zeros((2, 3, 8, 8), np.float32), [0, 1]),
+        (np.zeros((2, 8, 8, 3), np.uint8), [0, 1]),
+        (np.zeros((2, 3, 8, 8), np.uint8), [0]),
+    ],
+)
+def test_frames_of_another_shape_are_refused(frames, times):
+    with pytest.raises(ReportError, match=r"uint8 \[N, 3, H, W\]"):
+        report.film_strip(frames, times, 100)
+
+
+# Episodes
+
+HOSTILE = "<script>alert('x')</script> & \"quotes\""
+
+
+def episode(**fields):
+    clip = {"times": [0.0, 1.0, 2.0, 3.0], "frames": np.zeros((4, 3, 56, 56), np.uint8)}
+    response = {
+        "tokens": ["<th", "ink", ">", "red\n", "</think>", "<answer>", "C", "</answer>"],
+        "advantages": [1.5, 0.75, 0.0, -0.75, -1.5, 0.3, 0.6, 0.9],
+        "segments": ["think"] * 5 + ["answer"] * 3,
+        "answer": "C",
+        "spans": [[1.0, 2.0]],
+        "rewards": {"format": 1.0, "iou": 0.625},
+        "zoom": {"times": [1.0], "frames": np.zeros((1, 3, 112, 112), np.uint8), "answer": "A"},
+    }
+    failed = response | {"answer": None, "spans": None, "zoom": None, "tokens": list("abcdefgh")}
+    whole = {"id": "e1", "video": "v.mp4", "question": HOSTILE, "options": ["<b>one</b>", "two", "three"]}
+    whole |= {"answer": "C", "duration": 4.0, "glue": [[1.0, 3.0]], "coarse": clip, "responses": [response, failed]}
+    return whole | fields
+
+
+def episode_page(tmp_path, *episodes):
+    report.episodes_page(episodes, tmp_path / "new" / "page.html", "Step 1 <now>")
+    return parse(tmp_path / "new" / "page.html")
+
+
+def test_an_episode_shows_everything_and_executes_nothing(tmp_path):
+    root = episode_page(tmp_path, episode())
+    assert root.all("h1")[0].text == root.all("title")[0].text == "Step 1 <now>"
+    assert root.all("h2")[0].text == HOSTILE and not root.all("script") and not root.all("b")
+    assert [n.text for n in root.all("li")] == ["A. <b>one</b>", "B. two", "C. three ✓"]
+    assert [n.text for n in root.all("li", "right")] == ["C. three ✓"]
+    article = root.all("article")[0]
+    assert [place(n) for n in article.all(cls="true")] == [(25.0, 50.0)]
+    assert [place(n) for n in article.all(cls="pred")] == [(25.0, 25.0)]
+    assert len(article.all("img")) == 4 + 1
+    first, second = article.all("section")
+    assert "answered C ✓" in first.text and "Zoom pass: answered A ✗" in first.text
+    assert "answered none ✗" in second.text and "no span" in second.text and "No zoom pass" in second.text
+    rewards, means = ([[c.text for c in r.all()] for r in t.all("tr")] for t in first.all("table"))
+    assert rewards == [["format", "iou"], ["1.00", "0.62"]]
+    assert means == [["think", "answer"], ["+0.00", "+0.60"]]
+
+
+def test_tokens_carry_their_advantage_in_colour_line_and_title(tmp_path):
+    tokens = episode_page(tmp_path, episode()).all("section")[0].all(cls="tok")
+    assert [t.text for t in tokens] == ["<th", "ink", ">", "red↵\n", "</think>", "<answer>", "C", "</answer>"]
+    assert [t.attrs["class"].split()[1] for t in tokens[:5]] == ["pos", "pos", "zero", "neg", "neg"]
+    assert tokens[0].attrs["title"] == "think: +1.500" and tokens[3].attrs["title"] == "think: -0.750"
+    colours = [tuple(map(int, re.findall(r"\d+", t.attrs["style"]))) for t in tokens]
+    assert colours[2] == (255, 255, 255)
+    # Full colour is 60% of the hue on white, half the advantage half of that: 255 + 0.6 * (33 - 255) = 121.8.
+    assert colours[0] == (122, 163, 205) and colours[1] == (188, 209, 230)
+    assert colours[4] == (236, 169, 108) and colours[3] == (246, 212, 182)
+    assert re.search(r"\.neg \{ text-decoration: underline", report.EPISODE_STYLE)
+
+
+def test_one_colour_scale_for_the_whole_page(tmp_path):
+    weak = episode(id="e2")
+    weak["responses"] = [{**weak["responses"][0], "advantages": [0.1] * 8}]
+    root = episode_page(tmp_path, episode(), weak)
+    assert root.all("article")[1].all(cls="tok")[0].attrs["style"] == "background:rgb(246,249,252)"
+    assert "±1.50" in root.all(cls="legend")[0].text
+
+
+def test_segments_and_truth_may_be_absent_and_zero_advantages_stay_white(tmp_path):
+    bare = episode(glue=[], answer="a dog", options=[])
+    bare["responses"] = [{**bare["responses"][1], "advantages": [0.0] * 8}]
+    del bare["responses"][0]["segments"]
+    root = episode_page(tmp_path, bare)
+    assert {t.attrs["style"] for t in root.all("section")[0].all(cls="tok")} == {"background:rgb(255,255,255)"}
+    assert root.all("section")[0].all(cls="tok")[0].attrs["title"] == "+0.000"
+    assert [n.text for n in root.all("li")] == ["Answer: a dog"] and len(root.all("section")[0].all("table")) == 1
+
+
+@deterministic
+@given(st.text(max_size=30), st.lists(st.text(st.sampled_from("<>&\"'/ab\n -!="), max_size=8), min_size=1, max_size=8))
+def test_no_text_breaks_out_of_its_place(tmp_path_factory, question, tokens):
+    question = question.replace("\r", "").replace("\0", "")  # browsers and parsers normalise these two
+    bold = episode(question=question, id=question, video=question, options=tokens)
+    named = {**bold["responses"][0], "tokens": tokens, "advantages": [1.0] * len(tokens), "segments": tokens}
+    bold["responses"] = [{**named, "rewards": {token: 1.0 for token in tokens}, "answer": tokens[0]}]
+    root = episode_page(tmp_path_factory.mktemp("page"), bold)
+    assert root.all("h2")[0].text == question and root.all("article")[0].attrs["id"] == question
+    assert "".join(t.text for t in root.all("section")[0].all(cls="tok")).replace("↵", "") == "".join(tokens)
+
+
+def test_half_a_surrogate_pair_does_not_stop_the_page(tmp_path):
+    root = episode_page(tmp_path, episode(question="broken \ud83d here"))
+    assert re.fullmatch("broken . here", root.all("h2")[0].text)
+
+
+def test_the_same_episodes_give_the_same_bytes(tmp_path):
+    for name in ("a", "b"):
+        report.episodes_page([episode()], tmp_path / name, "t")
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"advantages": [1.0]}, "episode e1: response 1: 8 tokens, 1 advantages and 8 segments"),
+        ({"segments": ["think"]}, "episode e1: response 1: 8 tokens, 8 advantages and 1 segments"),
+        ({"advantages": [float("nan")] * 8}, "episode e1: response 1: an advantage is not finite"),
+        ({"spans": [[0, float("inf")]]}, "episode e1: inf is not a time"),
+    ],
+)
+def test_a_response_that_does_not_fit_is_named(tmp_path, change, message):
+    wrong = episode()
+    wrong["responses"][0] |= change
+    with pytest.raises(ReportError, match=message):
+        episode_page(tmp_path, wrong)
+
+
+def test_a_missing_field_is_named(tmp_path):
+    for field in ("glue", "coarse", "responses", "question"):
+        wrong = episode()
+        del wrong[field]
+        with pytest.raises(ReportError, match=f"episode e1: no field '{field}'"):
+            episode_page(tmp_path, wrong)
+    with pytest.raises(ReportError, match="episode e1: a time line needs"):
+        episode_page(tmp_path, episode(duration=0))
+
+
+# Evaluation
+
+
+def evaluation(tmp_path, rows, summary=None):
+    report.evaluation_page(rows, tmp_path / "new" / "eval.html", "Results & more", summary or {"mIoU": 0.5})
+    return parse(tmp_path / "new" / "eval.html")
+
+
+def test_rows_carry_the_keys_they_are_sorted_by(tmp_path):
+    rows = [
+        result(1, [[5, 10], [8, 12]], 0.25, question=HOSTILE, spans=[[4, 8]]),
+        result(2, [], None, answer=None, coarse_answer=None, zoom_answer=None, spans=None, kind=None, duration=7.5),
+        result(3, [[1, 2]], 0.0, duration=None),
+    ]
+    root = evaluation(tmp_path, rows)
+    table = root.all("table", "results")[0]
+    heads = table.all("th")
+    assert [h.text for h in heads] == [
+        "Question", "Kind", "Answer", "Coarse", "Zoomed", "IoU", "Evidence (s)", "Length", "Time line"
+    ]  # fmt: skip
+    assert all(h.all("button") and h.attrs["aria-sort"] == "none" for h in heads[:-1])
+    assert not heads[-1].all("button")
+    keys = [[c.attrs.get("data-sort") for c in r.all("td")] for r in table.all("tbody")[0].all("tr")]
+    assert keys[0] == [HOSTILE, "fine", "A", "0", "1", "0.25", "7.0", "20.0", None]
+    assert keys[1] == ["What?", "", "", "", "", "", "", "7.5", None]
+    for row in keys:
+        for head, key in zip(heads, row, strict=True):
+            if head.attrs.get("data-type") == "number" and key:
+                float(key)
+    cells = [[c.text for c in r.all("td")] for r in table.all("tbody")[0].all("tr")]
+    assert cells[0][3:8] == ["B ✗", "A ✓", "0.250", "7.0", "00:20.0"]
+    assert cells[1][1:8] == ["–", "–", "–", "–", "–", "–", "00:07.5"]
+    assert cells[0][8] == "00:05.0–00:10.0, 00:08.0–00:12.0 | 00:04.0–00:08.0"
+    assert cells[1][8] == "not annotated | no span"
+    assert keys[2][7] == "" and cells[2][7:] == ["–", "00:01.0–00:02.0 | 00:01.0–00:02.0"]
+    assert [place(n) for n in table.all(cls="true")] == [(25.0, 25.0), (40.0, 20.0)]
+    assert [place(n) for n in table.all(cls="pred")] == [(20.0, 20.0)]
+    assert [c.attrs["data-label"] for c in table.all("tr")[1].all("td")] == [h.text for h in heads]
+
+
+def test_the_sorting_script_is_on_the_page_and_uses_these_names(tmp_path):
+    root = evaluation(tmp_path, [result(1, [[0, 1]], 1.0)])
+    (script,) = root.all("script")
+    assert script.text == report.SORT_SCRIPT
+    for name in ("table.results th button", "dataset.sort", "dataset.type", "aria-sort"):
+        assert name in script.text
+
+
+def test_summary_of_one_line_and_of_several(tmp_path):
+    def cells(summary):
+        table = evaluation(tmp_path, [], summary).all("table", "summary")[0]
+        return [[c.text for c in r.children] for r in table.all("tr")]
+
+    assert cells({"mIoU": 0.51234, "questions": 120}) == [["", "mIoU", "questions"], ["", "0.512", "120"]]
+    assert cells({"before": {"mIoU": 0.5}, "<after>": {"mIoU": 0.8, "R@0.5": "0.9 ± 0.1"}}) == [
+        ["", "mIoU", "R@0.5"],
+        ["before", "0.500", "–"],
+        ["<after>", "0.800", "0.9 ± 0.1"],
+    ]
+
+
+def test_a_row_that_lacks_a_field_or_a_duration_is_named(tmp_path):
+    wrong = result(2, [[0, 1]], 1.0)
+    del wrong["zoom_answer"]
+    with pytest.raises(ReportError, match=r"row 2 \(q2\): no field 'zoom_answer'"):
+        evaluation(tmp_path, [result(1, [[0, 1]], 1.0), wrong])
+    with pytest.raises(ReportError, match=r"row 1 \(q1\): a time line needs a positive duration"):
+        evaluation(tmp_path, [result(1, [[0, 1]], 1.0, duration=0)])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A question about one video
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def one_look(kind, part, times, **changed):
+    frames = np.zeros((len(times), 3, 28, 28), np.uint8)
+    look = {"kind": kind, "part": part, "times": times, "frames": frames, "answer": "B", "confidence": 0.5}
+    return {**look, "spans": [[1.0, 2.0]], "text": "<glue>[(1.0,2.0)]</glue>", **changed}
+
+
+def answered(**changed):
+    record = {
+        "video": "a&b.mp4",
+        "question": "Is 1 < 2?",
+        "options": ["yes", "<no>"],
+        "letters": {"A": 0.25, "B": 0.75},
+        "answer": "B",
+        "confidence": 0.5,
+        "duration": 20.0,
+        "spans": [[1.0, 2.0], [9.0, 11.5]],
+        "strategy": "coarse-to-fine",
+        "cost": {"visual tokens": 88},
+        "looks": [
+            one_look("coarse", None, [float(k) for k in range(20)]),
+            one_look("zoom", [(1.0, 2.0), (9.0, 11.5)], [1.0, 1.5, 8.99, 9.5, 10.0, 10.5, 11.0]),
+        ],
+    }
+    return {**record, **changed}
+
+
+def answer_tree(tmp_path, source="a%26b.mp4", **changed):
+    report.answer_page(answered(**changed), tmp_path / "page.html", source)
+    return Tree((tmp_path / "page.html").read_text()).root
+
+
+def test_an_answer_page_has_a_jump_for_each_span(tmp_path):
+    root = answer_tree(tmp_path)
+    jumps = [(float(b.attrs["data-start"]), float(b.attrs["data-end"]), b.text) for b in root.all("button")]
+    assert jumps == [(1.0, 2.0, "▸ 00:01.0–00:02.0"), (9.0, 11.5, "▸ 00:09.0–00:11.5")]
+    boxes = [float(box.attrs["data-start"]) for box in root.all("div", "pred")]
+    assert boxes == [1.0, 9.0]
+    assert root.all("video")[0].attrs["src"] == "a%26b.mp4"
+
+
+def test_an_answer_page_shows_the_zoomed_frames_of_each_span(tmp_path):
+    zoomed = answer_tree(tmp_path).all("section")[1]
+    assert [h.text for h in zoomed.all("h4")] == ["00:01.0–00:02.0", "00:09.0–00:11.5"]
+    shown = [[float(f.attrs["data-time"]) for f in strip.all("figure")] for strip in zoomed.all("div", "strip")]
+    assert shown == [[1.0, 1.5], [8.99, 9.5, 10.0, 10.5, 11.0]]
+
+
+def test_an_answer_page_gives_each_option_its_share(tmp_path):
+    items = answer_tree(tmp_path).all("ul", "letters")[0].all("li")
+    assert [i.text for i in items] == ["A. yes25.0%", "B. <no>75.0%"]
+    assert ["given" in i.attrs.get("class", "") for i in items] == [False, True]
+
+
+def test_an_answer_page_without_options_or_spans(tmp_path):
+    root = answer_tree(tmp_path, options=[], letters={}, answer=None, confidence=None, spans=None)
+    assert not root.all("ul", "letters") and not root.all("button")
+    assert root.all("p", "answer")[0].text == "no span"
+
+
+@pytest.mark.parametrize(("source", "media"), [("a.mp4", "'self' file:"), ("data:video/mp4;base64,AA==", "data:")])
+def test_an_answer_pages_player_may_load_its_video_only(tmp_path, source, media):
+    policy = next(m.attrs["content"] for m in answer_tree(tmp_path, source).all("meta") if "http-equiv" in m.attrs)
+    assert "default-src 'none'" in policy and policy.endswith(f"media-src {media}")
+
+
+def test_an_answer_page_names_the_look_that_cannot_be_drawn(tmp_path):
+    with pytest.raises(ReportError, match=r"look 1 \(window\): frames must be"):
+        answer_tree(
+            tmp_path, looks=[one_look("window", [(0.0, 2.0)], [0.0, 1.0], frames=np.zeros((1, 3, 28, 28), np.uint8))]
+        )

@@ -1,0 +1,567 @@
+"""The training loop: gradients, options, bad input, signals and resuming, on a small world with a policy that talks at
+random.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from conftest import read_metrics
+from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
+
+import config as configuration
+import data
+import train
+from policy import load
+from train import TrainingError, draw, keep_metrics, learning_rate, main, micro_batches, prepare, score, update
+
+ROOT = Path(__file__).resolve().parents[1]
+TIMES = ("seconds/", "visual_tokens_per_second", "text_tokens_per_second")
+
+
+@pytest.fixture(autouse=True)
+def _fresh_accelerate():
+    """Runs in one process may differ in precision."""
+    yield
+    for state in (AcceleratorState, GradientState, PartialState):
+        state._reset_state()
+
+
+@pytest.fixture
+def parsed(recipe):
+    return lambda *arguments: configuration.parse(["--config", str(recipe), *arguments])
+
+
+@pytest.fixture
+def samples(small_world):
+    return data.load(small_world["train"], video_root=small_world["train"].parent)
+
+
+def run_script(*arguments: object, script: str = "train.py", processes: int = 1) -> list[str]:
+    # accelerate launch --cpu starts several processes with MPI only; torch's launcher needs nothing else.
+    several = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    return [sys.executable, *(several if processes > 1 else []), script, *map(str, arguments)]
+
+
+def environment() -> dict[str, str]:
+    return os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+
+
+def call(*arguments: object, **options) -> subprocess.CompletedProcess:
+    command = run_script(*arguments, **options)
+    return subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=600)
+
+
+def without_times(rows: list[dict]) -> list[dict]:
+    return [{name: value for name, value in row.items() if not name.startswith(TIMES)} for row in rows]
+
+
+def weights(out: Path) -> dict[str, torch.Tensor]:
+    return Qwen2_5_VLForConditionalGeneration.from_pretrained(out / "checkpoint").state_dict()
+
+
+def assert_same_run(a: Path, b: Path, tolerance: float = 0.0) -> None:
+    for one, two in zip(without_times(read_metrics(a)), without_times(read_metrics(b)), strict=True):
+        assert one == pytest.approx(two, abs=max(tolerance, 1e-12), rel=tolerance)
+    theirs = weights(b)
+    for name, weight in weights(a).items():
+        torch.testing.assert_close(weight, theirs[name], atol=tolerance, rtol=0)
+
+
+# ---------------------------------------------------------------- a whole run
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, talker, small_world):
+    """A run of three steps in one process that nothing interrupted, with a table before and after."""
+    from conftest import RECIPE
+
+    folder = tmp_path_factory.mktemp("finished")
+    values = {"model": talker, "out": folder / "run", "train": small_world["train"], "test": small_world["test"]}
+    values["root"] = small_world["train"].parent
+    (folder / "recipe.yaml").write_text(RECIPE.format(**values))
+    main(["--config", str(folder / "recipe.yaml"), "--steps", "3", "--tracker", "tensorboard", "--eval_controls"])
+    return folder
+
+
+def test_what_a_run_leaves_behind(finished):
+    out = finished / "run"
+    rows = read_metrics(out)
+    assert [row["step"] for row in rows] == [0, 1, 2]
+    for row in rows:
+        assert all(math.isfinite(value) for value in row.values())
+        assert {"reward/iou_mean", "kl/time", "kl/text", "entropy", "clip_fraction", "seconds/zoom", "lr"} <= set(row)
+        assert row["lr"] == pytest.approx(1e-3) and row["grad_norm"] > 0
+    assert max(row["reward/iou_std"] for row in rows) > 0.1 and rows[0]["kl/text"] < 1e-9 < rows[2]["kl/text"]
+    assert (out / "curves.png").stat().st_size > 1000 and "<html" in (out / "episodes.html").read_text()
+    assert list((out / "zoomgrpo").glob("events*"))
+    table = json.loads((out / "evaluation.json").read_text())
+    assert set(table) == {"before", "after"} and table["after"]["all"]["questions"] >= 6
+    assert not list(out.glob("*.part")) and not list(out.glob("*.old"))
+    before = [json.loads(line) for line in (out / "results-before.jsonl").read_text().splitlines()]
+    assert len(before) == table["before"]["all"]["questions"]
+
+
+def test_the_checkpoint_loads_silently_and_is_the_trained_policy(finished, talker, caplog):
+    loaded = Qwen2_5_VLForConditionalGeneration.from_pretrained(finished / "run" / "checkpoint")
+    tokenizer = AutoTokenizer.from_pretrained(finished / "run" / "checkpoint")
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+    assert tokenizer.get_vocab() == AutoTokenizer.from_pretrained(talker).get_vocab()
+    assert loaded.lm_head.weight is loaded.get_input_embeddings().weight
+    state = torch.load(finished / "run" / "state" / "pytorch_model.bin")
+    for name, weight in loaded.state_dict().items():
+        assert torch.equal(weight, state[f"model.{name}"])
+    start = load(str(talker))[0].state_dict()
+    changed = [name for name, weight in loaded.state_dict().items() if not torch.equal(weight, start[name])]
+    assert len(changed) == len(start)
+
+
+def test_the_configuration_of_a_run_reads_back(finished):
+    saved = configuration.parse(["--config", str(finished / "run" / "config.yaml")])
+    given = configuration.parse(["--config", str(finished / "recipe.yaml"), "--steps", "3"])
+    assert replace(saved, tracker="none", eval_controls=False) == given
+
+
+# ---------------------------------------------------------------- gradients and their independence
+
+
+def rolled_out(parsed, samples, *arguments):
+    """A prepared run and the groups of its first step, scored."""
+    config = parsed(*arguments)
+    run = prepare(config, Accelerator(cpu=True))
+    batches = train.view_batches(run, samples, 0)
+    views = [drawn.view for drawn in next(batches)]
+    batches.close()
+    groups = train.roll_out(run.model, views, config, run.vocabulary, 0)
+    train.zoom_pass(run.model, groups, config, run.vocabulary)
+    score(groups, config)
+    return run, groups
+
+
+def gradients(run, groups, config) -> dict[str, torch.Tensor]:
+    """The gradient of one update, before clipping."""
+    kept = {}
+    run.config = config
+    step = run.optimizer.step
+    run.optimizer.step = lambda: kept.update({n: p.grad.clone() for n, p in run.model.named_parameters()})
+    update(run, micro_batches(groups, config))
+    run.optimizer.step = step
+    return kept
+
+
+@pytest.mark.parametrize("normalise", ["sequence", "token", "fixed"])
+def test_gradients_do_not_depend_on_prompts_per_pass(parsed, samples, normalise):
+    run, groups = rolled_out(parsed, samples, "--normalise", normalise, "--max_grad_norm", "1e9")
+    assert sum(len({tuple(v) for v in zip(*g.rewards.values(), strict=True)}) > 1 for g in groups) > 1
+    config = run.config
+    whole = gradients(run, groups, replace(config, prompts_per_pass=4))
+    for size in (1, 3):
+        split = gradients(run, groups, replace(config, prompts_per_pass=size))
+        for name, gradient in whole.items():
+            assert (gradient - split[name]).abs().max() < 1e-4 * gradient.abs().max() + 1e-9, name
+    assert max(gradient.abs().max() for gradient in whole.values()) > 1e-3
+
+
+def test_several_updates_use_the_log_probabilities_of_the_sampling_policy(parsed, samples, monkeypatch):
+    """Before the first update the ratio is exactly 1; later ones are measured against the same policy."""
+    run, groups = rolled_out(parsed, samples, "--updates_per_rollout", "4", "--clip_low", "0.2", "--clip_high", "0.28")
+    ratios, old = [], []
+
+    def noted(run, batches):
+        totals = update(run, batches)
+        ratios.append(totals["ratio"] / totals["tokens"])
+        old.append(batches[0].old_logp)
+        return totals
+
+    monkeypatch.setattr(train, "update", noted)
+    start = {name: p.clone() for name, p in run.model.named_parameters()}
+    train.update_on_rollout(run, groups)
+    assert len(ratios) == 4 and ratios[0] == pytest.approx(1, abs=1e-6)
+    assert all(abs(ratio - 1) > 1e-5 for ratio in ratios[1:])
+    with torch.no_grad():
+        for name, p in run.model.named_parameters():
+            p.copy_(start[name])
+    batches = [batch for group in groups for batch in micro_batches([group], run.config)]
+    train.set_old_logp(run, batches)
+    for batch, given in zip(batches, old, strict=True):
+        torch.testing.assert_close(batch.old_logp, given, atol=1e-5, rtol=0)
+
+
+def test_two_processes_train_like_one(recipe, tmp_path):
+    """The same metrics and weights after two steps of two updates each, up to float noise."""
+    common = ["--config", recipe, "--updates_per_rollout", "2", "--beta", "0.05", "--train_vision", "false"]
+    main([*map(str, common), "--out", str(tmp_path / "one")])
+    done = call(*common, "--out", tmp_path / "two", processes=2)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "two" / "state" / "random_states_1.pkl").exists()  # of the second process
+    assert_same_run(tmp_path / "one", tmp_path / "two", tolerance=2e-4)
+    start, after = weights_of_vision(recipe), weights(tmp_path / "one")
+    for name, weight in start.items():
+        assert torch.equal(after[name], weight)  # frozen
+
+
+def weights_of_vision(recipe) -> dict[str, torch.Tensor]:
+    model, _ = load(configuration.parse(["--config", str(recipe)]).model)
+    return {name: weight for name, weight in model.state_dict().items() if ".visual." in name}
+
+
+OPTIONS = [
+    ["--tokenadv", "paper"],
+    ["--tokenadv", "off", "--std", "sample"],
+    ["--zoom_judge", "reference", "--kl", "none"],
+    ["--zoom_reward", "false"],
+    ["--zoom_sees_think", "--invalid_span", "uniform"],
+    ["--zoom_answer", "decode", "--zoom_budget", "88"],
+    ["--kl", "k1", "--normalise", "token"],
+    ["--kl", "k2", "--normalise", "fixed"],
+    ["--kl", "k3", "--clip_low", "0.2"],
+    ["--beta_time", "0", "--clip_high", "0.28"],
+    ["--paired_frames", "--schedule", "cosine"],
+    ["--train_vision", "false", "--gradient_checkpointing", "--mixed_precision", "bf16"],
+    ["--gradient_checkpointing", "--system_prompt", "You see a video.", "--temperature", "0.7"],
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=" ".join)
+def test_every_option_runs_a_step(recipe, tmp_path, options):
+    main(["--config", str(recipe), "--steps", "1", "--prompts_per_step", "2", *options])
+    (row,) = read_metrics(tmp_path / "run")
+    assert all(math.isfinite(value) for value in row.values())
+    assert ("reward/zoom_mean" in row) == (options[0] != "--zoom_reward")
+    assert ("kl/text" in row) == ("none" not in options)
+    if "kl/text" in row:
+        assert row["kl/text"] < 1e-4  # policy and reference are the same, in bfloat16 too
+
+
+def test_every_choice_is_tried():
+    """Each choice of config.py is the default of the recipe or in OPTIONS above."""
+    tried = {(o[i], o[i + 1]) for o in OPTIONS for i in range(len(o) - 1)}
+    usual = {"--zoom_judge": "policy", "--invalid_span": "zero", "--zoom_answer": "letters", "--kl": "exact"}
+    usual |= {"--tokenadv": "code", "--std": "population", "--normalise": "sequence", "--schedule": "constant"}
+    usual |= {"--mixed_precision": "no", "--template": "world"}
+    for name, field in configuration.Config.__dataclass_fields__.items():
+        for choice in field.metadata["choices"] or ():
+            pair = (f"--{name}", choice)
+            assert pair in tried or pair in usual.items() or pair == ("--template", "zoom_zero"), pair
+
+
+def test_the_paper_s_template_runs_a_step(recipe, tmp_path):
+    main(["--config", str(recipe), "--steps", "1", "--prompts_per_step", "2", "--template", "zoom_zero"])
+    assert read_metrics(tmp_path / "run")[0]["step"] == 0
+
+
+def test_vision_trains_unless_told_otherwise(parsed, samples):
+    run, groups = rolled_out(parsed, samples)
+    grads = gradients(run, groups, run.config)
+    assert all(grads[name].abs().max() > 0 for name in grads if ".visual." in name)
+
+
+def test_learning_rate_warms_up_and_falls(parsed):
+    config = parsed("--warmup", "4", "--steps", "12", "--schedule", "cosine")
+    factors = [learning_rate(config, k) for k in range(12)]
+    assert factors[:5] == [0.25, 0.5, 0.75, 1.0, 1.0]
+    assert factors[8] == pytest.approx(0.5) and factors[11] == pytest.approx(0.5 * (1 + math.cos(math.pi * 7 / 8)))
+    assert learning_rate(replace(config, schedule="constant"), 11) == 1.0
+    assert learning_rate(replace(config, warmup=0), 0) == 1.0
+    assert learning_rate(replace(config, warmup=50), 11) == 12 / 50
+
+
+# ---------------------------------------------------------------- the order of prompts
+
+
+class FakeRun:
+    def __init__(self, config, rank=0, processes=1):
+        self.config = config
+        self.accelerator = type("Ranked", (), {"process_index": rank, "num_processes": processes})
+
+
+def drawn_ids(config, samples, step, processes=1) -> list[list[str]]:
+    return [[c[0].id for c in draw(FakeRun(config, rank, processes), samples, step)] for rank in range(processes)]
+
+
+def test_every_sample_comes_once_per_epoch(parsed, samples):
+    config = parsed("--prompts_per_step", "1")
+    n = len(samples)
+    epochs = [[drawn_ids(config, samples, step)[0][0] for step in range(e * n, (e + 1) * n)] for e in range(2)]
+    assert set(epochs[0]) == set(epochs[1]) == {s.id for s in samples} and epochs[0] != epochs[1]
+    assert drawn_ids(replace(config, seed=1), samples, 0) != drawn_ids(config, samples, 0)
+
+
+def test_each_update_sees_the_same_prompts_on_any_number_of_processes(parsed, samples):
+    config = parsed("--prompts_per_step", "8", "--updates_per_rollout", "2")
+    (alone,) = drawn_ids(config, samples, 3)
+    first, second = drawn_ids(config, samples, 3, processes=2)
+    assert first[:2] + second[:2] == alone[:4] and first[2:] + second[2:] == alone[4:]
+
+
+# ---------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--group_sise", "8"], "error: command line: there is no option 'group_sise'; the nearest is 'group_size'"),
+        (["--train_data", "nowhere.jsonl"], "error: nowhere.jsonl"),
+    ],
+)
+def test_mistakes_end_with_one_line_and_code_1(recipe, arguments, expected):
+    done = call("--config", recipe, *arguments)
+    assert done.returncode == 1 and done.stdout == ""
+    last = done.stderr.strip().splitlines()
+    assert "Traceback" not in done.stderr and any(line.startswith(expected) for line in last), done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--model", "nowhere/at-all"], "error: model nowhere/at-all"),
+        (["--tracker", "tensorbord"], "error: there is no tracker 'tensorbord'; there are none, "),
+        (["--prompts_per_step", "4", "--updates_per_rollout", "3"], "error: updates_per_rollout = 3 must divide"),
+    ],
+)
+def test_expected_errors_become_one_line(recipe, monkeypatch, arguments, expected):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(SystemExit) as stop:
+        train.run_main(lambda: main(["--config", str(recipe), *arguments]))
+    assert str(stop.value).startswith(expected)
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ("", "no rows|empty|none of the 0 rows"),
+        ("not json\n", "row 1|line 1"),
+        ('{"video": "v.mp4", "question": "?", "options": ["a", "b"], "glue": [[0, 1]]}\n', "row 1.*answer"),
+        (
+            '{"video": "v.mp4", "question": "?", "options": ["a", "b"], "answer": "A", "glue": [], "duration": 9}\n',
+            "spans",
+        ),
+    ],
+)
+def test_broken_annotations_are_named_before_a_model_is_built(recipe, tmp_path, monkeypatch, content, expected):
+    monkeypatch.setattr(train, "load", lambda *_: pytest.fail("a model was built"))
+    path = tmp_path / "broken.jsonl"
+    path.write_text(content)
+    for name in ("train_data", "test_data"):
+        if name == "test_data" and '"glue": []' in content:
+            continue  # evaluation does without
+        with pytest.raises(data.DataError, match=f"(?s)broken.jsonl.*({expected})"):
+            main(["--config", str(recipe), f"--{name}", str(path)])
+    assert not (tmp_path / "run").exists()
+
+
+def broken_world(tmp_path: Path, samples, n_broken: int) -> Path:
+    """Annotations of the small world in which some videos are no videos."""
+    rows = []
+    videos = sorted({sample.video for sample in samples})
+    for sample in samples:
+        video = sample.video
+        if videos.index(video) < n_broken:
+            video = str(tmp_path / f"broken-{videos.index(video)}.mp4")
+            Path(video).write_bytes(b"this is no video")
+        glue = [list(span) for span in sample.spans]
+        row = {"video": video, "question": sample.question, "options": list(sample.options), "id": sample.id}
+        rows.append(row | {"answer": sample.answer, "glue": glue, "duration": sample.duration})
+    path = tmp_path / "some-broken.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_unreadable_videos_are_skipped_counted_and_named_once(recipe, tmp_path, samples, caplog):
+    path = broken_world(tmp_path, samples, 2)
+    main(["--config", str(recipe), "--train_data", str(path), "--steps", "3", "--max_failed_videos", "0.5"])
+    rows = read_metrics(tmp_path / "run")
+    skipped = [record.getMessage() for record in caplog.records if "skipping" in record.getMessage()]
+    assert 1 <= len(skipped) <= 2 and len(set(skipped)) == len(skipped) and "broken-" in skipped[0]
+    counts = [row["failed_videos"] for row in rows]
+    assert counts == sorted(counts) and counts[-1] >= len(skipped)
+
+
+@pytest.mark.parametrize(
+    ("n_broken", "expected"), [(6, "none of 65 videos drawn in a row"), (5, "max_failed_videos = 0.02")]
+)
+def test_too_many_unreadable_videos_stop_the_run(recipe, tmp_path, samples, n_broken, expected):
+    path = broken_world(tmp_path, samples, n_broken)
+    arguments = ["--train_data", str(path), "--steps", "30", "--max_failed_videos", "0.02"]
+    with pytest.raises(TrainingError, match=f"{expected}.*broken-"):
+        main(["--config", str(recipe), *arguments])
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("prefetch")]
+
+
+def test_a_video_that_fails_only_in_the_zoom_pass_is_counted(recipe, tmp_path, monkeypatch, caplog):
+    from video import VideoError
+
+    zoom = train.zoom_pass
+
+    def failing(model, groups, *rest):
+        zoom(model, groups[1:], *rest)
+        return {groups[0].view.sample.id: VideoError("v.mp4", "damaged", "repair it")}
+
+    monkeypatch.setattr(train, "zoom_pass", failing)
+    main(["--config", str(recipe), "--steps", "1"])
+    assert read_metrics(tmp_path / "run")[0]["failed_videos"] == 1 and "v.mp4: damaged" in caplog.text
+
+
+def test_responses_that_say_nothing_are_no_exception(recipe, tmp_path, tokenizer):
+    """A policy with random weights: no answer, no span, often no end."""
+    import tiny
+
+    tiny.build_model(tokenizer).save_pretrained(tmp_path / "mute")
+    tokenizer.save_pretrained(tmp_path / "mute")
+    main(["--config", str(recipe), "--model", str(tmp_path / "mute"), "--max_tokens", "3", "--steps", "1"])
+    (row,) = read_metrics(tmp_path / "run")
+    assert row["reward/format_mean"] == row["reward/zoom_mean"] == 0 and row["zero_variance_fraction"] == 1
+    assert row["unfinished_fraction"] > 0.5
+
+
+def test_a_reward_that_is_not_finite_stops_the_run(recipe, monkeypatch):
+    monkeypatch.setattr(train.rewards, "iou_reward", lambda *_: math.nan)
+    with pytest.raises(TrainingError, match=r"sample train-\d+-\d: iou: rewards must be finite"):
+        main(["--config", str(recipe)])
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(recipe, tmp_path, monkeypatch):
+    loss = train.grpo_loss
+
+    def broken(*arguments):
+        value, stats = loss(*arguments)
+        return value * math.inf, stats
+
+    monkeypatch.setattr(train, "grpo_loss", broken)
+    with pytest.raises(TrainingError, match=r"the loss of samples train-\d+-\d, train-\d+-\d is (inf|-inf|nan)"):
+        main(["--config", str(recipe)])
+    assert not (tmp_path / "run" / "checkpoint").exists()
+
+
+def test_a_folder_with_a_run_is_not_overwritten_unasked(recipe, tmp_path):
+    out = tmp_path / "run"
+    main(["--config", str(recipe), "--steps", "1"])
+    with pytest.raises(TrainingError, match=r"holds a run already.*--resume.*--overwrite"):
+        main(["--config", str(recipe), "--steps", "2"])
+    assert len(read_metrics(out)) == 1
+    (out / "mine.txt").write_text("kept")
+    main(["--config", str(recipe), "--steps", "2", "--overwrite"])
+    assert len(read_metrics(out)) == 2 and (out / "mine.txt").exists()
+
+
+# ---------------------------------------------------------------- signals and resuming
+
+
+def test_resuming_without_a_checkpoint_is_an_error(recipe):
+    with pytest.raises(TrainingError, match="no checkpoint to resume from"):
+        main(["--config", str(recipe), "--resume"])
+
+
+def wait_for_metrics(process: subprocess.Popen, path: Path, lines: int) -> None:
+    for _ in range(6000):
+        if process.poll() is not None or (path.exists() and path.read_text().count("\n") >= lines):
+            return
+        time.sleep(0.1)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stopped_run_resumes_as_if_nothing_had_happened(finished, tmp_path, number):
+    out = tmp_path / "stopped"
+    arguments = ["--config", finished / "run" / "config.yaml", "--out", out, "--tracker", "none", "--test_data", ""]
+    process = subprocess.Popen(run_script(*arguments), cwd=ROOT, stderr=subprocess.PIPE, text=True, env=environment())
+    wait_for_metrics(process, out / "metrics.jsonl", 1)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=600)
+    assert process.returncode == 128 + number, errors
+    assert "Traceback" not in errors and "stopping soon" in errors and "--resume continues" in errors
+    done = json.loads((out / "state" / "step.json").read_text())["step"]
+    assert 1 <= done < 3 and (out / "checkpoint" / "config.json").exists()
+
+    with open(out / "metrics.jsonl", "a") as file:
+        file.write('{"step": 9, "rew')  # as a crash would leave it
+    main(["--config", str(out / "config.yaml"), "--resume"])
+    assert_same_run(finished / "run", out)
+
+
+def test_a_signal_outside_the_loop_is_python_s_own(recipe):
+    before = signal.getsignal(signal.SIGINT)
+    main(["--config", str(recipe), "--steps", "1"])
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_a_stop_during_a_step_repeats_that_step(recipe, tmp_path, monkeypatch):
+    """Stopped before the first update: the checkpoint is the start, and no thread is left behind."""
+    roll_out = train.roll_out
+
+    def interrupted(*arguments):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return roll_out(*arguments)
+
+    monkeypatch.setattr(train, "roll_out", interrupted)
+    with pytest.raises(train.Stopped):
+        main(["--config", str(recipe)])
+    assert json.loads((tmp_path / "run" / "state" / "step.json").read_text())["step"] == 0
+    assert read_metrics(tmp_path / "run") == []
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("prefetch")]
+    monkeypatch.setattr(train, "roll_out", roll_out)
+    main(["--config", str(recipe), "--resume"])
+    main(["--config", str(recipe), "--out", str(tmp_path / "whole")])
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
+
+
+def test_a_second_ctrl_c_ends_at_once(recipe, monkeypatch):
+    def interrupted(*arguments):
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+        pytest.fail("went on")
+
+    monkeypatch.setattr(train, "roll_out", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        main(["--config", str(recipe)])
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("prefetch")]
+
+
+def test_a_finished_run_can_be_resumed_and_continued(recipe, tmp_path, small_world, caplog):
+    out = tmp_path / "run"
+    with_table = ["--test_data", str(small_world["test"])]
+    main(["--config", str(recipe), "--steps", "1", *with_table])
+    page, start = (out / "episodes.html").read_text(), (out / "results-before.jsonl").read_text()
+    (out / "evaluation.json").unlink()
+    main(["--config", str(recipe), "--steps", "1", "--resume", *with_table])  # only the table is made again
+    assert len(read_metrics(out)) == 1 and (out / "episodes.html").read_text() == page
+    assert (out / "evaluation.json").exists() and "another" not in caplog.text
+    main(["--config", str(recipe), "--steps", "2", "--lr", "2e-3", "--resume", *with_table])
+    assert "resuming with another lr: 0.002, before 0.001" in caplog.text
+    assert "another steps" in caplog.text and caplog.text.count("another") == 2
+    assert [row["step"] for row in read_metrics(out)] == [0, 1]
+    assert (out / "results-before.jsonl").read_text() == start
+
+
+def test_a_checkpoint_survives_a_kill_while_the_next_is_renamed(recipe, tmp_path):
+    out = tmp_path / "run"
+    main(["--config", str(recipe), "--steps", "1"])
+    (out / "state").rename(out / "state.old")
+    (out / "state.part").mkdir()
+    (out / "state.part" / "stale").write_text("")
+    main(["--config", str(recipe), "--steps", "2", "--resume"])
+    assert len(read_metrics(out)) == 2
+    assert (out / "state").exists() and not (out / "state.old").exists() and not (out / "state" / "stale").exists()
+
+
+def test_metrics_are_cut_back_to_the_checkpoint(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    accelerator = type("Main", (), {"is_main_process": True})
+    path.write_text('{"step": 0}\n{"step": 1}\n{"step": 2, "rew')
+    keep_metrics(path, 2, accelerator)
+    assert path.read_text() == '{"step": 0}\n{"step": 1}\n'
+    keep_metrics(path, 0, accelerator)
+    assert path.read_text() == ""

@@ -1,0 +1,158 @@
+"""The built-in benchmark: videos show what the questions say; fine patterns cannot be seen in the coarse pass."""
+
+import itertools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import data
+import video
+import world
+from world import Event
+
+DURATION = 20
+
+
+def decoded(events, tmp_path, times, size):
+    """Frames of a video with these events, as the model would be given them: float [N, 3, size, size]."""
+    path = tmp_path / "clip.mp4"
+    world.write_video(events, path, DURATION)
+    frames, _ = video.decode(path, times, size=(size, size))
+    return frames.float()
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    root = tmp_path_factory.mktemp("world")
+    paths = {split: world.build(root, split, 12, workers=1) for split in world.SPLITS}
+    return {split: [json.loads(line) for line in path.read_text().splitlines()] for split, path in paths.items()}, paths
+
+
+def test_rows_have_the_public_format_and_load_as_samples(built):
+    rows, paths = built
+    for split in world.SPLITS:
+        samples = data.load(paths[split], video_root=paths[split].parent)
+        assert [sample.kind for sample in samples] == [row["kind"] for row in rows[split]]
+        for sample, row in zip(samples, rows[split], strict=True):
+            assert sample.answer == row["answer"].strip("()")
+            assert [list(span) for span in sample.spans] == row["glue"]
+            assert video.probe(sample.video).duration == pytest.approx(DURATION)
+
+
+def test_no_video_is_in_two_splits_and_a_larger_build_begins_with_the_smaller(tmp_path):
+    shown = {}
+    for split in world.SPLITS:
+        for events in itertools.islice(world.layouts(split, 0, DURATION, 3), 300):
+            assert shown.setdefault(repr(events), split) == split
+    small = world.build(tmp_path, "val", 2, workers=1).read_text()
+    assert world.build(tmp_path, "val", 3, workers=1).read_text().startswith(small)
+
+
+def test_same_seed_same_bytes_other_seed_other_videos(tmp_path):
+    first, second, other = (
+        world.build(tmp_path / str(k), "test", 3, seed=s, workers=1) for k, s in enumerate((0, 0, 1))
+    )
+    assert first.read_text() == second.read_text() != other.read_text()
+    for row in map(json.loads, first.read_text().splitlines()):
+        assert (first.parent / row["video"]).read_bytes() == (second.parent / row["video"]).read_bytes()
+
+
+def test_the_world_is_the_same_in_every_process():
+    """Python's hashes of strings differ from process to process; nothing may depend on them."""
+    script = "import itertools, world; print(list(itertools.islice(world.layouts('train', 0, 20, 3), 20)))"
+    printed = [
+        subprocess.run(
+            [sys.executable, "-c", script],
+            env={**os.environ, "PYTHONHASHSEED": seed},
+            cwd=Path(__file__).parents[1],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for seed in ("1", "2")
+    ]
+    assert printed[0] == printed[1] and "Event(" in printed[0]
+
+
+def test_layouts_are_what_the_module_promises():
+    kinds = set()
+    for events in itertools.islice(world.layouts("train", 3, DURATION, 3), 500):
+        for before, after in itertools.pairwise(events):
+            assert after.start - before.end >= 1
+        assert events[0].start >= 0 and events[-1].end <= DURATION
+        for event in events:
+            assert 2 <= event.end - event.start <= 4
+            assert set(event.blinks) <= set(range(event.start, event.end))
+        rows = world.questions(events)
+        kinds |= {row["kind"] for row in rows}
+        assert [row["glue"] for row in rows] == [
+            [[e.start, e.end] for e in events if e.colour == colour]
+            for colour in dict.fromkeys(e.colour for e in events)
+        ]
+        for row in rows:
+            if row["kind"] in ("blink", "pair"):
+                spans = row["glue"]
+                blinks = sum(len(e.blinks) for e in events if [e.start, e.end] in spans)
+                assert row["options"]["ABCD".index(row["answer"][1])] == world.COUNTS[blinks]
+    assert kinds == set(world.KINDS)
+
+
+def test_answers_are_balanced():
+    counts = dict.fromkeys(itertools.product(("coarse", "fine"), "ABCD"), 0)
+    for events in itertools.islice(world.layouts("train", 0, DURATION, 3), 1000):
+        for row in world.questions(events):
+            if row["kind"] in ("coarse", "fine"):
+                counts[row["kind"], row["answer"][1]] += 1
+    for kind in ("coarse", "fine"):
+        values = [counts[kind, letter] for letter in "ABCD"]
+        assert min(values) > 0.85 * sum(values) / 4
+
+
+@pytest.mark.parametrize("a, b", list(itertools.combinations(world.PATTERNS, 2)))
+def test_fine_patterns_are_equal_in_the_coarse_pass_and_differ_in_the_zoom(a, b, tmp_path):
+    """At half the resolution they differ by at most the rounding to whole grey levels."""
+    times = [5.0, 6.0]
+    frames = {
+        (name, size): decoded([Event(5, 8, "red", "fine", name)], tmp_path, times, size)
+        for name in (a, b)
+        for size in (56, 112)
+    }
+    assert (frames[a, 56] - frames[b, 56]).abs().max() <= 2
+    assert (frames[a, 56] - frames[b, 56]).abs().mean() < 0.1
+    assert (frames[a, 112] - frames[b, 112]).abs().max() > 50
+
+
+@pytest.mark.parametrize("a, b", list(itertools.combinations(world.PATTERNS, 2)))
+def test_coarse_patterns_differ_in_the_coarse_pass(a, b, tmp_path):
+    first, second = (decoded([Event(5, 8, "red", "coarse", n)], tmp_path, [5.0], 56) for n in (a, b))
+    assert (first - second).abs().max() > 50
+
+
+def test_blinks_are_never_seen_at_whole_seconds_and_once_each_at_2_fps(tmp_path):
+    event = Event(4, 8, "green", "blink", blinks=(4, 6, 7))
+    whole = decoded([event], tmp_path, [4.0, 5.0, 6.0, 7.0], 112)
+    assert whole[:, :, 50:60, 50:60].min() > 150
+    for offset in np.arange(0, 0.5, 0.125):
+        times = [4 + offset + 0.5 * k for k in range(8)]
+        frames = decoded([event], tmp_path, [t for t in times if t < 8], 112)
+        assert (frames[:, :, 50:60, 50:60].amax((1, 2, 3)) < 100).sum() == 3
+
+
+def test_events_start_and_end_on_their_frames(tmp_path):
+    colours = decoded([Event(5, 8, "blue", "fine", "rows")], tmp_path, [4.9, 5.0, 7.9, 8.0], 112)[:, :, 10, 10]
+    is_blue = colours[:, 2] - colours[:, 0] > 50
+    assert is_blue.tolist() == [False, True, True, False]
+
+
+def test_worlds_that_cannot_be_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="do not fit"):
+        world.build(tmp_path, "train", 20, duration=8, n_events=3)
+    with pytest.raises(ValueError, match="at most 6 events"):
+        world.build(tmp_path, "train", 1, duration=60, n_events=7)
+    with pytest.raises(ValueError, match="no split 'dev'"):
+        world.build(tmp_path, "dev", 1)
