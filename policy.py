@@ -5,19 +5,18 @@ for its whole group.
   is installed.
 - `encode_clips`: the vision tower with windows of equal length attended to as one batch (transformers loops over them
   in Python).
-- `group_hidden`: `[prompt, response_1 .. response_G]` is one sequence with a tree-shaped mask; each response sees the
-  prompt and itself, at the positions it would have alone. Log-probabilities and gradients are those of G separate
-  passes.
-- `sample`: the same layout, token by token: the prompt's keys and values are computed once and shared by its G
-  responses.
+- `group_hidden`: prompts and their responses are one row without padding; each response sees its prompt and itself
+  (`attention.py`), at the positions it would have alone. Log-probabilities and gradients are those of G passes.
+- `sample`: the same tree, token by token: the prompt's keys and values are computed once and shared by its G responses.
 
-Shapes: B prompts, G responses per prompt, P prompt tokens, T response tokens, H hidden size. Sequences are padded on
+Shapes: B prompts, G responses per prompt, T response tokens, N tokens in a row, H hidden size. Responses come padded on
 the right; masks say what is real.
 """
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -30,10 +29,13 @@ from torch.distributed.fsdp import FSDPModule
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase, Qwen2_5_VLForConditionalGeneration
 
+import attention
+from attention import GroupCache, Tree
 from prompts import LETTERS
 from video import normalise_patches, patchify_uint8
 
 TEMPORAL_PATCH = 2  # frames per temporal grid
+VISION_CHUNK = 32768  # patches that the vision tower takes at a time: 8,192 visual tokens
 EOS_TOKENS = ("<|im_end|>", "<|endoftext|>")
 BANNED_TOKENS = (
     "<|im_start|>",
@@ -71,12 +73,13 @@ class Video:
     """The pixels of one clip as the vision tower takes them.
 
     `patches`: uint8 [t * h * w, 1176]; `grid`: (t, h, w) in temporal pairs and 14-pixel patches; `step`: seconds
-    between frames.
+    between frames; `tokens`: [n, H] if the vision tower has encoded it already and does not change.
     """
 
     patches: Tensor
     grid: tuple[int, int, int]
     step: float
+    tokens: Tensor | None = None
 
     @classmethod
     def from_frames(cls, frames: Tensor, step: float) -> Video:
@@ -244,9 +247,9 @@ def _patch_positions(grids: Sequence[tuple[int, int, int]]) -> Tensor:
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding in float32: x [N, heads, d], cos and sin [N, 1, d]."""
+    """Rotary embedding, in float32 or better: x [N, heads, d], cos and sin float32 [N, 1, d]."""
     half = torch.cat([-x[..., x.shape[-1] // 2 :], x[..., : x.shape[-1] // 2]], dim=-1)
-    return (x.float() * cos + half.float() * sin).to(x.dtype)
+    return (x * cos + half * sin).to(x.dtype)
 
 
 def _vision_block(block: nn.Module, x: Tensor, cos: Tensor, sin: Tensor, groups: tuple[tuple[int, int], ...]) -> Tensor:
@@ -300,59 +303,77 @@ def encode_clips(visual: nn.Module, patches: Tensor, grids: Sequence[tuple[int, 
 # ---------------------------------------------------------------- the language model
 
 
-def embed_prompts(
-    model: Qwen2_5_VLForConditionalGeneration, prompts: Sequence[Prompt]
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Embed prompts with their clips; a clip object that several prompts hold is encoded once.
+def encode_videos(model: Qwen2_5_VLForConditionalGeneration, videos: Sequence[Video]) -> list[Tensor]:
+    """The visual tokens [n, H] of each clip; a clip object that is there twice is encoded once.
 
-    Returns embeddings [B, P, H], positions int64 [3, B, P] and lengths int64 [B]; padding on the right is embedded as
-    zeros.
+    The tower works on chunks of at most `VISION_CHUNK` patches (whole temporal grids), which bounds its memory.
     """
+    distinct = list({id(video): video for video in videos if video.tokens is None}.values())
+    chunks: list[list[tuple[Tensor, tuple[int, int, int]]]] = [[]]
+    room = VISION_CHUNK
+    for video in distinct:
+        t, h, w = video.grid
+        first = 0
+        while first < t:
+            if room < h * w and chunks[-1]:
+                chunks.append([])
+                room = VISION_CHUNK
+            n = min(t - first, max(1, room // (h * w)))
+            chunks[-1].append((video.patches[first * h * w : (first + n) * h * w], (n, h, w)))
+            first, room = first + n, room - n * h * w
+    encoded = []
     device = model.get_input_embeddings().weight.device
-    ids = nn.utils.rnn.pad_sequence([p.ids for p in prompts], batch_first=True).to(device)
-    lengths = torch.tensor([len(p) for p in prompts], device=device)
-    positions = torch.zeros(3, *ids.shape, dtype=torch.long)
-    for b, prompt in enumerate(prompts):
-        positions[:, b, : len(prompt)] = prompt.positions
-    real = torch.arange(ids.shape[1], device=device) < lengths[:, None]  # [B, P]
-    embeds = model.get_input_embeddings()(ids) * real[..., None]
+    for chunk in filter(None, chunks):
+        patches = normalise_patches(torch.cat([patches for patches, _ in chunk]).to(device))
+        encoded.append(encode_clips(model.model.visual, patches, [grid for _, grid in chunk]))
+    by_clip = {}
+    if distinct:
+        tokens = torch.cat(encoded).split([video.n_tokens for video in distinct])
+        by_clip = dict(zip(map(id, distinct), tokens, strict=True))
+    return [by_clip[id(video)] if video.tokens is None else video.tokens for video in videos]
 
+
+def embed_prompts(model: Qwen2_5_VLForConditionalGeneration, prompts: Sequence[Prompt]) -> tuple[Tensor, Tensor]:
+    """All prompts in one row, with their clips: embeddings [N, H] and positions int64 [3, N]."""
+    table = model.get_input_embeddings()
+    ids = torch.cat([prompt.ids for prompt in prompts]).to(table.weight.device)
+    embeds = table(ids)
     videos = [video for prompt in prompts for video in prompt.videos]
     if videos:
-        distinct = list({id(video): video for video in videos}.values())
-        patches = torch.cat([video.patches for video in distinct]).to(device)
-        tokens = encode_clips(model.model.visual, normalise_patches(patches), [video.grid for video in distinct])
-        by_clip = dict(zip(map(id, distinct), tokens.split([video.n_tokens for video in distinct]), strict=True))
-        features = torch.cat([by_clip[id(video)] for video in videos]).to(embeds.dtype)
-        is_video = (ids == model.config.video_token_id) & real
-        embeds = embeds.masked_scatter(is_video[..., None], features)
-    return embeds, positions.to(device), lengths
+        features = torch.cat(encode_videos(model, videos)).to(embeds)
+        embeds = embeds.masked_scatter((ids == model.config.video_token_id)[:, None], features)
+    return embeds, torch.cat([prompt.positions for prompt in prompts], dim=1).to(ids.device)
 
 
 def _language_model(
     model: Qwen2_5_VLForConditionalGeneration,
     embeds: Tensor,
     positions: Tensor,
-    mask: Tensor | None,
+    tree: Tree | None,
     cache: GroupCache | None = None,
 ) -> Tensor:
-    """Hidden states [B, L, H]; mask bool [B, 1, L, keys], or None for a causal one. A dict passes the mask through
-    transformers untouched.
-    """
-    return model.model.language_model(
-        inputs_embeds=embeds,
-        position_ids=positions,
-        attention_mask={"full_attention": mask},
-        past_key_values=cache,
-        use_cache=cache is not None,
-    ).last_hidden_state
+    """Hidden states [N, H] of a row, from embeddings [N, H] and positions int64 [3, N]; see `tree_attention`."""
+    language_model = model.model.language_model
+    if language_model.config._attn_implementation != attention.NAME:
+        language_model.set_attn_implementation(attention.NAME)
+    return language_model(
+        inputs_embeds=embeds[None],
+        position_ids=positions[:, None],
+        attention_mask={"full_attention": None},
+        use_cache=False,
+        tree=tree,
+        cache=cache,
+    ).last_hidden_state[0]
+
+
+def _last(prompts: Sequence[Prompt]) -> list[int]:
+    """Where each prompt's last token is in the row of all prompts."""
+    return [end - 1 for end in itertools.accumulate(map(len, prompts))]
 
 
 def last_hidden(model: Qwen2_5_VLForConditionalGeneration, prompts: Sequence[Prompt]) -> Tensor:
     """The hidden state after each prompt, [B, H]: its projection is the distribution of the first response token."""
-    embeds, positions, lengths = embed_prompts(model, prompts)
-    hidden = _language_model(model, embeds, positions, None)  # real tokens never see the padding to their right
-    return hidden[torch.arange(len(prompts), device=hidden.device), lengths - 1]
+    return _language_model(model, *embed_prompts(model, prompts), Tree(tuple(map(len, prompts))))[_last(prompts)]
 
 
 def group_hidden(
@@ -360,37 +381,28 @@ def group_hidden(
 ) -> Tensor:
     """The hidden states that predict each response token, with each prompt computed once for its G responses.
 
-    prompts: B of them; responses: int64 [B, G, T] padded on the right; mask: bool [B, G, T], real tokens. Returns [B,
-    G, T, H]: entry t is the state before token t (for t = 0 the state after the prompt).
+    prompts: B of them; responses: int64 [B, G, T] padded on the right; mask: bool [B, G, T], real tokens. Returns the
+    states before the real tokens, [N, H], in the order of `responses[mask]` (before a first token: the state after the
+    prompt).
     """
-    B, G, T = responses.shape
-    embeds, positions, lengths = embed_prompts(model, prompts)
-    P, device = embeds.shape[1], embeds.device
-    responses, mask = responses.to(device), mask.to(device)
-    next_position = torch.tensor([p.next_position for p in prompts], device=device)
-    response_positions = (
-        (next_position[:, None, None] + torch.arange(T, device=device)).expand(B, G, T).reshape(B, G * T)
-    )
+    embeds, positions = embed_prompts(model, prompts)
+    device = embeds.device
+    lengths = mask.sum(-1).cpu()  # [B, G]
+    # Nothing is predicted from a response's last token, so it is not computed.
+    fed = torch.arange(mask.shape[-1]) < (lengths - 1)[..., None]  # [B, G, T]
+    starts = torch.tensor([prompt.next_position for prompt in prompts])
+    times = (starts[:, None, None] + torch.arange(mask.shape[-1])).expand(fed.shape)[fed].to(device)
 
-    embeds = torch.cat([embeds, model.get_input_embeddings()(responses.view(B, G * T))], dim=1)  # [B, P + G*T, H]
-    positions = torch.cat([positions, response_positions.expand(3, -1, -1)], dim=2)  # [3, B, P + G*T]
+    embeds = torch.cat([embeds, model.get_input_embeddings()(responses.cpu()[fed].to(device))])
+    positions = torch.cat([positions, times.expand(3, -1)], dim=1)
+    tree = Tree(tuple(map(len, prompts)), tuple(tuple(row) for row in (lengths - 1).clamp(min=0).tolist()))
+    hidden = _language_model(model, embeds, positions, tree)
 
-    # The tree: a token sees its own prompt, and what comes before it in its own response.
-    L = P + G * T
-    real = torch.cat([torch.arange(P, device=device) < lengths[:, None], mask.view(B, G * T)], dim=1)  # [B, L]
-    branch = torch.cat(
-        [torch.full((P,), -1, device=device), torch.arange(G * T, device=device) // T]
-    )  # [L]: -1 prompt, else g
-    index = torch.arange(L, device=device)
-    tree = (index <= index[:, None]) & ((branch == -1) | (branch == branch[:, None]))  # [L, L]
-    visible = (tree & real[:, None, :]) | torch.eye(
-        L, dtype=torch.bool, device=device
-    )  # padding sees itself, so that no row is empty
-    hidden = _language_model(model, embeds, positions, visible[:, None])
-
-    after_prompt = hidden[torch.arange(B, device=device), lengths - 1]  # [B, H]
-    in_response = hidden[:, P:].view(B, G, T, -1)
-    return torch.cat([after_prompt[:, None, None].expand(B, G, 1, -1), in_response[:, :, :-1]], dim=2)
+    # Before the first token of each response is the end of its prompt, before the others the token that was fed.
+    before = torch.empty(mask.shape, dtype=torch.long)
+    before[..., 1:] = sum(tree.prompts) + fed.flatten().cumsum(0).view(fed.shape)[..., :-1] - 1
+    before[..., 0] = torch.tensor(_last(prompts))[:, None]
+    return hidden[before[mask.cpu()].to(device)]
 
 
 class Policy(nn.Module):
@@ -414,8 +426,7 @@ class Policy(nn.Module):
         """`objective(hidden [N, H] of the real response tokens, output projection [V, H])`; None without prompts."""
         if not prompts:
             return None
-        hidden = group_hidden(self.model, prompts, responses, mask)
-        return objective(hidden[mask.to(hidden.device)], self.model.lm_head.weight)
+        return objective(group_hidden(self.model, prompts, responses, mask), self.model.lm_head.weight)
 
 
 @contextlib.contextmanager
@@ -440,30 +451,6 @@ def whole_weights(policy: nn.Module) -> Iterator[None]:
 
 
 # ---------------------------------------------------------------- sampling
-
-
-class GroupCache:
-    """Keys and values of B rows in buffers of fixed size, filled from the left; transformers' layers call `update`."""
-
-    def __init__(self, n_layers: int, capacity: int):
-        self.keys: list[Tensor | None] = [None] * n_layers
-        self.values: list[Tensor | None] = [None] * n_layers
-        self.capacity = capacity
-        self.length = 0  # columns filled; the caller advances it after each forward pass
-
-    def update(self, keys: Tensor, values: Tensor, layer: int, *args, **kwargs) -> tuple[Tensor, Tensor]:
-        """Write keys and values [B, heads, n, d] behind the filled columns and return all filled ones."""
-        if self.keys[layer] is None:
-            b, heads, _, d = keys.shape
-            self.keys[layer] = keys.new_zeros(b, heads, self.capacity, d)
-            self.values[layer] = values.new_zeros(b, heads, self.capacity, d)
-        end = self.length + keys.shape[2]
-        self.keys[layer][:, :, self.length : end] = keys
-        self.values[layer][:, :, self.length : end] = values
-        return self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
-
-    def get_seq_length(self, layer: int = 0) -> int:
-        return self.length
 
 
 def choose_tokens(logits: Tensor, uniform: Tensor | None, temperature: float, banned: Tensor) -> Tensor:
@@ -508,35 +495,41 @@ def sample(
     with, and includes, its first `eos` token.
     """
     B, G = len(prompts), group_size
-    embeds, positions, lengths = embed_prompts(model, prompts)
-    P, device = embeds.shape[1], embeds.device
+    embeds, positions = embed_prompts(model, prompts)
+    device = embeds.device
     uniform = None
     if seeds is not None:
         draws = [[torch.rand(max_tokens, generator=torch.Generator().manual_seed(s)) for s in row] for row in seeds]
         uniform = torch.stack([torch.stack(row) for row in draws]).view(B * G, max_tokens).double().to(device)
     eos_ids, banned_ids = torch.tensor(eos, device=device), torch.tensor(banned, device=device, dtype=torch.long)
-    next_position = torch.tensor([p.next_position for p in prompts], device=device)
-    prompt_visible = (torch.arange(P, device=device) < lengths[:, None])[:, None, None].expand(B, 1, G, P)
-    own = torch.eye(G, dtype=torch.bool, device=device).expand(B, 1, G, G)
-
-    cache = GroupCache(len(model.model.language_model.layers), P + G * max_tokens)
-    finished = torch.zeros(B * G, dtype=torch.bool, device=device)
-    ids, masks = [], []
+    tree = Tree(tuple(map(len, prompts)))
+    cache = GroupCache(tree, G, max_tokens)
+    ids = torch.zeros(B * G, max_tokens, dtype=torch.long, device=device)
+    mask = torch.zeros(B * G, max_tokens, dtype=torch.bool, device=device)
+    # Of each row that is still computed: which response it is, where its next token is, and whether it has ended.
+    rows = torch.arange(B * G, device=device).view(B, G)
+    position = torch.tensor([p.next_position for p in prompts], device=device)[:, None].expand(B, G)
+    ended = torch.zeros(B, G, dtype=torch.bool, device=device)
     with _evaluation_mode(model):
-        hidden = _language_model(model, embeds, positions, None, cache)
-        cache.length = P
-        hidden = hidden[torch.arange(B, device=device), lengths - 1][:, None].expand(B, G, -1)  # [B, G, H]
+        hidden = _language_model(model, embeds, positions, tree, cache)[_last(prompts)].repeat_interleave(G, 0)
         for t in range(max_tokens):
-            logits = model.lm_head(hidden).view(B * G, -1)
-            token = choose_tokens(logits, None if uniform is None else uniform[:, t], temperature, banned_ids)
-            ids.append(token.masked_fill(finished, 0))
-            masks.append(~finished)
-            finished = finished | torch.isin(token, eos_ids)
-            if finished.all() or t == max_tokens - 1:
+            index = rows.flatten()
+            draw = None if uniform is None else uniform[index, t]
+            token = choose_tokens(model.lm_head(hidden), draw, temperature, banned_ids).view(rows.shape)
+            # A row that has ended is still there if others of its prompt or of the batch are longer.
+            ids[index, t] = token.masked_fill(ended, 0).flatten()
+            mask[index, t] = ~ended.flatten()
+            ended = ended | torch.isin(token, eos_ids)
+            if t == max_tokens - 1 or ended.all():
                 break
-            # Columns of the cache: the prompt, then for each step one column per response; a response sees its own.
-            visible = torch.cat([prompt_visible, own.repeat(1, 1, 1, t + 1)], dim=3)
-            embeds = model.get_input_embeddings()(token.view(B, G))
-            hidden = _language_model(model, embeds, (next_position + t)[None, :, None].expand(3, B, G), visible, cache)
-            cache.length += G
-    return torch.stack(ids, dim=1).view(B, G, -1), torch.stack(masks, dim=1).view(B, G, -1)
+            prompts_left = (~ended).any(1).nonzero().flatten()
+            widest = int((~ended).sum(1).max())
+            if len(prompts_left) * widest <= 0.75 * ended.numel():
+                left = ended[prompts_left].int().argsort(dim=1, stable=True)[:, :widest]  # those that go on come first
+                cache.keep(prompts_left, left)
+                rows, token, position, ended = (x[prompts_left].gather(1, left) for x in (rows, token, position, ended))
+            embeds = model.get_input_embeddings()(token.flatten())
+            hidden = _language_model(model, embeds, (position + t).flatten().expand(3, -1), None, cache)
+            cache.length += 1
+    longest = int(mask.sum(1).max())
+    return ids[:, :longest].view(B, G, -1), mask[:, :longest].view(B, G, -1)

@@ -321,8 +321,7 @@ def reference_hidden(run: Run, batch: MicroBatch) -> Tensor | None:
     """The frozen reference's hidden states of the same tokens, [N, H]."""
     if run.reference is None:
         return None
-    hidden = group_hidden(run.reference, batch.prompts, batch.responses, batch.mask)
-    return hidden[batch.mask.to(hidden.device)]
+    return group_hidden(run.reference, batch.prompts, batch.responses, batch.mask)
 
 
 @torch.no_grad()
@@ -757,6 +756,8 @@ def main(arguments: list[str] | None = None) -> None:
         if accelerator.is_main_process:
             evaluate.save_and_print({"before": before, "after": after}, out)
     accelerator.print(f"{out}/: config.yaml, metrics.jsonl, curves.png, episodes.html, checkpoint/")
+    # A process that left right after a gather could deadlock: Gloo's thread still gives the gathered tensors back.
+    accelerator.wait_for_everyone()
     accelerator.end_training()
 
 

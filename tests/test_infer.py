@@ -141,7 +141,7 @@ def test_letter_and_span_probabilities_are_those_of_a_forward_pass(agent, sample
     with torch.no_grad():
         mask = torch.ones(1, 1, len(ids), dtype=torch.bool)
         hidden = group_hidden(agent.model, [group.prompt], ids[None, None], mask)
-        logits = agent.model.lm_head(hidden)[0, 0]
+        logits = agent.model.lm_head(hidden)
     logits[:, list(agent.vocabulary.banned)] = float("-inf")
     p = logits.softmax(-1)
     pieces = [agent.vocabulary.tokenizer.decode([i]) for i in ids.tolist()]

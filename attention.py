@@ -1,0 +1,298 @@
+"""Attention in which the G responses of a group share the keys and values of their prompt.
+
+Prompts and responses lie in one row without padding: first all prompts, then all responses in the order of their
+prompts. `Tree` says where they are. A prompt's tokens see those before them in the prompt; a response's tokens see the
+whole prompt, and those before them in the response: a tree with the prompt as its stem.
+
+Softmax over two sets of keys can be computed apart and joined. With o_i = softmax(s_i) v_i and l_i = logsumexp(s_i),
+
+    l = log(exp(l_1) + exp(l_2))        o = exp(l_1 - l) o_1 + exp(l_2 - l) o_2
+
+so a response's attention to its prompt is one dense product of all queries of the group with the prompt's keys, where
+nothing is masked, and its attention to itself is an ordinary causal one. Neither needs a mask of size tokens x tokens,
+and no key is copied per response. In the backward pass exp(s_i - l) are the final probabilities, so each set's
+gradients follow from the joint o and l alone, with the same fast kernels.
+
+`GroupCache` is the same tree, grown by one token per response and step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+NAME = "zoomgrpo_tree"
+
+
+@dataclass(frozen=True)
+class Tree:
+    """The lengths of the prompts in a row, and of the responses that follow them, grouped by prompt."""
+
+    prompts: tuple[int, ...]
+    responses: tuple[tuple[int, ...], ...] = ()
+
+    @cached_property
+    def stems(self) -> list[slice]:
+        """Where each prompt is."""
+        return _slices(self.prompts, 0)
+
+    @cached_property
+    def groups(self) -> list[slice]:
+        """Where the responses of each prompt are, all together."""
+        return _slices([sum(lengths) for lengths in self.responses], sum(self.prompts))
+
+    @cached_property
+    def lengths(self) -> Tensor:
+        """The length of each response, int64 [R]."""
+        return torch.tensor([n for lengths in self.responses for n in lengths], dtype=torch.long)
+
+    @cached_property
+    def slots(self) -> Tensor:
+        """Where each response token goes when the responses are padded on the right to [R * longest]."""
+        longest = int(self.lengths.max())
+        return (torch.arange(longest) < self.lengths[:, None]).flatten().nonzero().flatten()
+
+
+def _slices(lengths: Sequence[int], start: int) -> list[slice]:
+    slices = []
+    for n in lengths:
+        slices.append(slice(start, start + n))
+        start += n
+    return slices
+
+
+# ---------------------------------------------------------------- one set of keys
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+    """Attention, and the log-sum-exp of its scores.
+
+    q [n, heads, L, d], k and v [n, key heads, S, d] -> [n, heads, L, d], [n, heads, L].
+    """
+    if q.device.type == "cpu":
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, scale=scale)
+    if _flash(q):
+        return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal, scale=scale)[:2]
+    return attend_plainly(q, k, v, causal, scale)
+
+
+def attend_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients for q, k and v from these keys, which may be a part of all keys that `out` and `lse` are about."""
+    if q.device.type == "cpu":
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            grad, q, k, v, out, lse, 0.0, causal, scale=scale
+        )
+    if _flash(q):
+        none = torch.zeros(2, dtype=torch.uint64, device=q.device)  # the state of a dropout that does not happen
+        return torch.ops.aten._scaled_dot_product_flash_attention_backward(
+            grad, q, k, v, out, lse, None, None, q.shape[2], k.shape[2], 0.0, causal, none, none, scale=scale
+        )
+    return attend_backward_plainly(grad, q, k, v, out, lse, causal, scale)
+
+
+def _flash(q: Tensor) -> bool:
+    """Whether the GPU's flash kernels take these."""
+    return q.device.type == "cuda" and q.dtype in (torch.float16, torch.bfloat16) and q.shape[-1] % 8 == 0
+
+
+def _scores(q: Tensor, k: Tensor, causal: bool, scale: float) -> Tensor:
+    """[n, key heads, heads per key head, L, S] in float32 or better."""
+    n, _, length, d = q.shape
+    grouped = q.view(n, k.shape[1], -1, length, d)
+    scores = (grouped @ k[:, :, None].transpose(-1, -2)).to(torch.promote_types(q.dtype, torch.float32)) * scale
+    if causal:
+        hidden = torch.ones(length, k.shape[2], dtype=torch.bool, device=q.device).triu(1)
+        scores = scores.masked_fill(hidden, float("-inf"))
+    return scores
+
+
+def attend_plainly(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+    """`attend` as it is defined, for devices and types without a fast kernel."""
+    scores = _scores(q, k, causal, scale)
+    out = scores.softmax(-1).to(v.dtype) @ v[:, :, None]
+    return out.view(q.shape), scores.logsumexp(-1).view(q.shape[:3])
+
+
+def attend_backward_plainly(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`attend_backward` as it is defined."""
+    scores = _scores(q, k, causal, scale)
+    grouped = scores.shape[:4]
+    p = (scores - lse.view(grouped)[..., None]).exp()  # [n, key heads, heads per key head, L, S]
+    g, queries = grad.view(*grouped, -1).to(p.dtype), q.view(*grouped, -1).to(p.dtype)
+    shift = (g * out.view(g.shape)).sum(-1, keepdim=True)
+    ds = p * (g @ v[:, :, None].to(p.dtype).transpose(-1, -2) - shift) * scale
+    dq = ds @ k[:, :, None].to(p.dtype)
+    dk, dv = (ds.transpose(-1, -2) @ queries).sum(2), (p.transpose(-1, -2) @ g).sum(2)
+    return dq.view(q.shape).to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
+
+
+# ---------------------------------------------------------------- the tree
+
+
+class TreeAttention(torch.autograd.Function):
+    """q [heads, N, d], k and v [key heads, N, d] of a row -> [heads, N, d]."""
+
+    @staticmethod
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, tree: Tree, scale: float) -> Tensor:
+        out = torch.empty_like(q)
+        lse = torch.empty(q.shape[:2], dtype=torch.promote_types(q.dtype, torch.float32), device=q.device)
+        for stem in tree.stems:
+            o, log = attend(*_part((q, k, v), stem), True, scale)
+            out[:, stem], lse[:, stem] = o[0], log[0]
+        if tree.responses and tree.lengths.any():
+            start = sum(tree.prompts)
+            slots = tree.slots.to(q.device)
+            own, own_lse = attend(*(_padded(x[:, start:], tree, slots) for x in (q, k, v)), True, scale)
+            own, own_lse = _packed(own, slots), _packed(own_lse, slots)
+            for stem, group in zip(tree.stems, tree.groups, strict=True):
+                if group.start == group.stop:
+                    continue
+                o, log = attend(q[None, :, group], k[None, :, stem], v[None, :, stem], False, scale)
+                here = slice(group.start - start, group.stop - start)
+                lse[:, group] = torch.logaddexp(log[0], own_lse[:, here])
+                from_prompt = (log[0] - lse[:, group]).exp()[..., None]
+                from_itself = (own_lse[:, here] - lse[:, group]).exp()[..., None]
+                out[:, group] = (from_prompt * o[0] + from_itself * own[:, here]).to(out.dtype)
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.tree, ctx.scale = tree, scale
+        return out
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, out, lse = ctx.saved_tensors
+        tree, scale = ctx.tree, ctx.scale
+        grad = grad.contiguous()
+        dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        for stem in tree.stems:
+            grads = attend_backward(*_part((grad, q, k, v, out, lse), stem), True, scale)
+            dq[:, stem], dk[:, stem], dv[:, stem] = (x[0] for x in grads)
+        if tree.responses and tree.lengths.any():
+            start = sum(tree.prompts)
+            slots = tree.slots.to(q.device)
+            padded = [_padded(x[:, start:], tree, slots) for x in (grad, q, k, v, out, lse)]
+            for total, own in zip((dq, dk, dv), attend_backward(*padded, True, scale), strict=True):
+                total[:, start:] = _packed(own, slots)
+            for stem, group in zip(tree.stems, tree.groups, strict=True):
+                if group.start == group.stop:
+                    continue
+                (g, queries), (keys, values) = _part((grad, q), group), _part((k, v), stem)
+                joint = _part((out, lse), group)
+                grads = attend_backward(g, queries, keys, values, *joint, False, scale)
+                for total, where, x in zip((dq, dk, dv), (group, stem, stem), grads, strict=True):
+                    total[:, where] += x[0]
+        return dq, dk, dv, None, None
+
+
+def _part(row: Sequence[Tensor], where: slice) -> list[Tensor]:
+    """A stretch of each of these [heads, N, ...] as a batch of one."""
+    return [x[None, :, where] for x in row]
+
+
+def _padded(x: Tensor, tree: Tree, slots: Tensor) -> Tensor:
+    """Responses packed as [heads, N, ...] -> [R, heads, longest, ...], padded with zeros."""
+    count, longest = len(tree.lengths), int(tree.lengths.max())
+    padded = x.new_zeros(x.shape[0], count * longest, *x.shape[2:])
+    padded[:, slots] = x
+    return padded.view(x.shape[0], count, longest, *x.shape[2:]).transpose(0, 1).contiguous()
+
+
+def _packed(x: Tensor, slots: Tensor) -> Tensor:
+    """The reverse of `_padded`."""
+    return x.transpose(0, 1).flatten(1, 2)[:, slots]
+
+
+# ---------------------------------------------------------------- token by token
+
+
+class GroupCache:
+    """Keys and values of B prompts, once each, and of their G responses, one token per step.
+
+    Per layer: those of the prompts [B, key heads, P, d], padded on the right, and of the responses [B, key heads, G,
+    max_tokens, d]. Rows of responses that have ended can be dropped (`keep`).
+    """
+
+    def __init__(self, tree: Tree, group_size: int, max_tokens: int):
+        self.tree, self.group_size, self.max_tokens = tree, group_size, max_tokens
+        self.length = 0  # tokens that each response has
+        self.layers: dict[int, list[Tensor]] = {}  # prompt keys, prompt values, response keys, response values
+        lengths = torch.tensor(tree.prompts)
+        self.padding = torch.arange(int(lengths.max())) >= lengths[:, None]  # [B, P]
+
+    def prefill(self, layer: int, k: Tensor, v: Tensor) -> None:
+        """Take over a row of prompts: k and v [key heads, N, d]."""
+        heads, _, d = k.shape
+        batch, longest = self.padding.shape
+        prompts = [x.new_zeros(batch, heads, longest, d) for x in (k, v)]
+        for stored, x in zip(prompts, (k, v), strict=True):
+            for b, stem in enumerate(self.tree.stems):
+                stored[b, :, : stem.stop - stem.start] = x[:, stem]
+        own = [k.new_zeros(batch, heads, self.group_size, self.max_tokens, d) for _ in range(2)]
+        self.layers[layer] = prompts + own
+        self.padding = self.padding.to(k.device)
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        """One more token per response: q [heads, B * G, d], k and v [key heads, B * G, d] -> [heads, B * G, d]."""
+        prompt_k, prompt_v, own_k, own_v = self.layers[layer]
+        batch, heads, size, _, d = own_k.shape
+        for own, x in ((own_k, k), (own_v, v)):
+            own[:, :, :, self.length] = x.view(heads, batch, size, d).transpose(0, 1)
+        own_k, own_v = own_k[:, :, :, : self.length + 1], own_v[:, :, :, : self.length + 1]
+        grouped = q.view(heads, -1, batch, size, d).permute(2, 0, 3, 1, 4)  # [B, key heads, G, heads per key head, d]
+        queries = grouped.reshape(batch, heads, -1, d)
+        to_prompt = (queries @ prompt_k.transpose(-1, -2)).masked_fill(self.padding[:, None, None], -torch.inf)
+        to_itself = (grouped @ own_k.transpose(-1, -2)).flatten(2, 3)
+        scores = torch.cat([to_prompt, to_itself], dim=-1)  # [B, key heads, G * heads per key head, P + t]
+        p = (scores.to(torch.promote_types(v.dtype, torch.float32)) * scale).softmax(-1).to(v.dtype)
+        from_prompt, from_itself = p.split([prompt_k.shape[2], self.length + 1], dim=-1)
+        out = (from_prompt @ prompt_v).view(grouped.shape) + from_itself.view(*grouped.shape[:4], -1) @ own_v
+        return out.permute(1, 3, 0, 2, 4).reshape(q.shape)
+
+    def keep(self, prompts: Tensor, responses: Tensor) -> None:
+        """Keep these of the prompts [b] and, for each, these of its responses [b, g]; indices into the current ones."""
+        self.padding = self.padding[prompts]
+        for tensors in self.layers.values():
+            for i in range(2):
+                tensors[i] = tensors[i][prompts] if len(prompts) < len(tensors[i]) else tensors[i]
+                tensors[2 + i] = tensors[2 + i][prompts[:, None], :, responses].transpose(1, 2).contiguous()
+
+
+def tree_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float,
+    tree: Tree | None = None,
+    cache: GroupCache | None = None,
+    **kwargs,
+) -> tuple[Tensor, None]:
+    """What the language model's layers call: query [1, heads, N, d], key and value [1, key heads, N, d] -> [1, N,
+    heads, d]. With `tree` the row is attended to as one, and kept if there is a `cache`; with a cache alone, the row is
+    one more token of each response. With neither, it is transformers' own attention.
+    """
+    if tree is None and cache is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    q, k, v = (x[0].to(value.dtype) for x in (query, key, value))
+    if tree is None:
+        out = cache.attend(module.layer_idx, q, k, v, scaling)
+    else:
+        if cache is not None:
+            cache.prefill(module.layer_idx, k, v)
+        out = TreeAttention.apply(q, k, v, tree, scaling)
+    return out.transpose(0, 1)[None], None
+
+
+AttentionInterface.register(NAME, tree_attention)
+AttentionMaskInterface.register(NAME, sdpa_mask)

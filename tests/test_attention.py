@@ -1,0 +1,126 @@
+"""Tests of attention over a tree of prompts and responses, against a dense mask and against the definitions."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from attention import (
+    GroupCache,
+    Tree,
+    TreeAttention,
+    attend,
+    attend_backward,
+    attend_backward_plainly,
+    attend_plainly,
+)
+
+SCALE = 0.3
+
+
+def random_row(tree: Tree, dtype: torch.dtype, seed: int = 0, heads: int = 4, key_heads: int = 2, d: int = 8):
+    """q [heads, N, d], k and v [key heads, N, d], and a gradient for the output."""
+    rng = torch.Generator().manual_seed(seed)
+    n = sum(tree.prompts) + sum(map(sum, tree.responses))
+    shapes = (heads, key_heads, key_heads, heads)
+    return [torch.randn(h, n, d, generator=rng, dtype=torch.float64).to(dtype) for h in shapes]
+
+
+def tree_mask(tree: Tree) -> torch.Tensor:
+    """Who sees whom, written down token by token: bool [N, N]."""
+    owner = [(b, None) for b, n in enumerate(tree.prompts) for _ in range(n)]
+    owner += [(b, g) for b, row in enumerate(tree.responses) for g, n in enumerate(row) for _ in range(n)]
+    n = len(owner)
+    return torch.tensor([[j <= i and owner[j] in {owner[i], (owner[i][0], None)} for j in range(n)] for i in range(n)])
+
+
+def dense(q, k, v, tree):
+    """Attention with that mask."""
+    k, v = (x.repeat_interleave(len(q) // len(k), 0) for x in (k, v))
+    scores = (q @ k.transpose(-1, -2) * SCALE).masked_fill(~tree_mask(tree), -torch.inf)
+    return scores.softmax(-1) @ v
+
+
+def with_gradients(function, row, tree):
+    q, k, v, grad = row
+    leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+    out = function(*leaves, tree)
+    out.backward(grad)
+    return [out.detach(), *(x.grad for x in leaves)]
+
+
+lengths = st.integers(1, 9)
+trees = st.lists(st.tuples(lengths, st.lists(st.integers(0, 7), min_size=1, max_size=4)), min_size=1, max_size=3).map(
+    lambda groups: Tree(tuple(p for p, _ in groups), tuple(tuple(r) for _, r in groups))
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(trees, st.integers(0, 1000))
+def test_equals_a_dense_mask(tree, seed):
+    row = random_row(tree, torch.float64, seed)
+    ours = with_gradients(lambda q, k, v, tree: TreeAttention.apply(q, k, v, tree, SCALE), row, tree)
+    for x, y in zip(ours, with_gradients(dense, row, tree), strict=True):
+        torch.testing.assert_close(x, y, atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_equals_a_dense_mask_in_lower_precision(dtype):
+    tree = Tree((40, 70), ((20, 3, 31), (8, 8)))
+    row = random_row(tree, dtype)
+    exact = with_gradients(dense, [x.double() for x in row], tree)
+    ours = with_gradients(lambda q, k, v, tree: TreeAttention.apply(q, k, v, tree, SCALE), row, tree)
+    bound = 1e-5 if dtype == torch.float32 else 0.05
+    for x, y in zip(ours, exact, strict=True):
+        assert x.dtype == dtype
+        torch.testing.assert_close(x.double(), y, atol=bound, rtol=bound)
+
+
+def test_prompts_alone_are_causal():
+    tree = Tree((5, 3))
+    row = random_row(tree, torch.float64)
+    ours = TreeAttention.apply(*row[:3], tree, SCALE)
+    torch.testing.assert_close(ours, dense(*row[:3], Tree((5, 3), ((), ()))), atol=1e-12, rtol=0)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.booleans(), st.integers(1, 6), st.integers(1, 6), st.integers(0, 1000))
+def test_the_kernels_are_the_definitions(causal, length, keys, seed):
+    """Also where out and lse are about more keys than these, as in a tree."""
+    keys = length if causal else keys
+    rng = torch.Generator().manual_seed(seed)
+    q, grad = (torch.randn(2, 4, length, 8, generator=rng, dtype=torch.float64) for _ in range(2))
+    k, v = (torch.randn(2, 2, keys, 8, generator=rng, dtype=torch.float64) for _ in range(2))
+    for x, y in zip(attend(q, k, v, causal, SCALE), attend_plainly(q, k, v, causal, SCALE), strict=True):
+        torch.testing.assert_close(x, y, atol=1e-12, rtol=0)
+    out, lse = attend(q, k, v, causal, SCALE)
+    more = (torch.randn(out.shape, generator=rng, dtype=torch.float64) + out, lse + 0.7)
+    for joint in ((out, lse), more):
+        kernel = attend_backward(grad, q, k, v, *joint, causal, SCALE)
+        plain = attend_backward_plainly(grad, q, k, v, *joint, causal, SCALE)
+        for x, y in zip(kernel, plain, strict=True):
+            torch.testing.assert_close(x, y, atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("prompts", [(7, 4, 6), (5, 5, 5)])
+def test_token_by_token_is_the_same_as_all_at_once(prompts):
+    """Three prompts with two responses of five tokens; along the way some of them are dropped."""
+    tree = Tree(prompts, ((5, 5),) * 3)
+    q, k, v, _ = random_row(tree, torch.float64)
+    whole = dense(q, k, v, tree)
+    n_prompt = sum(prompts)
+    cache = GroupCache(Tree(prompts), 2, 5)
+    cache.prefill(0, k[:, :n_prompt], v[:, :n_prompt])
+    rows = torch.arange(6).view(3, 2)
+    for t in range(5):
+        if t == 2:  # the second prompt ends; of the others, one response each
+            kept, left = torch.tensor([0, 2]), torch.tensor([[1], [0]])
+            cache.keep(kept, left)
+            rows = rows[kept].gather(1, left)
+        here = n_prompt + rows.flatten() * 5 + t
+        out = cache.attend(0, q[:, here], k[:, here], v[:, here], SCALE)
+        cache.length += 1
+        torch.testing.assert_close(out, whole[:, here], atol=1e-12, rtol=0)
+    assert rows.tolist() == [[1], [4]]
