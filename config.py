@@ -69,7 +69,11 @@ class Config:
     template: str = option("zoom_zero", "Prompt template.", ("zoom_zero", "world"))
     system_prompt: str = option("You are a helpful assistant.", "System prompt; empty for none.")
     question_first: bool = option(False, "Put the question before the video, which a tiny policy learns to use sooner.")
+    state_duration: bool = option(False, "The coarse prompt begins with the video's duration (released code).")
     fps: float = option(1.0, "Frames per second of the coarse pass.")
+    min_frames: int = option(
+        0, "Least frames of the coarse pass: short videos get a higher rate (the released code has 96)."
+    )
     zoom_fps: float = option(2.0, "Frames per second of the zoom pass, where the source has them.")
     budget: int = option(8192, "L_v, visual tokens of 28x28 pixels per clip, in both passes.")
     zoom_budget: int = option(0, "L_v of the zoom pass if it differs (the released code has 4096); 0 for the same.")
@@ -246,7 +250,7 @@ POSITIVE += [
     "world_test_videos",
 ]
 NOT_NEGATIVE = ["warmup", "weight_decay", "beta", "clip_low", "clip_high", "zoom_budget", "n_episodes", "threads"]
-NOT_NEGATIVE += ["seed", "world_seed", "max_failed_videos"]
+NOT_NEGATIVE += ["seed", "world_seed", "max_failed_videos", "min_frames"]
 
 
 def check(config: Config) -> None:

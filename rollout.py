@@ -96,7 +96,8 @@ def response_seed(*parts: object) -> int:
 def view_video(sample: Sample, config: Config) -> View:
     """Decode what the coarse pass sees of a sample's video (Eq. 3). Raises VideoError."""
     info = probe(sample.video)
-    plan = plan_clip(info, None, config.fps, config.budget, config.v_min, config.v_max, paired=config.paired_frames)
+    fps = max(config.fps, config.min_frames / info.duration)
+    plan = plan_clip(info, None, fps, config.budget, config.v_min, config.v_max, paired=config.paired_frames)
     clip = load_clip(plan, sample.video)
     return View(sample, info, clip, Video.from_frames(clip.frames, clip.step))
 
@@ -108,7 +109,8 @@ def chat_text(words: str, config: Config) -> str:
 
 def coarse_prompt(view: View, config: Config, vocabulary: Vocabulary, model_config) -> Prompt:
     """The prompt of the coarse pass."""
-    words = text.coarse_text(config.template, view.sample.question, list(view.sample.options))
+    duration = view.info.duration if config.state_duration else None
+    words = text.coarse_text(config.template, view.sample.question, list(view.sample.options), duration)
     chat = chat_text(words, config)
     return build_prompt(vocabulary.ids(chat), [view.video], model_config)
 

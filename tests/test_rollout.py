@@ -64,6 +64,19 @@ def test_the_coarse_view_is_eq_3(samples, config):
     assert view.video.grid == (10, 4, 4) and view.video.n_tokens == 40 and view.video.step == 1.0
 
 
+def test_a_short_video_gets_a_higher_rate_on_request(samples, config):
+    view = view_video(samples[0], replace(config, min_frames=40))
+    assert len(view.clip.times) == 40 and view.video.step == 0.5
+    assert len(view_video(samples[0], replace(config, min_frames=10)).clip.times) == 20  # it is a least number
+
+
+def test_the_prompt_states_the_duration_on_request(samples, config, vocabulary, model):
+    view = view_video(samples[0], config)
+    for asked in (False, True):
+        prompt = coarse_prompt(view, replace(config, state_duration=asked), vocabulary, model.config)
+        assert ("20.0 seconds" in vocabulary.tokenizer.decode(prompt.ids)) == asked
+
+
 def test_a_response_is_read_from_its_ids(vocabulary):
     ids = torch.tensor(vocabulary.ids(response_with("(3.0,8.0)")))
     response = read_response(ids, vocabulary)
