@@ -333,6 +333,13 @@ def encode_videos(model: Qwen2_5_VLForConditionalGeneration, videos: Sequence[Vi
     return [by_clip[id(video)] if video.tokens is None else video.tokens for video in videos]
 
 
+@torch.no_grad()
+def keep_tokens(model: Qwen2_5_VLForConditionalGeneration, videos: Sequence[Video]) -> None:
+    """Encode these clips once and for all; only for a vision tower that is not trained."""
+    for video, tokens in zip(videos, encode_videos(model, videos), strict=True):
+        video.tokens = tokens
+
+
 def embed_prompts(model: Qwen2_5_VLForConditionalGeneration, prompts: Sequence[Prompt]) -> tuple[Tensor, Tensor]:
     """All prompts in one row, with their clips: embeddings [N, H] and positions int64 [3, N]."""
     table = model.get_input_embeddings()
@@ -465,6 +472,18 @@ def choose_tokens(logits: Tensor, uniform: Tensor | None, temperature: float, ba
     return torch.searchsorted(cumulative, target, right=True).squeeze(-1).clamp(max=logits.shape[-1] - 1)
 
 
+def stops_at(tokenizer: PreTrainedTokenizerBase, strings: Sequence[str]) -> Callable[[list[int]], bool]:
+    """Whether the last of some ids completes one of these strings, however they are cut into tokens."""
+    # Every token has at least one byte, so so many tokens at the end are enough.
+    longest = max(len(string.encode()) for string in strings)
+
+    def stop(ids: list[int]) -> bool:
+        end, before = tokenizer.decode(ids[-longest:]), tokenizer.decode(ids[-longest:-1])
+        return any(string in end and string not in before for string in strings)
+
+    return stop
+
+
 @contextlib.contextmanager
 def _evaluation_mode(model: nn.Module) -> Iterator[None]:
     """For as long as a cache is in use: in training mode with checkpointing, transformers' layers would ignore it."""
@@ -486,13 +505,17 @@ def sample(
     banned: Sequence[int],
     temperature: float = 1.0,
     seeds: Sequence[Sequence[int]] | None = None,
+    stop: Callable[[list[int]], bool] | None = None,
+    states: list[Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Sample G responses per prompt; all prompts and responses are decoded together, the prompt's cache is shared by
-    its group.
+    its group, and responses that have ended leave the batch.
 
     seeds [B][G]: one per response, so that a response does not depend on the batch it is in; None decodes greedily.
-    `banned` ids are never sampled (vision tokens). Returns ids int64 [B, G, T] and mask bool [B, G, T]; a response ends
-    with, and includes, its first `eos` token.
+    `banned` ids are never sampled (vision tokens). A response ends with, and includes, its first `eos` token, or the
+    first token after which `stop` (see `stops_at`) says so of its ids. `states`: a list that gets, for each of the T
+    steps, the hidden states [B, G, H] that its tokens were chosen from (zeros for responses that had left). Returns
+    ids int64 [B, G, T] and mask bool [B, G, T].
     """
     B, G = len(prompts), group_size
     embeds, positions = embed_prompts(model, prompts)
@@ -514,12 +537,17 @@ def sample(
         hidden = _language_model(model, embeds, positions, tree, cache)[_last(prompts)].repeat_interleave(G, 0)
         for t in range(max_tokens):
             index = rows.flatten()
+            if states is not None:
+                states.append(hidden.new_zeros(B * G, hidden.shape[-1]).index_copy(0, index, hidden).view(B, G, -1))
             draw = None if uniform is None else uniform[index, t]
             token = choose_tokens(model.lm_head(hidden), draw, temperature, banned_ids).view(rows.shape)
             # A row that has ended is still there if others of its prompt or of the batch are longer.
             ids[index, t] = token.masked_fill(ended, 0).flatten()
             mask[index, t] = ~ended.flatten()
             ended = ended | torch.isin(token, eos_ids)
+            if stop is not None:
+                said = [stop(row) for row in ids[index, : t + 1].tolist()]
+                ended = ended | torch.tensor(said, device=device).view(ended.shape)
             if t == max_tokens - 1 or ended.all():
                 break
             prompts_left = (~ended).any(1).nonzero().flatten()

@@ -47,7 +47,7 @@ from config import Config
 from data import Sample
 from grpo import grpo_loss, loss_count
 from metrics import write_results
-from policy import ModelError, Policy, Prompt, Vocabulary, group_hidden, load, whole_weights
+from policy import ModelError, Policy, Prompt, Vocabulary, group_hidden, keep_tokens, load, whole_weights
 from rollout import Group, View, check_samples, response_seed, roll_out, view_video, zoom_pass
 from video import VideoError, prefetch
 
@@ -609,6 +609,8 @@ def collect(
     stop.check()
     with torch.no_grad(), whole_weights(run.policy), run.accelerator.autocast():
         with timed(seconds, "rollout"):
+            if not config.train_vision:  # then rollout, reference and update see the same visual tokens
+                keep_tokens(run.model, [d.view.video for d in drawn])
             groups = roll_out(run.model, [d.view for d in drawn], config, run.vocabulary, step)
         stop.check()
         failed = {}

@@ -28,10 +28,12 @@ from policy import (
     embed_prompts,
     encode_clips,
     group_hidden,
+    keep_tokens,
     last_hidden,
     load,
     mrope_positions,
     sample,
+    stops_at,
     window_layout,
 )
 from video import normalise_patches
@@ -349,7 +351,12 @@ def test_the_policy_gives_the_objective_its_real_tokens(model64, scene):
 
 def decode(model, vocabulary, prompts, G=3, T=24, temperature=1.0, seeds=True):
     rows = [[100 * b + g for g in range(G)] for b in range(len(prompts))] if seeds else None
-    return sample(model, prompts, G, T, vocabulary.eos, vocabulary.banned, temperature, rows)
+    return sample(model, prompts, G, T, ends(vocabulary), vocabulary.banned, temperature, rows)
+
+
+def ends(vocabulary) -> tuple[int, ...]:
+    """One token in twelve ends a response, so that these have different lengths."""
+    return (*vocabulary.eos, *range(20, len(vocabulary.tokenizer), 12))
 
 
 def test_decoding_agrees_with_a_full_pass(model64, vocabulary, scene):
@@ -378,7 +385,9 @@ def test_a_response_does_not_depend_on_its_batch(model64, vocabulary, scene):
     ids, mask = decode(model64, vocabulary, prompts)
     for b in range(2):
         for g in range(3):
-            alone, real = sample(model64, [prompts[b]], 1, 24, vocabulary.eos, vocabulary.banned, 1.0, [[100 * b + g]])
+            alone, real = sample(
+                model64, [prompts[b]], 1, 24, ends(vocabulary), vocabulary.banned, 1.0, [[100 * b + g]]
+            )
             assert torch.equal(alone[0, 0][real[0, 0]], ids[b, g][mask[b, g]])
 
 
@@ -408,6 +417,42 @@ def test_a_response_ends_with_its_first_end_token(vocabulary, tokenizer):
         assert not any(ends[:-1]) and (ends[-1] or n == 12)
         lengths.add(n)
     assert len(lengths) > 4
+
+
+def test_a_response_stops_where_its_text_says_so(model64, vocabulary, scene):
+    """With every piece of two letters that appears in the unstopped text as a stop string in turn."""
+    prompts, _, _ = scene
+    ids, mask = decode(model64, vocabulary, prompts)
+    words = vocabulary.tokenizer.decode(ids[0, 0][mask[0, 0]])
+    stops = sorted({words[k : k + 2] for k in range(len(words) - 1)})[:10]
+    for string in stops:
+        stop = stops_at(vocabulary.tokenizer, [string, "never said"])
+        seeds = [[100 * b + g for g in range(3)] for b in range(2)]
+        cut, real = sample(model64, prompts, 3, 24, ends(vocabulary), vocabulary.banned, 1.0, seeds, stop)
+        for b in range(2):
+            for g in range(3):
+                whole, n = ids[b, g][mask[b, g]], int(real[b, g].sum())
+                assert torch.equal(cut[b, g, :n], whole[:n])
+                said = [string in vocabulary.tokenizer.decode(whole[:k]) for k in range(1, len(whole) + 1)]
+                assert n == (said.index(True) + 1 if any(said) else len(whole))
+
+
+def test_the_states_are_those_the_tokens_were_chosen_from(model64, vocabulary, scene):
+    prompts, _, _ = scene
+    states: list[torch.Tensor] = []
+    seeds = [[100 * b + g for g in range(3)] for b in range(2)]
+    ids, mask = sample(model64, prompts, 3, 24, ends(vocabulary), vocabulary.banned, 1.0, seeds, states=states)
+    assert mask.sum(-1).unique().numel() > 2  # some end sooner, and leave
+    hidden = torch.stack(states, dim=2)  # [B, G, T, H]
+    torch.testing.assert_close(hidden[mask], group_hidden(model64, prompts, ids, mask), atol=1e-4, rtol=1e-4)
+
+
+def test_kept_tokens_are_used_and_change_nothing(model64, scene, monkeypatch):
+    prompts, ids, mask = scene
+    before = group_hidden(model64, prompts, ids, mask)
+    keep_tokens(model64, [video for prompt in prompts for video in prompt.videos])
+    monkeypatch.setattr("policy.encode_clips", None)  # not called again
+    torch.testing.assert_close(group_hidden(model64, prompts, ids, mask), before, atol=1e-9, rtol=0)
 
 
 def test_banned_tokens_never_appear(vocabulary, tokenizer):
