@@ -281,13 +281,15 @@ def encode_clips(visual: nn.Module, patches: Tensor, grids: Sequence[tuple[int, 
     angle = (
         (_patch_positions(grids).to(patches.device)[..., None] * frequency).flatten(1).repeat(1, 2)[:, None]
     )  # [N, 1, d]
-    raw_cos, raw_sin = angle.cos(), angle.sin()
+    raw_cos, raw_sin = cos, sin = angle.cos(), angle.sin()
 
-    x = visual.patch_embed(patches)
+    # The convolution over 2 x 14 x 14 pixels without overlap, as the matrix product that it is.
+    kernel = visual.patch_embed.proj.weight.flatten(1)
+    x = F.linear(patches.to(kernel.dtype), kernel)
     current = torch.arange(len(x))
     for i, block in enumerate(visual.blocks):
         layout = layouts[i in config.fullatt_block_indexes]
-        if layout.order is not current:
+        if not torch.equal(layout.order, current):  # equal where a grid is one window
             back = torch.argsort(current)
             x = x[back[layout.order].to(x.device)]
             order = layout.order.to(x.device)
