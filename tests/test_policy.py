@@ -278,7 +278,7 @@ def test_a_group_equals_groups_of_one(model64, scene, monkeypatch, dtype, bound)
         [group_logp(apart, [prompts[b]], ids[None, None, b, g], mask[None, None, b, g]) for b, g in pairs]
     )
     (alone * weight).sum().backward()
-    torch.testing.assert_close(logp, alone, atol=bound, rtol=0)
+    torch.testing.assert_close(logp, alone, atol=bound, rtol=bound)  # log-probabilities go down to -24 here
     for p, q in zip(shared.parameters(), apart.parameters(), strict=True):
         torch.testing.assert_close(p.grad, q.grad, atol=bound * float(q.grad.abs().max()), rtol=0)
 
