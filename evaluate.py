@@ -32,10 +32,10 @@ import metrics
 import world
 from config import Config
 from data import Sample
+from decode import VideoError
 from policy import ModelError, Vocabulary, load
 from rewards import format_reward, interval_iou
 from rollout import View, answer_clips, check_samples, roll_out, view_video, zoom_clips, zoom_pass
-from video import VideoError
 
 log = logging.getLogger("zoomgrpo")
 

@@ -45,11 +45,11 @@ import world
 from advantage import CREDIT, SEGMENTS, group_advantages, segment_ids, token_advantages
 from config import Config
 from data import Sample
+from decode import VideoError, prefetch
 from grpo import grpo_loss, loss_count
 from metrics import write_results
 from policy import ModelError, Policy, Prompt, Vocabulary, group_hidden, keep_tokens, load, whole_weights
 from rollout import Group, View, check_samples, response_seed, roll_out, view_video, zoom_pass
-from video import VideoError, prefetch
 
 log = logging.getLogger("zoomgrpo")
 FACETS = ("format", "accuracy", "iou", "zoom")

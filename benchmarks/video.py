@@ -38,7 +38,7 @@ sys.path = [str(ROOT), str(ROOT / "tests"), *(p for p in sys.path if Path(p or "
 import av  # noqa: E402
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
-from test_video import FILES, edited, read_number, sequential, times_of, write_video  # noqa: E402
+from numbered import FILES, edited, read_number, sequential, times_of, write_video  # noqa: E402
 
 import video  # noqa: E402
 

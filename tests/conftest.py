@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from numbered import get
 
 import prompts
 import sft
@@ -137,3 +138,15 @@ def recipe(tmp_path, talker, small_world) -> Path:
 
 def read_metrics(out: Path) -> list[dict]:
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory) -> Path:
+    """Where `numbered.get` writes its videos, each once."""
+    return tmp_path_factory.mktemp("videos")
+
+
+@pytest.fixture(scope="session")
+def plain(folder) -> Path:
+    """A file of 60 frames at 25 fps with B-frames."""
+    return get(folder, "b.mp4")
