@@ -636,16 +636,17 @@ def show_pictures(
         with Source(source.path, source.max_pixels, source.table) as own:
             _paint(own, ticks, show, allow_damage, stop)
 
-    shares = _shares(source, ticks, threads or _cores()) if ticks else []
-    if len(shares) == 1:
-        _paint(source, shares[0], show, allow_damage, stop)
-    elif shares:
-        with ThreadPoolExecutor(len(shares), thread_name_prefix="decode") as pool:
-            try:
-                for done in [pool.submit(paint_alone, share) for share in shares]:
-                    done.result()
-            finally:
-                stop.set()
+    if not ticks:
+        return
+    first, *others = _shares(source, ticks, threads or _cores())
+    with ThreadPoolExecutor(max(1, len(others)), thread_name_prefix="decode") as pool:
+        try:
+            working = [pool.submit(paint_alone, share) for share in others]
+            _paint(source, first, show, allow_damage, stop)
+            for done in working:
+                done.result()
+        finally:
+            stop.set()
 
 
 # ---------------------------------------------------------------- files

@@ -2,8 +2,8 @@
 
 - `frame_budget` is Eq. 3 of Zoom-Zero, `frame_size` the resolution it implies. `plan_clip` turns both into frame times:
   for the coarse pass over the whole video, and for the zoom pass over a few spans.
-- `decode` returns the frame shown at each time: the one with the largest presentation time <= t, whatever the
-  container.
+- `decode` returns the frames shown at given times, `load_clips` those of several plans; each is resized, by the rule of
+  Qwen's utilities, as soon as it is decoded.
 - `patchify` lays frames out as Qwen2.5-VL's vision tower takes them. Normalisation is last, so patches travel as bytes.
 
 Differences from the paper: Eq. 3 leaves F * s unrounded, here every sampling interval that begins within the video has
@@ -19,7 +19,7 @@ from __future__ import annotations
 import itertools
 import math
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -227,7 +227,7 @@ class _Scratch(threading.local):
     """Arrays that `_resize` keeps for the next image of the same size, for each thread its own."""
 
     def __init__(self):
-        self.arrays: dict[tuple[int, int, int, int], tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
+        self.arrays: dict[tuple[int, int, int, int], tuple[np.ndarray, np.ndarray]] = {}
 
 
 def resize(frames: Tensor, height: int, width: int, rule: str = "float") -> Tensor:
@@ -259,20 +259,19 @@ def _resize(image: np.ndarray, height: int, width: int, rule: str, scratch: _Scr
         n_rows = max(1, (SERIAL - 1) // (3 * width))
         n_columns = max(n for n in range(1, width + 1) if width % n == 0 and (n == 1 or 3 * height * n < SERIAL))
         strip = np.empty((n_rows, w, 3), np.float32)
-        blocks = np.empty((width // n_columns, h, n_columns, 3), np.float32)
-        result = np.empty((height, *blocks.shape[::2], 3), np.float32)
-        scratch.arrays[h, w, height, width] = strip, blocks, result
-    strip, blocks, result = scratch.arrays[h, w, height, width]
+        scratch.arrays[h, w, height, width] = strip, np.empty((width // n_columns, h, n_columns, 3), np.float32)
+    strip, blocks = scratch.arrays[h, w, height, width]
     n_rows, (n_blocks, _, n_columns, _) = len(strip), blocks.shape
     for y in range(0, h, n_rows):
         rows = strip[: min(n_rows, h - y)]
         np.copyto(rows, image[y : y + n_rows])
         narrow = _bicubic(rows, len(rows), width)
         blocks[:, y : y + n_rows] = narrow.reshape(-1, n_blocks, n_columns, 3).swapaxes(0, 1)
+    result = np.empty((height, n_blocks, n_columns, 3), np.uint8)
     for k, block in enumerate(blocks):
-        result[:, k] = _bicubic(block, height, n_columns)
-    np.rint(np.clip(result, 0, 255, out=result), out=result)
-    return result.astype(np.uint8).reshape(height, width, 3)
+        small = _bicubic(block, height, n_columns)
+        result[:, k] = np.rint(np.clip(small, 0, 255, out=small), out=small)
+    return result.reshape(height, width, 3)
 
 
 def _bicubic(image: np.ndarray, height: int, width: int) -> np.ndarray:
@@ -283,9 +282,12 @@ def _bicubic(image: np.ndarray, height: int, width: int) -> np.ndarray:
 # ---------------------------------------------------------------- frames
 
 
+Put = Callable[[int, np.ndarray, float], None]  # row, image uint8 [H, W, 3], presentation time; from several threads
+
+
 def _read(
     path: str | Path,
-    requests: Sequence[tuple[Sequence[float], tuple[int, int] | None]],
+    requests: Sequence[tuple[Sequence[float], tuple[int, int] | None, Put]],
     to_clock: bool,
     *,
     rule: str = "float",
@@ -293,29 +295,22 @@ def _read(
     cache: FrameCache | None = None,
     allow_damage: bool = False,
     max_pixels: int = MAX_PIXELS,
-) -> list[tuple[Tensor, list[float]]]:
-    """Frames and presentation times for each request (times, size): the union of all times is decoded, each frame once.
+) -> None:
+    """Put the frame shown at each time of each request (times, size, put): the union of all times is decoded, each
+    frame once.
 
     `to_clock` rounds times to the stream's clock. Options as for `decode`.
     """
-    for time in itertools.chain.from_iterable(times for times, _ in requests):
+    if not all(len(times) for times, _, _ in requests):
+        raise VideoError(path, "no times asked for", "give at least one")
+    for time in itertools.chain.from_iterable(times for times, _, _ in requests):
         if not (math.isfinite(time) and time >= -CLOCK):
             raise VideoError(path, f"no frame is shown at {time} s", "give finite seconds from 0 on")
-    canvases: list[np.ndarray | None] = [None] * len(requests)  # uint8 [N, 3, H, W], made when the first frame comes
-    shown = [[0.0] * len(times) for times, _ in requests]
-    scratch, lock = _Scratch(), threading.Lock()
-
-    def place(r: int, row: int, image: np.ndarray, seconds: float) -> None:
-        with lock:
-            if canvases[r] is None:
-                canvases[r] = np.empty((len(requests[r][0]), 3, *image.shape[:2]), np.uint8)
-        canvases[r][row] = image.transpose(2, 0, 1)
-        shown[r][row] = seconds
-
+    scratch = _Scratch()
     source, identity = open_source(path, max_pixels, cache)
     with source:
         places: dict[int, list[tuple[int, int]]] = {}  # tick -> (request, row)
-        for r, (times, size) in enumerate(requests):
+        for r, (times, size, put) in enumerate(requests):
             for row, time in enumerate(times):
                 tick = source.tick(time + source.clock / 2 if to_clock else time)
                 if source.cut and tick >= source.end:
@@ -326,22 +321,37 @@ def _read(
                 if kept is None:
                     places.setdefault(tick, []).append((r, row))
                 else:
-                    place(r, row, *kept)
+                    put(row, *kept)
 
         def show(picture: Picture, ticks: list[int]) -> None:
             images: dict[tuple[int, int] | None, np.ndarray] = {}
             for tick in ticks:
                 for r, row in places[tick]:
-                    size = requests[r][1]
+                    _, size, put = requests[r]
                     if size not in images:
                         images[size] = _resize(picture.pixels, *(size or picture.size), rule, scratch)
-                    place(r, row, images[size], picture.seconds)
+                    put(row, images[size], picture.seconds)
                     if cache is not None:
                         kept = (images[size].copy(), picture.seconds)
                         cache.put((*identity, rule, size, tick), kept, images[size].size)
 
         show_pictures(source, sorted(places), show, threads=threads, allow_damage=allow_damage)
-    return [(torch.from_numpy(canvas), times) for canvas, times in zip(canvases, shown, strict=True)]
+
+
+class _Frames:
+    """What a request for n frames receives: uint8 [n, 3, H, W] and presentation times."""
+
+    def __init__(self, n: int):
+        self.frames: np.ndarray | None = None  # made when the first one comes: it knows the size
+        self.times = [0.0] * n
+        self.lock = threading.Lock()
+
+    def put(self, row: int, image: np.ndarray, seconds: float) -> None:
+        with self.lock:
+            if self.frames is None:
+                self.frames = np.empty((len(self.times), 3, *image.shape[:2]), np.uint8)
+        self.frames[row] = image.transpose(2, 0, 1)
+        self.times[row] = seconds
 
 
 def decode(
@@ -356,9 +366,9 @@ def decode(
     intact frame before it stands in for one that cannot be decoded, which is an error otherwise; `max_pixels` the
     largest frame accepted. Damage is what the container or the codec reports. Raises VideoError.
     """
-    if not len(times):
-        raise VideoError(path, "no times asked for", "give at least one")
-    return _read(path, [(times, size)], False, **options)[0]
+    frames = _Frames(len(times))
+    _read(path, [(times, size, frames.put)], False, **options)
+    return torch.from_numpy(frames.frames), frames.times
 
 
 # ---------------------------------------------------------------- clips
@@ -380,9 +390,12 @@ def load_clips(path: str | Path, plans: Sequence[ClipPlan], **options) -> list[C
     Times are rounded to the file's clock: where it counts milliseconds, frame 2 of 30 per second is shown at 0.067 s,
     which 2 / 30 would miss. Raises VideoError.
     """
-    requests = [(plan.times, (plan.height, plan.width)) for plan in plans]
+    received = [_Frames(len(plan.times)) for plan in plans]
+    requests = [(p.times, (p.height, p.width), r.put) for p, r in zip(plans, received, strict=True)]
+    _read(path, requests, True, **options)
     clips = []
-    for plan, (frames, times) in zip(plans, _read(path, requests, True, **options), strict=True):
+    for plan, r in zip(plans, received, strict=True):
+        frames, times = torch.from_numpy(r.frames), r.times
         rows = [k for k in range(len(times)) if k == 0 or times[k] != times[k - 1]]
         if plan.distinct and len(rows) < len(times):
             frames, times = frames[rows], [times[k] for k in rows]
@@ -405,8 +418,7 @@ def patchify_uint8(frames: Tensor) -> tuple[Tensor, tuple[int, int, int]]:
     An odd number of frames repeats the last one. The four patches of a visual token are neighbours, as the vision tower
     wants them. Raises ValueError if H or W is not a multiple of 28.
     """
-    if frames.shape[-2] % TOKEN or frames.shape[-1] % TOKEN:
-        raise ValueError(f"frame sides must be multiples of {TOKEN} pixels, got {tuple(frames.shape)}")
+    _check_sides(*frames.shape[-2:])
     if len(frames) % 2:
         frames = torch.cat([frames, frames[-1:]])
     n, _, height, width = frames.shape
@@ -419,10 +431,47 @@ def patchify_uint8(frames: Tensor) -> tuple[Tensor, tuple[int, int, int]]:
 def normalise_patches(patches: Tensor) -> Tensor:
     """Patches uint8 [..., 1176] -> float32 with CLIP's mean and deviation, on the device of the patches."""
     mean, std = (torch.tensor(x, device=patches.device).repeat_interleave(2 * PATCH * PATCH) for x in (MEAN, STD))
-    return (patches.float() / 255 - mean) / std
+    return _normalise(patches.to(torch.float32, copy=True), mean, std)
+
+
+def _normalise(pixels, mean, std):
+    """In place; torch tensors or numpy arrays."""
+    pixels /= 255
+    pixels -= mean
+    pixels /= std
+    return pixels
 
 
 def patchify(frames: Tensor) -> tuple[Tensor, tuple[int, int, int]]:
     """Frames uint8 [N, 3, H, W] -> normalised pixel values float32 [T * h * w, 1176] and the grid (T, h, w)."""
     patches, grid = patchify_uint8(frames)
     return normalise_patches(patches), grid
+
+
+def decode_patches(
+    path: str | Path, times: Sequence[float], size: tuple[int, int], **options
+) -> tuple[Tensor, tuple[int, int, int], list[float]]:
+    """`decode` and `patchify` in one, in less memory: every frame goes to its place in the pixel values at once.
+
+    Returns pixel values float32 [T * h * w, 1176], the grid (T, h, w) and the presentation time of each frame. Options
+    and errors as for both.
+    """
+    _check_sides(*size)
+    n, (t, h, w) = len(times), ((len(times) + 1) // 2, size[0] // PATCH, size[1] // PATCH)
+    values, shown = np.empty((t, h // 2, w // 2, 2, 2, 3, 2, PATCH, PATCH), np.float32), [0.0] * n
+    mean, std = (np.array(x, np.float32)[:, None, None] for x in (MEAN, STD))
+
+    def put(row: int, image: np.ndarray, seconds: float) -> None:
+        pixels = _normalise(image.transpose(2, 0, 1).astype(np.float32, order="C"), mean, std)
+        patches = pixels.reshape(3, h // 2, 2, PATCH, w // 2, 2, PATCH).transpose(1, 4, 2, 5, 0, 3, 6)
+        for half in range(row % 2, 2 if row == n - 1 else row % 2 + 1):  # an odd last frame is both
+            values[row // 2, ..., half, :, :] = patches
+        shown[row] = seconds
+
+    _read(path, [(times, size, put)], False, **options)
+    return torch.from_numpy(values.reshape(t * h * w, -1)), (t, h, w), shown
+
+
+def _check_sides(height: int, width: int) -> None:
+    if height % TOKEN or width % TOKEN:
+        raise ValueError(f"frame sides must be multiples of {TOKEN} pixels, got {height} x {width}")

@@ -1,10 +1,12 @@
-"""Time, memory and exactness of `video.py` against other readers, on videos made here with a number in every frame.
+"""Time, memory and exactness of `decode.py` and `video.py` against other readers, on videos made here with a number in
+every frame.
 
     python benchmarks/video.py --out benchmarks/results/video.md
 
 Every figure comes from processes of its own, which have imported the reader and read one small file before the clock
-starts. Readers take turns; time is the median, memory the largest of `--repeats` processes: the peak of the resident
-set above its size before the task. All readers return the same frames (by number) at the same size, by the same bicubic
+starts. Readers take turns; time is the median of `--repeats` processes, memory the largest. Memory is the peak of the
+resident set during the task, above what was resident before it (interpreter, libraries); the peak of the whole process
+stands beside it. All readers return the same frames (by number) at the same size, by the same bicubic
 rule; end to end they return `pixel_values_videos`. Exactness is judged one frame per request and all at once, by time,
 or by the frame's number in presentation order where a reader takes only numbers.
 
@@ -18,15 +20,14 @@ torchcodec needs FFmpeg's shared libraries (4 to 8) on LD_LIBRARY_PATH; of torch
 from __future__ import annotations
 
 import argparse
-import contextlib
 import itertools
 import json
+import math
 import os
 import random
 import statistics
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
@@ -141,7 +142,7 @@ def read_opencv(path: str, times: list[float], numbers: list[int], size) -> torc
 
 
 def read_ours_to_patches(path: str, times: list[float], numbers: list[int], size) -> torch.Tensor:
-    return video.patchify(video.decode(path, times, size)[0])[0]
+    return video.decode_patches(path, times, size)[0]
 
 
 def read_qwen_to_patches(path: str, times: list[float], numbers: list[int], size) -> torch.Tensor:
@@ -167,7 +168,7 @@ READ = {
 
 
 def why_not(reader: str) -> str | None:
-    """The reason for which a reader cannot be used, or None."""
+    """Import a reader; the reason for which it cannot be used, or None."""
     try:
         if reader == "decord":
             import decord  # noqa: F401
@@ -187,46 +188,26 @@ def why_not(reader: str) -> str | None:
 # ---------------------------------------------------------------- a measurement in its own process
 
 
-def resident() -> int:
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-
-
-@contextlib.contextmanager
-def peak_memory(peak: list[int]):
-    """Sample the resident set every 2 ms; `peak` receives its largest growth in bytes."""
-    base, done = resident(), threading.Event()
-    peak.append(0)
-
-    def watch() -> None:
-        while not done.wait(0.002):
-            peak[0] = max(peak[0], resident() - base)
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    try:
-        yield
-    finally:
-        done.set()
-        watcher.join()
-        peak[0] = max(peak[0], resident() - base)
+def resident(field: str) -> int:
+    """Bytes of this process in memory: now ("VmRSS"), or at most since the peak was last reset ("VmHWM")."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(field))
 
 
 def measure(job: dict) -> dict:
-    """Run one job: {"reader", "path", "times", "numbers", "size", "warm"} -> {"seconds", "bytes", "shape", "seen"}."""
-    reason = why_not(job["reader"])
-    if reason:
-        return {"skipped": reason}
-    read = READ[job["reader"]]
-    if job.get("warm"):
-        read(job["warm"], [0.0, 0.5], [0, 12], (28, 56))
-    size = tuple(job["size"]) if job["size"] else None
-    peak: list[int] = []
-    with peak_memory(peak):
-        began = time.perf_counter()
-        frames = read(job["path"], job["times"], job["numbers"], size)
-        seconds = time.perf_counter() - began
+    """Run one job: {"reader", "path", "times", "numbers", "size", "warm"} -> {"seconds", "bytes", "process",
+    "seen"}."""
+    why_not(job["reader"])
+    read, size = READ[job["reader"]], tuple(job["size"])
+    read(job["warm"], [0.0, 0.5], [0, 12], (28, 56))
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
+    base = resident("VmRSS")
+    began = time.perf_counter()
+    frames = read(job["path"], job["times"], job["numbers"], size)
+    seconds = time.perf_counter() - began
+    peak = resident("VmHWM")
     seen = [read_number(frame) for frame in frames] if frames.ndim == 4 else None
-    return {"seconds": seconds, "bytes": peak[0], "shape": list(frames.shape), "seen": seen}
+    return {"seconds": seconds, "bytes": peak - base, "process": peak, "seen": seen}
 
 
 def ask(job: dict) -> None:
@@ -277,32 +258,55 @@ def table(header: list[str], rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def compare(folder: Path, readers: list[str], tasks, repeats: int) -> tuple[dict, dict, dict]:
-    """Median seconds, largest bytes, {task: {reader: ...}}, and wrong frames, {(task, reader): number}; a failure is a
-    text."""
-    wrong: dict = {}
-    seconds: dict = {task: {} for task in tasks}
-    memory: dict = {task: {} for task in tasks}
+def compare(folder: Path, readers: list[str], tasks, repeats: int) -> dict[str, dict[str, dict]]:
+    """{task: {reader: {"seconds": median, "bytes": largest, "process": largest, "wrong": number of frames}}}, or
+    {"failed": text}."""
+    found: dict = {task: {reader: [] for reader in readers} for task in tasks}
     for task in tasks:
         name, times, size = TASKS[task]
         numbers = [int(t * 25 + 1e-6) for t in times]
-        results: dict = {reader: [] for reader in readers}
         for _ in range(repeats):
-            for reader in readers:
-                if results[reader] and "failed" in results[reader][-1]:
+            for reader, results in found[task].items():
+                if results and "failed" in results[-1]:
                     continue
                 job = {"reader": reader, "path": str(folder / name), "times": times, "numbers": numbers, "size": size}
                 printed, words = in_process({**job, "warm": str(folder / "warm.mp4")}, 10 * TIMEOUT)
-                results[reader].append(printed[-1] if printed else {"failed": words})
-        for reader, found in results.items():
-            failed = [r["failed"] for r in found if "failed" in r]
-            seconds[task][reader] = failed[0] if failed else statistics.median(r["seconds"] for r in found)
-            memory[task][reader] = failed[0] if failed else max(r["bytes"] for r in found)
-            seen = found[0].get("seen")
-            if seen is not None and seen != numbers:
-                wrong[task, reader] = sum(a != b for a, b in zip(seen, numbers, strict=True))
-            print(f"{task}: {reader}: {seconds[task][reader]} s, {memory[task][reader]} bytes", flush=True)
-    return seconds, memory, wrong
+                results.append(printed[-1] if printed else {"failed": words})
+        for reader, results in found[task].items():
+            if "failed" in results[-1]:
+                found[task][reader] = results[-1]
+            else:
+                seen = results[0]["seen"] or numbers
+                found[task][reader] = {
+                    "seconds": statistics.median(r["seconds"] for r in results),
+                    "bytes": max(r["bytes"] for r in results),
+                    "process": max(r["process"] for r in results),
+                    "wrong": sum(a != b for a, b in zip(seen, numbers, strict=True)),
+                }
+            print(f"{task}: {reader}: {found[task][reader]}", flush=True)
+    return found
+
+
+def comparison(folder: Path, readers: list[str], tasks, repeats: int) -> str:
+    """The table of `compare`; `readers[0]` is ours, set against the best of the others."""
+
+    def cell(result: dict) -> str:
+        if "failed" in result:
+            return result["failed"]
+        memory, process = (f"{result[key] / 2**20:.0f} MiB" for key in ("bytes", "process"))
+        wrong = f", {result['wrong']} frames wrong" if result["wrong"] else ""
+        return f"{result['seconds']:.2f} s, {memory} ({process}){wrong}"
+
+    rows = []
+    for task, results in compare(folder, readers, tasks, repeats).items():
+        row, (ours, *others) = [task, *map(cell, results.values())], results.values()
+        for key in ("seconds", "bytes"):
+            best = min((other[key] for other in others if key in other), default=math.nan)
+            own = ours.get(key, math.nan)
+            ratio = best / own if key == "seconds" else own / best
+            row.append(f"{ratio:.2f}")
+        rows.append(row)
+    return table(["task", *readers, "time, best other / ours", "memory, ours / least other"], rows)
 
 
 def exactness(folder: Path, readers: list[str]) -> list[list[str]]:
@@ -340,36 +344,17 @@ def report(args) -> str:
     chains = [reader for reader in ("ours, to patches", "qwen-vl-utils + transformers") if reader not in skipped]
     make_videos(args.folder, [*VIDEOS, *EXACT.values()])
 
-    def show(value, unit: str) -> str:
-        if isinstance(value, str):
-            return value
-        return f"{value:.2f} s" if unit == "s" else f"{value / 2**20:.0f} MiB"
-
-    def both(tasks, names) -> str:
-        seconds, memory, wrong = compare(args.folder, names, tasks, args.repeats)
-        rows = []
-        for task in tasks:
-            others = [v for r, v in seconds[task].items() if not r.startswith("ours") and not isinstance(v, str)]
-            ours = seconds[task][names[0]]
-            ratio = f"{min(others) / ours:.2f}x" if others and not isinstance(ours, str) else "-"
-            cells = [f"{show(seconds[task][r], 's')}, {show(memory[task][r], 'MiB')}" for r in names]
-            for k, reader in enumerate(names):
-                if (task, reader) in wrong:
-                    cells[k] += f" ({wrong[task, reader]} frames wrong)"
-            rows.append([task, *cells, ratio])
-        return table(["task", *names, "best other / ours"], rows)
-
     parts = [
         "# Reading videos",
         f"`{args.command}`, {args.date}, {args.hardware}.",
-        f"Python {sys.version.split()[0]}, torch {torch.__version__}, PyAV {av.__version__}. "
-        + versions(readers, chains),
+        versions(readers, chains),
         *(f"Skipped: {reader} ({reason})." for reader, reason in skipped.items()),
         "## Frames: median time, peak memory",
-        f"Medians of {args.repeats} processes each. Same frames, same size, same bicubic rule.",
-        both(list(TASKS), readers),
+        f"Medians of {args.repeats} processes each, which return the same frames at the same size by the same bicubic "
+        "rule. Memory is the peak above what was resident before the task; in brackets, the peak of the whole process.",
+        comparison(args.folder, readers, TASKS, args.repeats),
         "## End to end: from file to `pixel_values_videos`",
-        both(list(END_TO_END), chains),
+        comparison(args.folder, chains, END_TO_END, args.repeats),
         "## Right frames",
         "Of 20 frames asked for one at a time, in random order; then of all frames asked for at once.",
         table(["file", *readers], exactness(args.folder, readers)),

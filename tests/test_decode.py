@@ -146,8 +146,8 @@ def test_repeated_times(folder):
 
 @pytest.mark.parametrize("rotation", [90, 180, 270])
 def test_rotation(folder, rotation):
-    upright = sequential(get(folder, "cfr.mp4"))[3]
     path = write_video(folder / f"turned{rotation}.mp4", rotation=rotation)
+    upright = sequential(path)[3]
     got = decode(path, [3 / 25])[0][0]
     with av.open(str(path)) as file:
         turns = round(next(file.decode(video=0)).rotation / 90)
@@ -600,7 +600,7 @@ def test_prefetch_leaves_nothing_behind(error):
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 def test_decoding_leaves_nothing_behind(plain, monkeypatch, error):
-    """Whatever stops one worker stops the others, and reaches the caller."""
+    """What stops a worker reaches the caller, and no worker stays."""
     before, count = threading.active_count(), itertools.count()
 
     def picture(self, frame, pts, real=_Painter.picture):

@@ -3,6 +3,7 @@
 import itertools
 import math
 import os
+import tracemalloc
 from fractions import Fraction
 
 import numpy as np
@@ -16,6 +17,7 @@ from numbered import HEIGHT, WIDTH, X264, get, read_number, sequential, write_vi
 from decode import FrameCache, Source, VideoError, VideoInfo, _Painter, prefetch, probe
 from video import (
     decode,
+    decode_patches,
     frame_budget,
     frame_size,
     load_clip,
@@ -258,6 +260,32 @@ def test_patchify_element_by_element():
     assert values[0, -1] == pytest.approx(blue.item(), abs=1e-6)
     with pytest.raises(ValueError, match="multiples of 28"):
         patchify(frames[..., :70])
+
+
+@pytest.mark.parametrize("n", [1, 6, 7])
+def test_decode_patches_is_decode_and_patchify(plain, n):
+    times = [0.4, 2.0, 0.0, 0.4, 1.24, 1.2, 0.44][:n]
+    frames, shown = decode(plain, times, (84, 56))
+    for threads in (1, 2):
+        values, grid, times_shown = decode_patches(plain, times, (84, 56), threads=threads)
+        assert times_shown == shown and grid == ((n + 1) // 2, 6, 4)
+        assert torch.equal(values, patchify(frames)[0])
+
+
+def test_decode_patches_keeps_no_frames(plain):
+    tracemalloc.start()
+    try:
+        values, _, _ = decode_patches(plain, [k / 25 for k in range(40)], (252, 448))
+        assert tracemalloc.get_traced_memory()[1] < 1.15 * values.nbytes  # the frames alone are a quarter
+    finally:
+        tracemalloc.stop()
+
+
+def test_decode_patches_refuses(plain):
+    with pytest.raises(ValueError, match="multiples of 28"):
+        decode_patches(plain, [0.0], (84, 70))
+    with pytest.raises(VideoError, match="no times"):
+        decode_patches(plain, [], (84, 56))
 
 
 # ---------------------------------------------------------------- clips, cache
