@@ -293,7 +293,8 @@ class Source:
             yield from self._tabled_packets(key)
 
     def _indexed_packets(self, key: int) -> Iterator[tuple[av.Packet, float]]:
-        self.container.seek(self.stream.index_entries[key].timestamp, stream=self.stream)
+        # The index has decoding times, a seek is for presentation times: without the delay it goes to the key before.
+        self.container.seek(self.stream.index_entries[key].timestamp + self.delay, stream=self.stream)
         last = -math.inf
         for packet in self._demux(self.stream):
             if packet.pts is None or packet.dts is None or packet.pts < packet.dts or packet.dts < last:
@@ -571,40 +572,44 @@ class _Painter:
         return Picture(pixels, (height, width), self.source.seconds(pts))
 
 
-def _shares(source: Source, ticks: list[int], threads: int) -> list[list[int]]:
+def _shares(source: Source, ticks: list[int], threads: int) -> tuple[list[list[int]], bool]:
     """Sorted ticks, split between workers at groups of pictures so that each has about as much to decode.
 
-    There is one share if that would not pay. If one group has most of the work, one worker gets all threads.
+    There is one share if that would not pay, or if one group has most of the work. In that case the second value is
+    true: pictures are then shown in a thread of their own, and the decoder gets all others.
     """
     if threads == 1 or source.counted:
-        return [ticks]
+        return [ticks], False
     rate = float(source.stream.average_rate or 25) * source.clock  # frames per tick
     groups = [list(group) for _, group in itertools.groupby(ticks, source.key_of)]
     costs = [1 + (group[-1] - source.key_tick(source.key_of(group[0]))) * rate for group in groups]
     if sum(costs) * source.codec.width * source.codec.height < WORTH_THREADS:
-        return [ticks]
+        return [ticks], False
     if max(costs) > 1.2 * sum(costs) / threads:
-        source.reopen(threads)
-        return [ticks]
+        if threads > 2:
+            source.reopen(threads - 1)
+        return [ticks], True
     shares: list[list[int]] = [[] for _ in range(threads)]
     middles = [total - cost / 2 for total, cost in zip(itertools.accumulate(costs), costs, strict=True)]
     for group, middle in zip(groups, middles, strict=True):
         shares[int(middle / sum(costs) * threads)] += group
-    return [share for share in shares if share]
+    return [share for share in shares if share], False
 
 
 def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _paint(source: Source, ticks: list[int], show: Show, allow_damage: bool, stop: threading.Event) -> None:
-    """Show the pictures at sorted ticks; if the decoder has threads of its own, in another one, while it goes on."""
+def _paint(
+    source: Source, ticks: list[int], show: Show, allow_damage: bool, stop: threading.Event, apart: bool = False
+) -> None:
+    """Show the pictures at sorted ticks, `apart`: in another thread, while decoding goes on."""
     painter = _Painter(source)
 
     def emit(frame: av.VideoFrame, pts: int, answered: list[int]) -> None:
         show(painter.picture(frame, pts), answered)
 
-    if source.threads == 1:
+    if not apart:
         _answer(source, ticks, emit, allow_damage, stop)
         return
     with ThreadPoolExecutor(1, thread_name_prefix="show") as showing:
@@ -638,11 +643,11 @@ def show_pictures(
 
     if not ticks:
         return
-    first, *others = _shares(source, ticks, threads or _cores())
+    (first, *others), apart = _shares(source, ticks, threads or _cores())
     with ThreadPoolExecutor(max(1, len(others)), thread_name_prefix="decode") as pool:
         try:
             working = [pool.submit(paint_alone, share) for share in others]
-            _paint(source, first, show, allow_damage, stop)
+            _paint(source, first, show, allow_damage, stop, apart)
             for done in working:
                 done.result()
         finally:

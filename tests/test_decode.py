@@ -189,6 +189,18 @@ def test_pixel_aspect(folder):
     assert torch.equal(frames, resize(sequential(path)[25][None], 96, 213))
 
 
+@pytest.mark.parametrize("name", ["b.mp4", "open.mp4", "hevc.mp4"])
+def test_a_seek_goes_to_the_key_frame_itself(folder, name):
+    """Not to the one before, which would cost a whole group of pictures more."""
+    with Source(get(folder, name)) as source:
+        entries = source.stream.index_entries
+        keys = [k for k in range(len(entries)) if entries[k].is_keyframe]
+        assert source.table is None and source.delay > 0 and len(keys) > 2
+        for key in reversed(keys):
+            packet, _ = next(source.packets(key))
+            assert packet.is_keyframe and packet.dts == entries[key].timestamp
+
+
 def test_non_reference_frames_are_skipped(folder, monkeypatch):
     """One frame per second of a file with B-frames takes fewer decoded frames than there are, and the same ones come
     out."""
