@@ -46,7 +46,8 @@ CREDIT = {
 def group_advantages(rewards: Tensor, unbiased: bool = False, eps: float = 1e-6, facet: str = "reward") -> Tensor:
     """Rewards of a group, centred and scaled to deviation 1.
 
-    rewards: [..., G], one group per row. Returns [..., G]; exactly 0 for groups without variance and groups of one.
+    rewards: [..., G], one group per row. Returns [..., G], floating point; exactly 0 for groups without variance and
+    groups of one.
     facet: name for the error message. Raises ValueError for NaN or infinite rewards.
     Source: Zoom-Zero Eq. 1 (one facet), Eq. 4 (each facet apart).
     """
@@ -60,7 +61,7 @@ def group_advantages(rewards: Tensor, unbiased: bool = False, eps: float = 1e-6,
     noise = eps * r.abs().amax(-1, keepdim=True).clamp(min=1)  # [..., 1]
     # Eq. 1, Eq. 4: A_i^k = (r_i^k - mean_k) / std_k
     advantages = torch.where(std > noise, centred / std, torch.zeros_like(r))
-    return advantages.to(rewards.dtype)
+    return advantages.to(rewards.dtype if rewards.is_floating_point() else torch.get_default_dtype())
 
 
 def token_offsets(tokenizer, ids: list[int], skip_special_tokens: bool = True) -> tuple[str, list[tuple[int, int]]]:
@@ -104,9 +105,12 @@ def token_advantages(facets: dict[str, Tensor], segments: Tensor, credit: dict[s
 
     facets: {name: [G]} advantages; facets that do not apply to this group are left out. segments: long [G, T] of
     indices into SEGMENTS. credit: one of CREDIT. Returns [G, T]. Raises ValueError if no facet of a segment is present,
-    as its tokens would learn nothing. Source: Zoom-Zero Eq. 5.
+    as its tokens would learn nothing, or if no segment is credited with a facet. Source: Zoom-Zero Eq. 5.
     """
     table = credit if credit is not None else {segment: dict.fromkeys(facets, 1 / len(facets)) for segment in SEGMENTS}
+    credited = {name for weights in table.values() for name in weights}
+    if unknown := set(facets) - credited:
+        raise ValueError(f"no segment is credited with {sorted(unknown)}, only with {sorted(credited)}")
     rows = []
     for segment in SEGMENTS:
         weights = table[segment]

@@ -126,6 +126,9 @@ class Config:
     kl: str = option(
         "exact", "KL over the vocabulary, or an estimate from the sampled token.", ("exact", "k1", "k2", "k3", "none")
     )
+    kl_clamp: float = option(
+        0.0, "Values of the k3 estimate are clamped to +-kl_clamp (released code 10); 0 for no clamp. Needs kl = k3."
+    )
     beta: float = option(0.01, "Weight of the KL penalty.")
     beta_time: float = option(
         -1.0, "Weight on time tokens (LongVTG-R1 Eq. 5); negative for the same as beta. Needs kl = exact."
@@ -250,7 +253,7 @@ POSITIVE += [
     "world_test_videos",
 ]
 NOT_NEGATIVE = ["warmup", "weight_decay", "beta", "clip_low", "clip_high", "zoom_budget", "n_episodes", "threads"]
-NOT_NEGATIVE += ["seed", "world_seed", "max_failed_videos", "min_frames"]
+NOT_NEGATIVE += ["seed", "world_seed", "max_failed_videos", "min_frames", "kl_clamp"]
 
 
 def check(config: Config) -> None:
@@ -269,6 +272,8 @@ def check(config: Config) -> None:
         raise ConfigError(
             f"beta_time = {config.beta_time} weighs subsets of the vocabulary, which needs kl = exact, not {config.kl}"
         )
+    if config.kl_clamp and config.kl != "k3":
+        raise ConfigError(f"kl_clamp = {config.kl_clamp} clamps the k3 estimate, which needs kl = k3, not {config.kl}")
     if config.prompts_per_step % config.updates_per_rollout:
         raise ConfigError(
             f"updates_per_rollout = {config.updates_per_rollout} must divide "

@@ -73,7 +73,7 @@ def grpo_loss(
     # Eq. 2: min(r A, clip(r, 1 - eps_low, 1 + eps_high) A) - beta D_KL
     gain = torch.minimum(ratio * advantages, ratio.clamp(low, high) * advantages)  # [N, T]
     penalty = torch.zeros_like(gain) if kl is None else real(kl)  # [N, T]
-    per_token = real(penalty - gain)  # [N, T], to be minimised
+    per_token = penalty - gain  # [N, T], to be minimised; 0 on padding
 
     if normalise == "sequence":
         # Eq. 2: 1/G sum_i 1/|o_i| sum_t
@@ -88,7 +88,7 @@ def grpo_loss(
             "ratio": real(ratio),
             "clipped_low": mask & (ratio < low) & (advantages < 0),
             "clipped_high": mask & (ratio > high) & (advantages > 0),
-            "approx_kl": real(ratio - 1 - log_ratio),  # KL(old || policy), k3 of the sampled tokens
+            "approx_kl": ratio - 1 - log_ratio,  # KL(old || policy), k3 of the sampled tokens
             "penalty": penalty,
             "advantage": advantages,
         }

@@ -45,11 +45,11 @@ def _divergence(logp: Tensor, logq: Tensor, p: Tensor) -> Tensor:
     """q - p + p log(p / q) for every entry of the vocabulary; q if p = 0, infinite if only q = 0.
 
     Written as p (e^b - 1 - b) with b = log(q / p), which keeps its digits where p and q nearly agree: otherwise float32
-    would lose a divergence below 1e-7 to rounding. From b = 80 on, it is q to the last digit (and e^b would overflow).
+    would lose a divergence below 1e-7 to rounding. From b = 40 on, it is q to the last digit, also where p underflows.
     """
     b = logq - logp
     divergence = torch.expm1(b).sub_(b).mul_(p)
-    usual = b < 80
+    usual = b < 40
     return divergence if usual.all() else torch.where(usual, divergence, logq.exp())
 
 
@@ -149,9 +149,8 @@ class _ChunkedKL(torch.autograd.Function):
                 kl[rows] = divergence @ weights
                 kl_time[rows] = divergence @ is_time
                 kl_text[rows] = divergence @ (1 - is_time)
-            if with_q and with_targets:
-                logq_target[rows] = logq.gather(-1, targets[rows, None])[:, 0]
-            if with_q:
+                if with_targets:
+                    logq_target[rows] = logq.gather(-1, targets[rows, None])[:, 0]
                 wpa[rows] = p.mul_(logp.sub_(logq)) @ weights
 
         ctx.save_for_backward(hidden_p, lm_head, hidden_q, lm_head_q, weights, targets, lse_p, lse_q, wpa)
@@ -257,12 +256,17 @@ def k2(logp: Tensor, ref_logp: Tensor) -> Tensor:
     return (logp - ref_logp).square() / 2
 
 
-def k3(logp: Tensor, ref_logp: Tensor) -> Tensor:
+def k3(logp: Tensor, ref_logp: Tensor, clamp: float = 0.0) -> Tensor:
     """q / p - 1 - log(q / p) of sampled tokens: unbiased for KL(p || q), but its gradient is that of KL(q || p).
 
-    The released Zoom-Zero code uses it as the loss, clamped to [-10, 10].
+    clamp: values above it are cut to it, and get no gradient: biased then; 0 for none. The released Zoom-Zero code
+    clamps to [-10, 10]; the lower end is never reached.
     """
-    return torch.expm1(ref_logp - logp) - (ref_logp - logp)
+    b = ref_logp - logp  # log(q / p)
+    if not clamp:
+        return torch.expm1(b) - b
+    b = b.clamp(max=80)  # an infinite e^b would turn the gradient 0 of a clamped value into NaN
+    return (torch.expm1(b) - b).clamp(max=clamp)
 
 
 TIME_SEPARATORS = (".", ",", ":", "-")
@@ -279,9 +283,7 @@ def time_token_ids(tokenizer, separators: tuple[str, ...] = TIME_SEPARATORS) -> 
     """
     ids = []
     for token, index in tokenizer.get_vocab().items():
-        text = (
-            token.replace("Ġ", " ").replace("▁", " ").strip()
-        )  # the space as byte-level BPE and SentencePiece write it
+        text = token.strip("Ġ▁ ")  # Ġ and ▁ are the space of byte-level BPE and SentencePiece
         if (text.isascii() and text.isdigit()) or text in separators:
             ids.append(index)
     return torch.tensor(sorted(ids), dtype=torch.long)

@@ -348,7 +348,7 @@ def format_ok(text: str, template: str, has_options: bool = True) -> bool:
 
 
 def _time_in_think(think: str) -> bool:
-    """Every `<time>` is closed and readable, and there is one."""
+    """Every `<time>` is closed, and at least one of them readable."""
     return len(tag_ranges(think, "time")) == len(_contents(think, "time")) and bool(parse_time_mentions(think))
 
 

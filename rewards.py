@@ -41,7 +41,7 @@ def tool_reward(answer: str | None, gold: str, clips: int) -> float:
 
     clips: number of calls that returned frames. The released code counts failed calls too.
     """
-    return accuracy_reward(answer, gold) if clips > 0 else 0.0
+    return accuracy_reward(answer, gold) * (clips > 0)
 
 
 def merge(spans: Spans) -> Spans:

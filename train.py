@@ -289,6 +289,8 @@ def objective(run: Run, batch: MicroBatch, count: Tensor, hidden: Tensor, lm_hea
         penalty = None
     elif config.kl == "exact":
         penalty = tokens.kl  # the weights are the betas
+    elif config.kl == "k3":
+        penalty = config.beta * kl.k3(tokens.logp, tokens.ref_logp, config.kl_clamp)
     else:
         penalty = config.beta * getattr(kl, config.kl)(tokens.logp, tokens.ref_logp)
     old = tokens.logp.detach() if batch.old_logp is None else batch.old_logp

@@ -131,6 +131,11 @@ def test_groups_in_a_batch_are_independent():
     assert group_advantages(groups.float()).dtype == torch.float32
 
 
+def test_whole_numbers_are_rewards_too():
+    assert torch.allclose(group_advantages(torch.tensor([0, 0, 0, 1])), torch.tensor([-1.0, -1, -1, 3]) / 3**0.5)
+    assert torch.equal(group_advantages(torch.tensor([True, False])), torch.tensor([1.0, -1.0]))
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_bad_rewards_raise_and_name_the_facet(bad):
     with pytest.raises(ValueError, match="iou: rewards must be finite"):
@@ -363,6 +368,12 @@ def test_a_segment_without_any_of_its_facets_is_refused():
         ValueError, match=r"segment 'other' is credited with .*'accuracy'.* but only \['iou'\] are given"
     ):
         token_advantages({"iou": FACETS["iou"]}, SEGMENT_GRID, CREDIT["paper"])
+
+
+@pytest.mark.parametrize("credit", ["paper", "code"])
+def test_a_facet_that_no_segment_is_credited_with_is_refused(credit):
+    with pytest.raises(ValueError, match=r"no segment is credited with \['acc'\], only with \['accuracy', 'format', "):
+        token_advantages({"format": FACETS["format"], "acc": FACETS["accuracy"]}, SEGMENT_GRID, CREDIT[credit])
 
 
 def test_credit_tables_name_all_segments_and_the_papers_sum_to_one():

@@ -85,6 +85,8 @@ def test_a_misspelt_option_names_the_nearest(recipe, name):
         (["--v_min", "40", "--v_max", "39"], "v_min = 40 must be at most v_max = 39"),
         (["--budget", "10", "--v_min", "16"], "v_min = 16 must be at most .* budget = 10"),
         (["--beta_time", "0", "--kl", "k3"], "needs kl = exact, not k3"),
+        (["--kl_clamp", "10"], "kl_clamp = 10.0 clamps the k3 estimate, which needs kl = k3, not exact"),
+        (["--kl_clamp=-1", "--kl", "k3"], "kl_clamp must not be negative"),
         (["--updates_per_rollout", "7"], "updates_per_rollout = 7 must divide prompts_per_step = 64"),
     ],
 )

@@ -455,6 +455,7 @@ ACCEPTED = [
     ("zoom_zero", WORLD),
     ("zoom_zero", FIGURE_5),
     ("zoom_zero", "<think>x <time>21.0</time></think>" + SECTION_4_2),
+    ("zoom_zero", "<think>x <time>later</time> y <time>21.0</time></think>" + SECTION_4_2),  # one readable is enough
     ("zoom_zero", "<think>x <time>21.0</time></think>\n<answer>(A)</answer>\n<glue>[ (1, 2) , (3,4)]</glue>\n"),
     ("longvtg_r1", LONGVTG),
     ("videozoomer", "<think>closer</think>" + CALL),

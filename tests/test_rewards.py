@@ -60,6 +60,9 @@ def test_tool_reward_is_paid_for_clips_that_led_to_the_right_answer():
     assert rewards.tool_reward("C", "C", clips=0) == 0.0
     assert rewards.tool_reward("B", "C", clips=1) == 0.0
     assert rewards.tool_reward(None, "C", clips=1) == 0.0
+    assert type(rewards.tool_reward("C", "C", clips=0)) is type(rewards.tool_reward("C", "C", clips=1)) is float
+    with pytest.raises(ValueError, match="not a capital letter"):
+        rewards.tool_reward("C", "(C)", clips=0)
 
 
 # --- unions

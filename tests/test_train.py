@@ -15,6 +15,7 @@ import threading
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -27,7 +28,19 @@ import config as configuration
 import data
 import train
 from policy import load
-from train import TrainingError, draw, keep_metrics, learning_rate, main, micro_batches, prepare, score, update
+from train import (
+    MicroBatch,
+    TrainingError,
+    draw,
+    keep_metrics,
+    learning_rate,
+    main,
+    micro_batches,
+    objective,
+    prepare,
+    score,
+    update,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 TIMES = ("seconds/", "visual_tokens_per_second", "text_tokens_per_second")
@@ -228,7 +241,7 @@ OPTIONS = [
     ["--zoom_answer", "decode", "--zoom_budget", "88"],
     ["--kl", "k1", "--normalise", "token"],
     ["--kl", "k2", "--normalise", "fixed"],
-    ["--kl", "k3", "--clip_low", "0.2"],
+    ["--kl", "k3", "--kl_clamp", "10", "--clip_low", "0.2"],
     ["--beta_time", "0", "--clip_high", "0.28"],
     ["--paired_frames", "--schedule", "cosine"],
     ["--train_vision", "false", "--gradient_checkpointing", "--mixed_precision", "bf16"],
@@ -257,6 +270,28 @@ def test_every_choice_is_tried():
         for choice in field.metadata["choices"] or ():
             pair = (f"--{name}", choice)
             assert pair in tried or pair in usual.items() or pair == ("--template", "zoom_zero"), pair
+
+
+@pytest.mark.parametrize(("estimate", "clamp"), [("exact", 0), ("k1", 0), ("k2", 0), ("k3", 0), ("k3", 0.5)])
+def test_the_penalty_is_beta_times_the_estimate_that_is_asked_for(monkeypatch, estimate, clamp):
+    g = torch.Generator().manual_seed(0)
+    hidden_p, hidden_q, lm_head, lm_head_q = (torch.randn(n, 4, generator=g) for n in (6, 6, 9, 9))
+    monkeypatch.setattr(train, "reference_hidden", lambda run, batch: hidden_q)
+    run = SimpleNamespace(
+        config=configuration.Config(kl=estimate, kl_clamp=clamp, beta=0.1),
+        kl_weights=torch.full((9,), 0.1),
+        time_tokens=torch.tensor([3]),
+        reference=SimpleNamespace(lm_head=SimpleNamespace(weight=lm_head_q)),
+    )
+    ids = torch.randint(0, 9, (1, 2, 3), generator=g)
+    batch = MicroBatch(["a"], [], ids, torch.ones_like(ids, dtype=torch.bool), torch.zeros(1, 2, 3))
+    _, stats = objective(run, batch, torch.tensor(2.0), hidden_p, lm_head)
+    logp, logq = torch.log_softmax(hidden_p @ lm_head.t(), -1), torch.log_softmax(hidden_q @ lm_head_q.t(), -1)
+    a = (logp - logq)[torch.arange(6), ids.flatten()]  # log(p / q) of the sampled tokens
+    values = {"exact": (logp.exp() * (logp - logq)).sum(-1), "k1": a, "k2": a**2 / 2, "k3": (-a).exp() - 1 + a}
+    expected = values[estimate].clamp(max=clamp) if clamp else values[estimate]
+    assert float(stats["penalty"]) == pytest.approx(0.1 * float(expected.sum()), rel=1e-5)
+    assert not clamp or values[estimate].min() < clamp < values[estimate].max()
 
 
 def test_the_paper_s_template_runs_a_step(recipe, tmp_path):
