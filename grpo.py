@@ -86,8 +86,8 @@ def grpo_loss(
         sums = {
             "tokens": mask,
             "ratio": real(ratio),
-            "clipped_low": mask & (ratio < low) & (advantages < 0),
-            "clipped_high": mask & (ratio > high) & (advantages > 0),
+            "clipped_low": (ratio < low) & (advantages < 0),
+            "clipped_high": (ratio > high) & (advantages > 0),
             "approx_kl": ratio - 1 - log_ratio,  # KL(old || policy), k3 of the sampled tokens
             "penalty": penalty,
             "advantage": advantages,

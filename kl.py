@@ -40,7 +40,6 @@ def subset_kl(logp: Tensor, logq: Tensor, subset: Tensor) -> Tensor:
     return q.sum(-1) - p.sum(-1) + (p * a).sum(-1)
 
 
-@torch.no_grad()
 def _divergence(logp: Tensor, logq: Tensor, p: Tensor) -> Tensor:
     """q - p + p log(p / q) for every entry of the vocabulary; q if p = 0, infinite if only q = 0.
 

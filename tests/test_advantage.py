@@ -116,7 +116,8 @@ def test_small_but_real_differences_count():
     assert torch.allclose(group_advantages(tensor([0.5, 0.5001])), tensor([-1.0, 1.0]))
     # the threshold is eps times the largest reward, at least eps
     assert torch.allclose(group_advantages(tensor([0.0, 4e-6])), tensor([-1.0, 1.0]))
-    assert group_advantages(tensor([0.0, 1e-6])).tolist() == [0, 0]
+    assert torch.allclose(group_advantages(tensor([0.0, 2.1e-6])), tensor([-1.0, 1.0]))
+    assert group_advantages(tensor([0.0, 1.9e-6])).tolist() == [0, 0]
     assert group_advantages(tensor([0.0, 4e-6]), eps=1e-5).tolist() == [0, 0]
     assert group_advantages(tensor([-1000.0, -1000.001])).tolist() == [0, 0]
     # each group has its own threshold

@@ -115,7 +115,9 @@ def test_at_ratio_one_the_gradient_is_reinforce_with_advantages(clips, seed):
         (1.0, -2.0, -2.0, -2.0),
         (0.9, -2.0, -1.8, -1.8),
         (0.5, -2.0, -1.6, 0.0),  # punished enough: clipped at 0.8
+        (0.01, -2.0, -1.6, 0.0),
         (1.5, -2.0, -3.0, -3.0),  # gone up although bad: no clip
+        (100.0, 2.0, 2.56, 0.0),
         (3.0, 0.0, 0.0, 0.0),
         (0.3, 0.0, 0.0, 0.0),
     ],
@@ -241,6 +243,7 @@ def test_statistics_are_means_over_real_tokens():
     ratio = log_ratio.exp()
     low, high = (ratio < 0.8) & (a < 0), (ratio > 1.28) & (a > 0)
     assert low.any() and high.any()
+    assert all(type(value) is float for value in mean_stats(sums).values())
     assert mean_stats(sums) == pytest.approx(
         {
             "tokens": int(real.sum()),
