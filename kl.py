@@ -164,7 +164,7 @@ class _ChunkedKL(torch.autograd.Function):
         hidden_p, lm_head, hidden_q, lm_head_q, weights, targets, lse_p, lse_q, wpa = ctx.saved_tensors
         n, vocabulary = hidden_p.shape[0], lm_head.shape[0]
         grad_hidden = torch.zeros_like(hidden_p, dtype=lse_p.dtype) if ctx.needs_input_grad[0] else None
-        grad_head = torch.zeros_like(lm_head) if ctx.needs_input_grad[1] else None
+        grad_head = torch.empty_like(lm_head) if ctx.needs_input_grad[1] else None
         block = max(ctx.chunk * vocabulary // max(n, 1), 1)  # as many logits at a time as in forward
         with torch.autocast(hidden_p.device.type, enabled=False):
             hidden, hidden_q = _operand(hidden_p), None if grad_kl is None else _operand(hidden_q)

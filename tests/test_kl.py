@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
@@ -268,6 +268,7 @@ N, SIZES, CHUNKS, SEEDS = st.integers(0, 9), st.integers(6, 13), st.integers(1, 
 
 
 @given(N, SIZES, CHUNKS, SEEDS)
+@example(n=20, v=6, chunk=1, seed=0)  # more tokens than a chunk has logits
 def test_chunked_equals_whole(n, v, chunk, seed):
     inputs = random_inputs(n, 5, v, seed)
     expected = whole(**inputs)
@@ -278,6 +279,7 @@ def test_chunked_equals_whole(n, v, chunk, seed):
 
 
 @given(N, SIZES, CHUNKS, SEEDS, st.sampled_from([("kl",), ("logp",), ("kl", "logp")]))
+@example(n=20, v=6, chunk=1, seed=0, outputs=("kl", "logp"))
 def test_chunked_gradients_equal_autograds(n, v, chunk, seed, outputs):
     inputs = random_inputs(n, 5, v, seed)
     g = torch.Generator().manual_seed(1)
@@ -409,6 +411,15 @@ def test_any_type_outside_float32_inside(dtype, error):
     for a, b in zip(gradients(whole, exact, kl=1, logp=1), found, strict=True):
         assert b.dtype == dtype
         assert torch.allclose(b.double(), a, rtol=2 * torch.finfo(dtype).eps, atol=error * float(a.abs().max()))
+
+
+def test_half_precision_gradients_are_summed_in_float32():
+    """Over 64 blocks of the vocabulary; only the sum is rounded."""
+    inputs = random_inputs(n=64, v=512, dtype=torch.bfloat16)
+    exact = {name: x.double() if torch.is_tensor(x) and x.is_floating_point() else x for name, x in inputs.items()}
+    (expected,) = gradients(whole, exact, ("hidden_p",), kl=1, logp=1)
+    (found,) = gradients(lambda **x: chunked_weighted_kl(chunk=1, **x), inputs, ("hidden_p",), kl=1, logp=1)
+    assert (found - expected).abs().max() < torch.finfo(torch.bfloat16).eps * expected.abs().max()
 
 
 def test_half_precision_reference_beside_a_float32_policy():

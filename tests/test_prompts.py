@@ -79,6 +79,8 @@ def test_world_template_is_terse():
 
 def test_videozoomer_template_states_its_limits_and_a_valid_call():
     text = coarse_text("videozoomer", "Why?", ["rain", "sun"], calls=3, frames_per_call=8)
+    assert text.startswith("You see a coarse overview of a video. Question: Why?\nOptions: (A) rain")
+    assert text.endswith("give the letter of the option within <answer> </answer> tags instead of a call.")
     assert "at most 3 calls" in text and "at most 8." in text and "(A) rain (B) sun" in text
     start, end = tag_ranges(text, "video_zoom")[0]
     assert parse_tool_call(text[start:end]) == ToolCall((12.0, 20.5), 2.0)
@@ -137,6 +139,8 @@ def test_chat_text_is_what_the_real_chat_template_renders(n_videos, system):
 def test_chat_text_by_hand():
     user = "<|im_start|>user\n<|vision_start|><|video_pad|><|vision_end|>Why?<|im_end|>\n<|im_start|>assistant\n"
     assert chat_text("Why?", system=None) == user
+    after = "<|im_start|>user\nWhy?<|vision_start|><|video_pad|><|vision_end|><|im_end|>\n<|im_start|>assistant\n"
+    assert chat_text("Why?", system=None, text_first=True) == after
     assert chat_text("Why?", system="Be brief.") == "<|im_start|>system\nBe brief.<|im_end|>\n" + user
 
 
@@ -154,6 +158,7 @@ def test_chat_text_by_hand():
         ("<glue>x</glue>a<glue>y", ["<glue>x</glue>", "<glue>y"]),
         ("</glue>x<glue></glue>", ["<glue></glue>"]),
         ("<glue >x</glue>", []),
+        ("<glue>x/glue>y</glue>", ["<glue>x/glue>y</glue>"]),
     ],
 )
 def test_tag_ranges(text, pieces):
@@ -193,6 +198,7 @@ def test_tag_ranges_are_disjoint_sorted_and_begin_and_end_with_the_tags(text):
         ("12.5 to 30.0", [(12.5, 30)]),
         ("12.5s to 30.0s", [(12.5, 30)]),
         ("12.5 sec - 30 seconds", [(12.5, 30)]),
+        ("1 second to 2 secs", [(1, 2)]),
         ("From 3.0 to 10.5 seconds.", [(3, 10.5)]),
         ("3 until 4", [(3, 4)]),
         ("8-11", [(8, 11)]),
@@ -226,6 +232,7 @@ def test_tag_ranges_are_disjoint_sorted_and_begin_and_end_with_the_tags(text):
         ("(1, 2) maybe", None),
         ("(1.2.3, 4)", None),
         ("(0:75, 2:00)", None),
+        ("1:02:03:04 - 2:00:00", None),
         ("(１２, １５)", None),
         ("(1, 2", [(1, 2)]),
     ],
@@ -347,6 +354,7 @@ def test_a_hundred_thousand_characters_take_linear_time(text):
         ("<answer>A</answer><answer>B</answer>", "A"),
         ("<think><answer>A</answer></think><answer>B</answer>", "B"),
         ("<think>a</think><answer>A</answer></think><answer>B</answer>", "B"),
+        ("<answer>A</answer> or/think><answer>B</answer>", "A"),
         ("<think>never closed <answer>B</answer>", "B"),
         (WORLD, "B"),
     ],
