@@ -190,7 +190,7 @@ class _ChunkedKL(torch.autograd.Function):
                     grad_hidden += _product(dz, head)
                 if grad_head is not None:
                     grad_head[rows] = torch.mm(dz.t(), hidden)
-        return None if grad_hidden is None else grad_hidden.to(hidden_p.dtype), grad_head, *[None] * 7
+        return grad_hidden, grad_head, *[None] * 7  # autograd casts them to the inputs' types
 
 
 def _aligned(hidden: Tensor, lm_head: Tensor) -> tuple[Tensor, Tensor]:

@@ -249,7 +249,7 @@ def parse_answer(text: str, bare: bool = False) -> str | None:
     """
     reply = _after_think(text)
     contents = _contents(reply, "answer")
-    if not contents and bare and "<answer>" not in reply:
+    if bare and "<answer>" not in reply:
         contents = [reply]
     match = _ANSWER.fullmatch(contents[0]) if contents else None
     return match[1].upper() if match else None
