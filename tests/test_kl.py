@@ -635,9 +635,9 @@ def test_no_time_tokens():
 
 def test_time_tokens_by_rule():
     vocabulary = Vocabulary(
-        "7", "Ġ12", "▁3", "５", "²", "7a", "", "Ġ", ".", "Ġ-", "..", "),", "Ġto", "s", "<t5>", ":", ","
+        "7", "Ġ12", "▁3", "５", "²", "7a", "", "Ġ", ".", "Ġ-", "..", "),", "Ġto", "s", "<t5>", ":", ",", "8▁"
     )
     ids = time_token_ids(vocabulary)
     assert ids.dtype == torch.long
-    assert ids.tolist() == [0, 1, 2, 8, 9, 15, 16]
-    assert time_token_ids(vocabulary, separators=("<t5>",)).tolist() == [0, 1, 2, 14]
+    assert ids.tolist() == [0, 1, 2, 8, 9, 15, 16, 17]
+    assert time_token_ids(vocabulary, separators=("<t5>",)).tolist() == [0, 1, 2, 14, 17]

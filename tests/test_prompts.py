@@ -460,6 +460,7 @@ def test_parse_tool_call(text, call):
         assert result[0].isupper() and result.endswith(".")  # a sentence that can be shown to the policy
     else:
         assert result == call
+        assert call is None or all(type(x) is float for x in (*result.span, result.fps))
 
 
 # --- the strict check
@@ -470,8 +471,10 @@ ACCEPTED = [
     ("zoom_zero", FIGURE_5),
     ("zoom_zero", "<think>x <time>21.0</time></think>" + SECTION_4_2),
     ("zoom_zero", "<think>x <time>later</time> y <time>21.0</time></think>" + SECTION_4_2),  # one readable is enough
-    ("zoom_zero", "<think>x <time>21.0</time></think>\n<answer>(A)</answer>\n<glue>[ (1, 2) , (3,4)]</glue>\n"),
+    ("zoom_zero", "<think>x <time>21.0</time></think>\n<answer> (M)\n</answer>\n<glue>\n[ ( 1 , 2 ) , (3,4) ] </glue>"),
+    ("world", WORLD.replace("red", "<answer glue> /glue> </glue red")),  # no tags
     ("longvtg_r1", LONGVTG),
+    ("longvtg_r1", LONGVTG.replace("12.5 to 30.0", " 12.5  to  30.0\n")),
     ("videozoomer", "<think>closer</think>" + CALL),
     ("videozoomer", "<think>I see</think>\n<answer>B</answer>"),
 ]
@@ -479,8 +482,8 @@ ACCEPTED = [
 
 @pytest.mark.parametrize(("template", "text"), ACCEPTED)
 def test_templates_accept_their_own_format(template, text):
-    assert format_ok(text, template)
-    assert format_ok(f" \n{text}\n", template)
+    assert format_ok(text, template) is True
+    assert format_ok(f" \n{text}\n", template) is True
 
 
 @pytest.mark.parametrize(("template", "text"), ACCEPTED)
@@ -500,7 +503,7 @@ def test_any_missing_repeated_or_extra_piece_is_refused(template, text):
             text[:start] + "word" + text[start:],  # words between the blocks
             text[:end] + "word" + text[end:],
         ):
-            assert not format_ok(changed, template), changed
+            assert format_ok(changed, template) is False, changed
     first, second = (text[slice(*tag_ranges(text, tag)[0])] for tag in tags[:2])
     assert not format_ok(text.replace(first, "@").replace(second, first).replace("@", second), template)  # order
     assert not format_ok("", template)
@@ -522,6 +525,8 @@ def test_any_missing_repeated_or_extra_piece_is_refused(template, text):
         WORLD.replace("[(3.0,8.0)]</glue>", "[[3.0,8.0]]</glue>"),
         WORLD.replace("[(3.0,8.0)]</glue>", "(3.0,8.0)</glue>"),
         WORLD.replace("[(3.0,8.0)]</glue>", "[(3.0,8.0)</glue>"),
+        WORLD.replace("[(3.0,8.0)]</glue>", "(3.0,8.0)]</glue>"),
+        WORLD.replace("[(3.0,8.0)]</glue>", "[3.0,8.0]</glue>"),
         WORLD.replace("[(3.0,8.0)]</glue>", "[(3.0 to 8.0)]</glue>"),
         WORLD.replace("[(3.0,8.0)]</glue>", "[(3.0s,8.0s)]</glue>"),
         WORLD.replace("[(3.0,8.0)]</glue>", "[(3.0,8.0),]</glue>"),
@@ -534,7 +539,7 @@ def test_any_missing_repeated_or_extra_piece_is_refused(template, text):
     ],
 )
 def test_zoom_zero_refuses(text):
-    assert not format_ok(text, "zoom_zero")
+    assert format_ok(text, "zoom_zero") is False
 
 
 @pytest.mark.parametrize(
