@@ -71,6 +71,8 @@ def evaluate(
         bar.update(len(numbers))
     bar.close()
     gathered = [row for _, row in sorted(gather_object(rows), key=lambda pair: pair[0])]
+    # A process that left right after a gather could deadlock: Gloo's thread still gives the gathered tensors back.
+    accelerator.wait_for_everyone()
     if gathered and all(row["error"] for row in gathered):
         raise data.DataError(f"none of the {len(gathered)} videos can be read; the first: {gathered[0]['error']}")
     return gathered

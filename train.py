@@ -33,6 +33,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, LoggerType, set_seed
 from torch import Tensor
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from tqdm import tqdm
 
 import config as configuration
@@ -249,7 +250,8 @@ def update(run: Run, batches: list[MicroBatch]) -> dict[str, float]:
     totals: dict[str, float] = defaultdict(float)
     for k, batch in enumerate(batches):
         last = k == len(batches) - 1
-        with contextlib.nullcontext() if last else accelerator.no_sync(run.policy):
+        # FSDP2 reduces every micro-batch's gradients: kept for later, they would be whole on every process.
+        with contextlib.nullcontext() if last or accelerator.is_fsdp2 else accelerator.no_sync(run.policy):
             loss, stats = run.policy(batch.prompts, batch.responses, batch.mask, partial(objective, run, batch, count))
             if not math.isfinite(loss.item()):
                 raise TrainingError(f"the loss of samples {', '.join(batch.ids)} is {loss.item()}")
@@ -455,10 +457,11 @@ def save_checkpoint(run: Run, done: int) -> None:
     accelerator.wait_for_everyone()
     # As one tensor per weight: safetensors would complain about tied ones.
     accelerator.save_state(str(out / "state.part"), safe_serialization=False)
-    weights = accelerator.get_state_dict(run.policy)
+    weights = accelerator.get_state_dict(run.policy)  # of a sharded policy: whole, in the main process' memory
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        weights = {name.removeprefix("model."): value for name, value in weights.items()}
+        # Each tied weight once: gathered from shards, its two names would be two tensors.
+        weights = {name: weights[f"model.{name}"] for name, _ in run.model.named_parameters()}
         run.model.save_pretrained(out / "checkpoint.part", state_dict=weights)
         run.vocabulary.tokenizer.save_pretrained(out / "checkpoint.part")
         progress = {"step": done, "drawn": run.drawn, "failures": run.failures}
@@ -548,6 +551,11 @@ def prepare(config: Config, accelerator: Accelerator) -> Run:
     trainable = [p for p in policy.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trainable, lr=config.lr, weight_decay=config.weight_decay)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, partial(learning_rate, config))
+    if accelerator.is_fsdp2 and config.mixed_precision == "bf16":
+        # accelerate's choice would round the loss, its statistics and the sums of gradients to bfloat16.
+        accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy(
+            param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False
+        )
     policy, optimizer = accelerator.prepare(policy, optimizer)
     accelerator.register_for_checkpointing(scheduler)
 
@@ -597,6 +605,7 @@ def train(run: Run, samples: list[Sample]) -> list[Group]:
         except Stopped:
             if done != saved:
                 save_checkpoint(run, done)
+            accelerator.wait_for_everyone()  # as at the end of main
             raise
     return groups
 
@@ -760,8 +769,7 @@ def main(arguments: list[str] | None = None) -> None:
         if accelerator.is_main_process:
             evaluate.save_and_print({"before": before, "after": after}, out)
     accelerator.print(f"{out}/: config.yaml, metrics.jsonl, curves.png, episodes.html, checkpoint/")
-    # A process that left right after a gather could deadlock: Gloo's thread still gives the gathered tensors back.
-    accelerator.wait_for_everyone()
+    accelerator.wait_for_everyone()  # as in evaluate.py: a process that left right after a gather could deadlock
     accelerator.end_training()
 
 

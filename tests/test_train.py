@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,6 +23,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from conftest import read_metrics
+from safetensors.torch import load_file
 from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 
 import config as configuration
@@ -64,18 +66,18 @@ def samples(small_world):
     return data.load(small_world["train"], video_root=small_world["train"].parent)
 
 
-def run_script(*arguments: object, script: str = "train.py", processes: int = 1) -> list[str]:
-    # accelerate launch --cpu starts several processes with MPI only; torch's launcher needs nothing else.
-    several = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    return [sys.executable, *(several if processes > 1 else []), script, *map(str, arguments)]
+# accelerate launch --cpu starts several processes with MPI only; torch's launcher needs nothing else.
+TWO = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "train.py"]
+TWO_SHARDED = ["-m", "accelerate.commands.launch", "--config_file", "recipes/accelerate_fsdp2.yaml"]
+TWO_SHARDED += ["--num_processes", "2", "--main_process_port", "0", "tests/fsdp2_on_cpu.py"]
 
 
 def environment() -> dict[str, str]:
-    return os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    return os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
 
 
-def call(*arguments: object, **options) -> subprocess.CompletedProcess:
-    command = run_script(*arguments, **options)
+def call(*arguments: object, script: Sequence[str] = ("train.py",)) -> subprocess.CompletedProcess:
+    command = [sys.executable, *script, *map(str, arguments)]
     return subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=600)
 
 
@@ -218,13 +220,45 @@ def test_two_processes_train_like_one(recipe, tmp_path):
     """The same metrics and weights after two steps of two updates each, up to float noise."""
     common = ["--config", recipe, "--updates_per_rollout", "2", "--beta", "0.05", "--train_vision", "false"]
     main([*map(str, common), "--out", str(tmp_path / "one")])
-    done = call(*common, "--out", tmp_path / "two", processes=2)
+    done = call(*common, "--out", tmp_path / "two", script=TWO)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "two" / "state" / "random_states_1.pkl").exists()  # of the second process
     assert_same_run(tmp_path / "one", tmp_path / "two", tolerance=2e-4)
     start, after = weights_of_vision(recipe), weights(tmp_path / "one")
     for name, weight in start.items():
         assert torch.equal(after[name], weight)  # frozen
+
+
+def test_two_processes_with_sharded_weights_train_like_one(recipe, tmp_path):
+    """FSDP2, resumed after the first step: the metrics and weights of one process, up to float noise."""
+    common = ["--config", recipe, "--updates_per_rollout", "2", "--beta", "0.05", "--prompts_per_step", "8"]
+    main([*map(str, common), "--out", str(tmp_path / "one")])
+    two = tmp_path / "two"
+    for more in (["--steps", "1"], ["--resume"]):
+        done = call(
+            *common, "--out", two, "--prompts_per_pass", "1", "--gradient_checkpointing", *more, script=TWO_SHARDED
+        )
+        assert done.returncode == 0, done.stderr
+    for name in ("pytorch_model_fsdp_0", "optimizer_0"):
+        sizes = [(two / "state" / name / f"__{process}_0.distcp").stat().st_size for process in (0, 1)]
+        assert min(sizes) > 0.9 * max(sizes)  # each process has half
+    assert_same_run(tmp_path / "one", two, tolerance=2e-4)
+    saved = [load_file(tmp_path / out / "checkpoint" / "model.safetensors").keys() for out in ("one", "two")]
+    assert saved[0] == saved[1]  # tied weights once
+
+
+def test_sharded_weights_in_bfloat16_leave_sums_unrounded(recipe, tmp_path, small_world):
+    """With a frozen vision tower, and a table before and after training."""
+    options = ["--mixed_precision", "bf16", "--train_vision", "false", "--test_data", small_world["test"]]
+    options += ["--steps", "1", "--updates_per_rollout", "2", "--beta", "0.05", "--group_size", "2"]
+    done = call("--config", recipe, *options, script=TWO_SHARDED)
+    assert done.returncode == 0, done.stderr
+    (row,) = read_metrics(tmp_path / "run")
+    assert all(math.isfinite(value) for value in row.values())
+    assert 0 < row["kl/penalty"] == pytest.approx(0.05 * (row["kl/time"] + row["kl/text"]), rel=1e-5)
+    table = json.loads((tmp_path / "run" / "evaluation.json").read_text())
+    assert table["before"]["all"]["questions"] == table["after"]["all"]["questions"] >= 6
+    assert {weight.dtype for weight in weights(tmp_path / "run").values()} == {torch.float32}
 
 
 def weights_of_vision(recipe) -> dict[str, torch.Tensor]:
@@ -512,7 +546,8 @@ def wait_for_metrics(process: subprocess.Popen, path: Path, lines: int) -> None:
 def test_a_stopped_run_resumes_as_if_nothing_had_happened(finished, tmp_path, number):
     out = tmp_path / "stopped"
     arguments = ["--config", finished / "run" / "config.yaml", "--out", out, "--tracker", "none", "--test_data", ""]
-    process = subprocess.Popen(run_script(*arguments), cwd=ROOT, stderr=subprocess.PIPE, text=True, env=environment())
+    command = [sys.executable, "train.py", *map(str, arguments)]
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, env=environment())
     wait_for_metrics(process, out / "metrics.jsonl", 1)
     process.send_signal(number)
     _, errors = process.communicate(timeout=600)

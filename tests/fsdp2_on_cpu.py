@@ -1,0 +1,18 @@
+"""train.py with FSDP2 on CPU processes; `accelerate launch --config_file recipes/accelerate_fsdp2.yaml` starts it.
+
+accelerate shards on GPUs only, so it is told that it has some. Everything else is its own and train.py's.
+"""
+
+import sys
+from pathlib import Path
+
+from accelerate import PartialState
+from accelerate.utils import DistributedType
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import train
+
+PartialState(cpu=True)
+PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+train.run_main(train.main)
