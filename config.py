@@ -13,12 +13,15 @@ import difflib
 import math
 import types
 import typing
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
 
-DEFAULT_RECIPE = Path(__file__).parent / "recipes" / "cpu_world.yaml"
+RECIPES = Path(__file__).resolve().parent / "recipes"
+DEFAULT_RECIPE = RECIPES / "cpu_world.yaml"
+BUILT_IN = RECIPES.parent / "checkpoints" / "tiny"
 
 
 class ConfigError(Exception):
@@ -168,6 +171,15 @@ class Config:
     threads: int = option(0, "CPU threads per process; 0 leaves torch's own choice.")
 
 
+def suiting_recipe(model: str | None) -> Path:
+    """How a model is shown videos: a run's checkpoint as the run did, the built-in one by its recipe, others by the
+    paper's values for long videos."""
+    if model is None or Path(model).resolve() == BUILT_IN.resolve():
+        return DEFAULT_RECIPE
+    beside = Path(model).resolve().parent / "config.yaml"
+    return beside if beside.is_file() else RECIPES / "long_video.yaml"
+
+
 def _field_types() -> dict[str, type]:
     return typing.get_type_hints(Config)
 
@@ -192,9 +204,10 @@ def _convert(name: str, value: object, origin: str) -> object:
     return converted
 
 
-def _check_name(name: object, origin: str) -> None:
-    if name not in _field_types():
-        near = difflib.get_close_matches(str(name), _field_types(), n=1, cutoff=0.0)
+def _check_name(name: object, origin: str, others: Sequence[str] = ()) -> None:
+    known = [*_field_types(), *others]
+    if name not in known:
+        near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.0)
         raise ConfigError(f"{origin}: there is no option {name!r}; the nearest is {near[0]!r}")
 
 
@@ -202,8 +215,8 @@ def read_recipe(path: str | Path) -> dict[str, object]:
     """The fields that a YAML recipe sets, checked and converted. Raises ConfigError naming the file."""
     path = Path(path)
     if not path.is_file():
-        known = sorted(p.name for p in DEFAULT_RECIPE.parent.glob("*.yaml") if not p.stem.startswith("accelerate"))
-        raise ConfigError(f"{path}: no such recipe; there are {', '.join(known)} in {DEFAULT_RECIPE.parent.name}/")
+        known = sorted(p.name for p in RECIPES.glob("*.yaml") if not p.stem.startswith("accelerate"))
+        raise ConfigError(f"{path}: no such recipe; there are {', '.join(known)} in {RECIPES.name}/")
     try:
         values = yaml.safe_load(path.read_text())
     except yaml.YAMLError as error:
@@ -217,28 +230,47 @@ def read_recipe(path: str | Path) -> dict[str, object]:
 
 def parse(arguments: list[str] | None = None, recipe: str | Path = DEFAULT_RECIPE, description: str = "") -> Config:
     """The configuration of a command line: `--config recipe.yaml`, then `--field value`. Raises ConfigError."""
-    parser = argparse.ArgumentParser(description=description, allow_abbrev=False, exit_on_error=False)
-    parser.add_argument("--config", default=str(recipe), help=f"recipe (default {Path(recipe).name})")
+    return parse_with(argparse.ArgumentParser(description=description, add_help=False), arguments, lambda _: recipe)[1]
+
+
+def parse_with(
+    own: argparse.ArgumentParser,
+    arguments: list[str] | None = None,
+    recipe: Callable[[argparse.Namespace], str | Path] = lambda _: DEFAULT_RECIPE,
+) -> tuple[argparse.Namespace, Config]:
+    """The command line of a script that has options of its own (those of `own`, made with add_help=False) beside these.
+
+    `recipe`: which one is meant without --config; it sees what was given (None: it was not). An option of both is
+    described by `own`. Raises ConfigError, naming the nearest option for an unknown one.
+    """
+    parser = argparse.ArgumentParser(
+        parents=[own], description=own.description, allow_abbrev=False, exit_on_error=False
+    )
+    group = parser.add_argument_group("configuration", "what a recipe sets can be changed here, option by option")
+    group.add_argument("--config", help=f"recipe: a YAML file, such as those in {RECIPES.name}/")
+    described = {action.dest for action in own._actions}
     for name, field in Config.__dataclass_fields__.items():
+        if name in described:
+            continue
         bare = {"nargs": "?", "const": "true"} if _field_types()[name] is bool else {}  # --resume is --resume true
         text = field.metadata["help"].replace("%", "%%")
-        parser.add_argument(f"--{name}", metavar="VALUE", help=text, **bare)
+        group.add_argument(f"--{name}", metavar="VALUE", help=text, **bare)
     try:
-        known, unknown = parser.parse_known_args(arguments)
+        given, unknown = parser.parse_known_args(arguments)
     except argparse.ArgumentError as error:
         raise ConfigError(f"command line: {error}") from None
     for token in unknown:
         if token.startswith("--"):
-            _check_name(token[2:].split("=")[0], "command line")
+            _check_name(token[2:].split("=")[0], "command line", [action.dest for action in parser._actions])
         raise ConfigError(f"command line: {token!r} belongs to no option; options are written --name value")
-    values = read_recipe(known.config)
+    values = read_recipe(given.config or recipe(given))
     for name in _field_types():
-        given = getattr(known, name)
-        if given is not None:
-            values[name] = _convert(name, given, "command line")
+        value = getattr(given, name)
+        if value is not None:
+            values[name] = _convert(name, value, "command line")
     config = Config(**values)
     check(config)
-    return config
+    return given, config
 
 
 POSITIVE = ["steps", "prompts_per_step", "prompts_per_pass", "updates_per_rollout", "rollout_batch", "group_size"]

@@ -1,45 +1,58 @@
-"""Evaluation of a policy: answers and spans for every question, and the table of scores.
+"""Evaluation of a policy: answers and spans for every question, and the tables of scores.
 
     python evaluate.py --model runs/cpu_world/checkpoint            # the built-in benchmark's test split
-    python evaluate.py --config recipes/... --model ... --test_data ...
+    python evaluate.py --model MODEL --data_format nextgqa --test_data test.csv --video_root videos/
+    python evaluate.py --results baseline.jsonl ours.jsonl --data_format nextgqa --test_data test.csv   # no model runs
 
-One greedy response per question in the coarse pass, then a zoom on the spans it names. With `eval_controls` two
-controls are added: the same videos with questions that belong to other videos (a policy that grounds falls to chance,
-one that ignores the question does not), and the zoom on the true spans (the most that better spans can bring). Scores
-are those of metrics.py.
+With a model: one greedy response per question in the coarse pass, then a zoom on the spans it names. With
+`eval_controls` two controls are added: the same videos with questions that belong to other videos (a policy that
+grounds falls to chance, one that ignores the question does not), and the zoom on the true spans (the most that better
+spans can bring). With `--results`: the result files of this program or of infer.py are scored; "accuracy" is that of
+their "predicted_answer". Two results are compared by a paired test.
+
+Scores are those of metrics.py: ours, with 95% intervals over videos, and the benchmark's official ones if it has any.
+`--out` (runs/evaluate) gets them as evaluation.json, the rows as results-LABEL.jsonl, a page with a line per question,
+evaluation.html, and clue.png (Zoom-Zero's Figure 3).
 
 A question whose video cannot be read stays in the data set as unanswered: no answer, no span, not well-formed. It is
-named in the log, its row has the "error", and the table says how many there are.
+named in the log, its row has the "error", and the table says how many there are. Video files that are missing are
+listed before the model is loaded; `--skip_missing` leaves their questions out.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.utils import InitProcessGroupKwargs, gather_object
 from tqdm import tqdm
 
 import config as configuration
 import data
 import metrics
+import report
 import world
 from config import Config
 from data import Sample
 from decode import VideoError
+from metrics import as_spans
 from policy import ModelError, Vocabulary, load
 from rewards import format_reward, interval_iou
 from rollout import View, answer_clips, check_samples, roll_out, view_video, zoom_clips, zoom_pass
 
 log = logging.getLogger("zoomgrpo")
 
-HEADLINE = ("mIoU", "mIoP", "mIoG", "R@0.3", "R@0.5", "accuracy", "zoom_accuracy", "Acc@GQA", "format")
+HEADLINE = ("mIoU", "mIoP", "mIoG", "R@0.3", "R@0.5", "R@0.7", "rec@IoU")  # spans
+HEADLINE += ("accuracy", "zoom_accuracy", "Acc@GQA", "acc@IoU", "format")
+CONTROLS = ("true_zoom_accuracy", "shuffled mIoU", "chance mIoU")
 
 
 def evaluate(
@@ -50,8 +63,7 @@ def evaluate(
 
     Split over processes; every process returns all rows. Raises DataError if no video at all can be read.
     """
-    rank, world_size = accelerator.process_index, accelerator.num_processes
-    mine = list(range(rank, len(samples), world_size))
+    mine = share(samples, accelerator)
     # Controls: each question is asked about the video of another one, half the data set away.
     shift = len(samples) // 2
     rows = []
@@ -76,6 +88,19 @@ def evaluate(
     if gathered and all(row["error"] for row in gathered):
         raise data.DataError(f"none of the {len(gathered)} videos can be read; the first: {gathered[0]['error']}")
     return gathered
+
+
+def share(samples: Sequence[Sample], accelerator: Accelerator) -> list[int]:
+    """The numbers of the samples that this process answers: all questions about every n-th video."""
+    number = {video: k for k, video in enumerate(dict.fromkeys(sample.video for sample in samples))}
+    rank, n = accelerator.process_index, accelerator.num_processes
+    return [i for i, sample in enumerate(samples) if number[sample.video] % n == rank]
+
+
+def patient_accelerator(config: Config) -> Accelerator:
+    """An Accelerator whose processes wait for the slowest one as long as it takes, not ten minutes."""
+    patience = InitProcessGroupKwargs(timeout=timedelta(weeks=4))
+    return Accelerator(mixed_precision=config.mixed_precision, kwargs_handlers=[patience])
 
 
 def view_all(samples: Sequence[Sample], config: Config) -> tuple[list[View], dict[str, VideoError]]:
@@ -140,28 +165,23 @@ def add_controls(
             zoomed.append(row)
         except VideoError as error:
             log.warning("sample %s has no zoom on its true spans: %s", view.sample.id, error)
-    for row, (letter, _) in zip(zoomed, answer_clips(model, jobs, config, vocabulary), strict=True):
-        row["true_zoom_answer"] = letter
+    for row, zoom in zip(zoomed, answer_clips(model, jobs, config, vocabulary), strict=True):
+        row["true_zoom_answer"] = zoom.answer
 
 
 # ---------------------------------------------------------------- scores
 
 
 def scores(rows: Sequence[dict]) -> dict[str, float]:
-    """`metrics.summarise`, with the zoomed accuracy (no zoom counts as wrong), the share of well-formed responses, and
-    the controls.
+    """`metrics.summarise`, with the number of unreadable videos' questions and, with controls, "chance mIoU".
 
     "shuffled mIoU" is the policy's, asked other videos' questions; "chance mIoU" is that of the evidence of a random
     question about the same video, which a policy that finds events but ignores the question would get.
     """
     result = metrics.summarise(list(rows))
-    result["zoom_accuracy"] = mean(row["zoom_answer"] == row["answer"] for row in rows)
-    result["format"] = mean(row["format"] for row in rows)
-    result["unreadable"] = sum(row["error"] is not None for row in rows)
-    if "shuffled_spans" in rows[0]:
-        result["true_zoom_accuracy"] = mean(row["true_zoom_answer"] == row["answer"] for row in rows)
-        result["shuffled mIoU"] = mean(interval_iou(row["shuffled_spans"] or [], as_spans(row["glue"])) for row in rows)
-        result["chance mIoU"] = mean(chance_iou(row, rows) for row in rows)
+    result["unreadable"] = sum(row.get("error") is not None for row in rows)
+    if "shuffled mIoU" in result:
+        result["chance mIoU"] = mean(chance_iou(row, rows) for row in rows if row["glue"])
     return result
 
 
@@ -170,63 +190,153 @@ def mean(values) -> float:
     return sum(values) / len(values)
 
 
-def as_spans(pairs: Sequence[Sequence[float]]) -> list[tuple[float, float]]:
-    return [(start, end) for start, end in pairs]
-
-
 def chance_iou(row: dict, rows: Sequence[dict]) -> float:
     """Expected IoU of the evidence of a random question about this row's video."""
     return mean(interval_iou(as_spans(o["glue"]), as_spans(row["glue"])) for o in rows if o["video"] == row["video"])
 
 
 def by_kind(rows: Sequence[dict]) -> dict[str, dict[str, float]]:
-    """The same scores for each kind of question."""
-    kinds = sorted({row["kind"] for row in rows if row["kind"]})
-    return {kind: scores([row for row in rows if row["kind"] == kind]) for kind in kinds}
+    """The same scores for each kind of question; one of several kinds counts under each."""
+    kinds = sorted({kind for row in rows if row["kind"] for kind in metrics.groups_of(row, "kind")})
+    return {kind: scores([row for row in rows if kind in metrics.groups_of(row, "kind")]) for kind in kinds}
 
 
 # ---------------------------------------------------------------- tables
 
 
-def table(results: dict[str, list[dict]]) -> str:
-    """Results side by side as text: the headline scores, then accuracies by kind of question."""
+def table(results: Mapping[str, list[dict]]) -> str:
+    """Results side by side as text: the scores with their 95% intervals, then accuracies by kind of question.
+
+    Between two results, the change, its interval and the p-value of `metrics.paired_test`.
+    """
     labels = list(results)
     overall = {label: scores(rows) for label, rows in results.items()}
-    controls = [name for name in ("true_zoom_accuracy", "shuffled mIoU", "chance mIoU") if name in overall[labels[0]]]
-    width = max(len(label) for label in [*labels, "change"]) + 2
-    head = "".join(label.rjust(width) for label in labels) + ("change".rjust(width) if len(labels) == 2 else "")
-    lines = [f"{'score':28}{head}"]
-
-    def line(name: str, values: list[float]) -> str:
-        change = f"{values[1] - values[0]:+.3f}".rjust(width) if len(values) == 2 else ""
-        return f"{name:28}" + "".join(f"{value:.3f}".rjust(width) for value in values) + change
-
-    lines += [line(name, [overall[label][name] for label in labels]) for name in (*HEADLINE, *controls)]
+    between = {label: metrics.bootstrap(rows) for label, rows in results.items()}
+    compared = list(results.values()) if len(results) == 2 else None
+    lines = [("score", *labels, *(["change"] if compared else []))]
+    for name in (*HEADLINE, *CONTROLS):
+        if name not in overall[labels[0]]:
+            continue
+        cells = [figure(overall[label].get(name), between[label].get(name)) for label in labels]
+        if compared and all(name in intervals for intervals in between.values()):
+            test = metrics.paired_test(compared[1], compared[0], name)
+            cells.append(f"{figure(test['difference'], (test['low'], test['high']), '+')} p = {test['p_value']:.4f}")
+        lines.append((name, *cells))
     kinds = {label: by_kind(rows) for label, rows in results.items()}
-    for kind in kinds[labels[0]]:
-        first = kinds[labels[0]][kind]
+    for kind, ours in kinds[labels[0]].items():
         for name in ("mIoU", "accuracy", "zoom_accuracy", "true_zoom_accuracy"):
-            if name in first:
-                lines.append(
-                    line(f"{kind} ({first['questions']}): {name}", [kinds[label][kind][name] for label in labels])
-                )
-    for label in labels:
-        if overall[label]["unreadable"]:
-            lines.append(
-                f"{label}: {overall[label]['unreadable']} questions count as unanswered, their videos are unreadable"
-            )
-    return "\n".join(lines)
+            if name in ours:
+                values = [kinds[label][kind].get(name) for label in labels]
+                change = [f"{values[1] - values[0]:+.3f}"] if compared and None not in values else []
+                lines.append((f"{kind} ({ours['questions']}): {name}", *map(figure, values), *change))
+    text = aligned(lines)
+    for label, found in overall.items():
+        text += f"\n{label}: {found['questions']} questions, {found['unanswered']} unanswered"
+        text += f", {found['without_span']} without a span"
+        if found["unreadable"]:
+            text += f"; {found['unreadable']} of them count as unanswered because their videos are unreadable"
+    return text
 
 
-def save_and_print(results: dict[str, list[dict]], out: str | Path) -> None:
-    """Print the table; write it as evaluation.json and the rows as results-LABEL.jsonl into the folder."""
+def figure(value: float | None, interval: tuple[float, float] | None = None, sign: str = "") -> str:
+    """0.971 [0.96, 0.98]"""
+    if value is None:
+        return "-"
+    return f"{value:{sign}.3f}" + (f" [{interval[0]:{sign}.2f}, {interval[1]:{sign}.2f}]" if interval else "")
+
+
+def aligned(lines: Sequence[Sequence[str]]) -> str:
+    """Lines of cells as text, in columns."""
+    n = max(map(len, lines))
+    full = [[*line, *[""] * (n - len(line))] for line in lines]
+    widths = [max(len(line[k]) for line in full) for k in range(n)]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in full
+    )
+
+
+def clue_table(results: Mapping[str, list[dict]]) -> str:
+    """mIoU and accuracy by the length of the evidence and by its portion of the video (Zoom-Zero, Figure 3)."""
+    lines = [("evidence", "questions", *(f"{label}: {name}" for label in results for name in ("mIoU", "accuracy")))]
+    for by in ("clue_length", "clue_portion"):
+        groups = {label: metrics.breakdown(rows, by) for label, rows in results.items()}
+        for name, ours in next(iter(groups.values())).items():
+            cells = [figure(found[name].get(score)) for found in groups.values() for score in ("mIoU", "accuracy")]
+            unit = " of the video" if by == "clue_portion" and name != "unknown" else ""
+            lines.append((name + unit, str(ours["questions"]), *cells))
+    return aligned(lines)
+
+
+def official_scores(rows: list[dict], benchmark: str) -> dict:
+    """The benchmark's own scores; {} if it has none, and the reason if it cannot score these rows."""
+    if benchmark not in metrics.OFFICIAL:
+        return {}
+    try:
+        return metrics.official(benchmark, rows)
+    except data.DataError as error:
+        return {"not scored": str(error)}
+
+
+def official_text(found: dict, path: str = "") -> str:
+    """Nested scores as lines: one for each innermost dict."""
+    flat = {name: value for name, value in found.items() if not isinstance(value, dict)}
+    figures = ", ".join(f"{k} {round(v, 4) if isinstance(v, float) else v}" for k, v in flat.items())
+    nested = [official_text(value, f"{path} {name}") for name, value in found.items() if isinstance(value, dict)]
+    return "\n".join([*([f"{path}  {figures}"] if flat else []), *nested])
+
+
+def describe(results: Mapping[str, list[dict]], benchmark: str) -> str:
+    """All tables as text."""
+    parts = [table(results)]
+    if any(row["glue"] for rows in results.values() for row in rows):
+        parts.append(clue_table(results))
+    for label, rows in results.items():
+        found = official_scores(rows, benchmark)
+        if found:
+            parts.append(f"{benchmark}'s official scores of {label}\n{official_text(found)}")
+    return "\n\n".join(parts)
+
+
+# ---------------------------------------------------------------- what is left behind
+
+
+def save_and_print(
+    results: Mapping[str, list[dict]], out: str | Path, samples: Sequence[Sample], benchmark: str = "records"
+) -> None:
+    """Print the tables, and write evaluation.json, results-LABEL.jsonl, evaluation.html and clue.png into the folder.
+
+    The page shows the rows of the last result; the first one is the baseline of the picture, which is drawn where all
+    evidence has a duration.
+    """
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
-    numbers = {label: {"all": scores(rows), "by_kind": by_kind(rows)} for label, rows in results.items()}
-    (out / "evaluation.json").write_text(json.dumps(numbers, indent=1))
+    numbers = {}
     for label, rows in results.items():
         metrics.write_results(out / f"results-{label}.jsonl", rows)
-    print(table(results))
+        numbers[label] = {
+            "all": scores(rows),
+            "intervals": metrics.bootstrap(rows),
+            "by_kind": by_kind(rows),
+            **{f"by_{by}": metrics.breakdown(rows, by) for by in ("clue_length", "clue_portion")},
+            "official": official_scores(rows, benchmark),
+        }
+    (out / "evaluation.json").write_text(json.dumps(numbers, indent=1))
+    questions = {sample.id: sample.question for sample in samples}
+    drawn = {label: [{**row, "iou": metrics.score(row).get("mIoU")} for row in rows] for label, rows in results.items()}
+    shown = {
+        label: {n: found["all"][n] for n in (*HEADLINE, *CONTROLS) if n in found["all"]}
+        for label, found in numbers.items()
+    }
+    *_, (last, rows) = drawn.items()
+    rows = [{**row, "question": questions[row["id"]], "video": Path(row["video"]).name} for row in rows]
+    report.evaluation_page(rows, out / "evaluation.html", f"{out.name}: {last}", shown)
+    evidence = [row for row in rows if row["glue"]]
+    if evidence and all(row["duration"] for row in evidence):
+        report.plot_by_clue(drawn, out / "clue.png")
+    print(describe(results, benchmark))
+
+
+# ---------------------------------------------------------------- command line
 
 
 def check_test_samples(samples: Sequence[Sample], config: Config) -> None:
@@ -234,27 +344,52 @@ def check_test_samples(samples: Sequence[Sample], config: Config) -> None:
     check_samples(samples, ("options", "answer", *(["spans"] if config.eval_controls else [])), config.test_data)
 
 
+def parser() -> argparse.ArgumentParser:
+    """The options that only evaluate.py has."""
+    own = argparse.ArgumentParser(description=__doc__.splitlines()[0], add_help=False)
+    own.add_argument("--results", nargs="+", metavar="FILE", help="score these result files instead of a model")
+    own.add_argument("--out", help="folder of what is left behind (default: runs/evaluate)")
+    own.add_argument("--skip_missing", action="store_true", help="leave out questions whose video file is missing")
+    return own
+
+
 def main(arguments: list[str] | None = None) -> None:
-    config = configuration.parse(arguments, description=__doc__.splitlines()[0])
+    given, config = configuration.parse_with(parser(), arguments, lambda g: configuration.suiting_recipe(g.model))
+    out = given.out or "runs/evaluate"  # not the recipe's: a run may be there
     if config.threads:
         torch.set_num_threads(config.threads)
-    accelerator = Accelerator(mixed_precision=config.mixed_precision)
     if not config.test_data:
         raise configuration.ConfigError("nothing to evaluate on: give --test_data")
+    accelerator = patient_accelerator(config)
     with accelerator.main_process_first():
         samples = world.load_samples(config.test_data, "test", config)
-    check_test_samples(samples, config)
-    model, tokenizer = load(config.model)
-    model.to(accelerator.device).eval()
-    rows = evaluate(model, samples, config, Vocabulary.of(tokenizer), accelerator, "evaluating")
+    if given.results:
+        results = {label: metrics.read_results(path, samples) for label, path in labelled(given.results).items()}
+    else:
+        samples = data.check_videos(samples, given.skip_missing)
+        check_test_samples(samples, config)
+        model, tokenizer = load(config.model)
+        model.to(accelerator.device).eval()
+        results = {"policy": evaluate(model, samples, config, Vocabulary.of(tokenizer), accelerator, "evaluating")}
     if accelerator.is_main_process:
-        save_and_print({"policy": rows}, config.out)
-        print(f"{config.out}/: evaluation.json, results-policy.jsonl")
+        save_and_print(results, out, samples, config.data_format)
+        print(f"\n{out}/: evaluation.json, evaluation.html, results-*.jsonl, clue.png where there is evidence")
+
+
+def labelled(paths: Sequence[str]) -> dict[str, Path]:
+    """Name each file by its stem, with as many of its folders as it takes to tell them apart. Raises ConfigError."""
+    files = [Path(path) for path in paths]
+    parts = [file.resolve().with_suffix("").parts for file in files]
+    for depth in range(1, max(map(len, parts)) + 1):
+        labels = ["-".join(names[-depth:]) for names in parts]
+        if len(set(labels)) == len(labels):
+            return dict(zip(labels, files, strict=True))
+    raise configuration.ConfigError(f"--results names a file twice: {', '.join(paths)}")
 
 
 if __name__ == "__main__":
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     try:
         main()
-    except (configuration.ConfigError, data.DataError, ModelError) as error:
+    except (configuration.ConfigError, data.DataError, ModelError, report.ReportError) as error:
         sys.exit(f"error: {error}")

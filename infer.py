@@ -14,12 +14,12 @@
 What the papers leave open, and how it is here:
 
 - A window is `window` frames at `fps` (256 at 1 per second: 256 s) and gets the whole budget of Eq. 3, or
-  `window_budget`. All windows are decoded in one pass over the file and answered in one batch. The model sees a window
-  as a video that starts at 0; what it claims is put back into the video's time.
+  `window_budget`. The model sees a window as a video that starts at 0; what it claims is put back into the video's
+  time. Windows have no frame in common, so what they share is the work around the model: one pass over the file decodes
+  all of them, and they are answered together, `rollout_batch` at a time.
 - Confidence is the probability, among all tokens, of the token that carries the letter between <answer> and </answer>
-  (tokenizers may fuse it with a bracket). Letter probabilities are the same distribution over the options' letters
-  alone. A window without an answer has confidence 0; without options, the confidence is that of the spans: the
-  geometric mean of their tokens' probabilities.
+  (tokenizers may fuse it with a bracket). A window without an answer has confidence 0. Without options, the confidence
+  is that of the spans: the geometric mean of their tokens' probabilities.
 - Without any usable span there is nothing to zoom into, and the coarse answer stands; ground-then-answer shows the
   whole video instead, because its answering model has not seen anything yet.
 - The released Zoom-Zero code is `--released`: five spans; windows ranked by answer and spans together (here: the
@@ -29,61 +29,61 @@ What the papers leave open, and how it is here:
   stops when the new spans have an IoU of `stable` with the old ones, when none are found, or after `max_zooms`.
 
 A data set is answered one question at a time; each finished question is one line of the result file, and running again
-does only the rest.
+does only the rest. Questions about one video are answered by one process, which keeps decoded frames for the next
+question (the first one's seconds include the decoding). Processes are those of `accelerate launch`, on a CPU of
+`ACCELERATE_USE_CPU=true python -m torch.distributed.run --nproc_per_node 2 infer.py ...`.
 """
 
 from __future__ import annotations
 
 import argparse
 import base64
-import contextlib
-import difflib
 import fcntl
 import json
+import math
 import mimetypes
 import os
 import sys
 import time
 import urllib.parse
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from accelerate import Accelerator
-from safetensors import SafetensorError, safe_open
-from torch import Tensor
 from tqdm import tqdm
-from transformers.utils import cached_file
 from transformers.utils.logging import disable_progress_bar
 
 import config as configuration
 import data
+import evaluate
 import metrics
 import prompts
 import report
 import world
-from config import Config, ConfigError
+from config import BUILT_IN, Config, ConfigError, suiting_recipe
 from data import DataError, Sample
-from policy import ModelError, Prompt, Video, Vocabulary, build_prompt, last_hidden, load, sample, window_layout
+from decode import FrameCache, VideoError, VideoInfo, probe
+from policy import ModelError, Video, Vocabulary, load, window_layout
 from rewards import interval_iou, merge
 from rollout import (
-    Response,
     Spans,
     View,
-    chat_text,
-    read_response,
+    answer_clips,
+    letter_probabilities,
     roll_out,
+    span_probability,
     view_video,
     visible_spans,
     zoom_clips,
 )
-from video import Clip, VideoError, load_clips, plan_clip, probe
+from video import Clip, load_clips, plan_clip
 
-RECIPES = Path(__file__).parent / "recipes"
-BUILT_IN = Path(__file__).parent / "checkpoints" / "tiny"
 MAX_EMBEDDED = 64 * 2**20  # bytes of a video inside a page
+FRAME_BYTES = 2**30  # frames and packet tables kept for further looks at a video
 
 
 @dataclass(frozen=True)
@@ -105,33 +105,37 @@ RELEASED = {"top": 5, "rank": "answer_and_spans", "compare_whole": True, "unpars
 
 @dataclass(frozen=True)
 class Agent:
-    """A model with its tokenizer, and how it is shown videos."""
+    """A model with its tokenizer, how it is shown videos, and the frames it has been shown."""
 
     model: torch.nn.Module
     vocabulary: Vocabulary
     config: Config
+    frames: FrameCache = field(default_factory=lambda: FrameCache(FRAME_BYTES))
 
 
 @dataclass
 class Look:
     """One pass of the model over frames of the video: what was shown and what came back.
 
-    `part` is the part of the video that was shown, None for all of it. `spans` are in the video's time, None if there
-    were none to read. Probabilities are 0 to 1; `letters` is empty where letters were not asked for or are not single
-    tokens.
+    `part` is the part of the video that was shown, None for all of it. `letters` are probabilities among all tokens,
+    `confidence` is that of the answer or, without options, of the spans. `spans` are in the video's time, None if there
+    were none to read.
     """
 
     kind: str  # "coarse", "window", "closer" or "zoom"
     part: Spans | None
     clip: Clip
     answer: str | None
-    confidence: float
     letters: dict[str, float]
+    confidence: float
     spans: Spans | None
     span_confidence: float
     text: str
-    visual_tokens: int
     flops: float
+
+    @property
+    def visual_tokens(self) -> int:
+        return math.prod(patch_grid(self.clip)) // 4
 
 
 @dataclass
@@ -139,21 +143,23 @@ class Result:
     """The answer to a question, with all looks that led to it."""
 
     answer: str | None
-    confidence: float
     letters: dict[str, float]
+    confidence: float
     spans: Spans | None
     looks: list[Look]
-    visual_tokens: int = field(init=False)
-    flops: float = field(init=False)
-
-    def __post_init__(self):
-        self.visual_tokens = sum(look.visual_tokens for look in self.looks)
-        self.flops = sum(look.flops for look in self.looks)
 
     @classmethod
     def of(cls, look: Look, spans: Spans | None, looks: Sequence[Look]) -> Result:
         """The answer of one of the looks, with these spans."""
-        return cls(look.answer, look.confidence, look.letters, spans, list(looks))
+        return cls(look.answer, look.letters, look.confidence, spans, list(looks))
+
+    @property
+    def visual_tokens(self) -> int:
+        return sum(look.visual_tokens for look in self.looks)
+
+    @property
+    def flops(self) -> float:
+        return sum(look.flops for look in self.looks)
 
 
 # ---------------------------------------------------------------- strategies
@@ -161,13 +167,13 @@ class Result:
 
 def one_stage(agent: Agent, sample: Sample, settings: Settings) -> Result:
     """The coarse pass alone."""
-    [coarse] = look(agent, [view_video(sample, agent.config)])
+    [coarse] = look(agent, [view_video(sample, agent.config, agent.frames)])
     return Result.of(coarse, coarse.spans, [coarse])
 
 
 def coarse_to_fine(agent: Agent, sample: Sample, settings: Settings) -> Result:
     """Zoom on the spans of the coarse pass, and answer again. Zoom-Zero section 4.1."""
-    view = view_video(sample, agent.config)
+    view = view_video(sample, agent.config, agent.frames)
     [coarse] = look(agent, [view])
     spans = visible_spans(coarse.spans, view.info.duration)
     if not spans:
@@ -178,61 +184,60 @@ def coarse_to_fine(agent: Agent, sample: Sample, settings: Settings) -> Result:
 
 def divide_and_conquer(agent: Agent, sample: Sample, settings: Settings) -> Result:
     """Ask every window, and zoom on the spans of the surest ones. Zoom-Zero section 5.5 and Appendix D.3."""
-    windows = window_views(sample, agent.config, settings)
-    looks = look(agent, windows, "window")
+    info = probe(sample.video, cache=agent.frames)
+    parts = windows(info, agent.config, settings)
+    views = window_views(agent, sample, info, parts, settings)
+    looks = look(agent, views, "window", parts)
 
     def sureness(look: Look) -> float:
-        sure = look.confidence if sample.options else look.span_confidence
-        return sure * look.span_confidence if settings.rank == "answer_and_spans" else sure
+        return look.confidence * (look.span_confidence if settings.rank == "answer_and_spans" else 1)
 
     ranked = sorted(looks, key=sureness, reverse=True)  # windows that are equally sure stay in order
     spans = sorted([span for look in ranked for span in look.spans or []][: settings.top])
     result = Result.of(ranked[0], spans or None, looks)
     if spans and sample.options:
-        zoomed = zoom(agent, windows[0], spans)
-        looks.append(zoomed)
-        result = Result.of(zoomed, spans, looks)
-    if settings.compare_whole:
-        [whole] = look(agent, [view_video(sample, agent.config)])
-        looks.append(whole)
-        surer = whole if whole.confidence > result.confidence else result
-        result = Result(surer.answer, surer.confidence, surer.letters, spans or whole.spans, looks)
+        zoomed = zoom(agent, views[0], spans)
+        result = Result.of(zoomed, spans, [*looks, zoomed])
+    if settings.compare_whole and sample.options:
+        [whole] = look(agent, [view_video(sample, agent.config, agent.frames)])
+        looks = [*result.looks, whole]
+        result = Result.of(whole if whole.confidence > result.confidence else result, spans or whole.spans, looks)
     return result
 
 
 def ground_then_answer(agent: Agent, sample: Sample, settings: Settings, grounder: Agent | None = None) -> Result:
     """One model finds the spans, the same or another answers from these alone. LongVTG-R1, Table 3."""
-    view = view_video(sample, (grounder or agent).config)
-    [coarse] = look(grounder or agent, [view])
+    grounder = grounder or agent
+    view = view_video(sample, grounder.config, agent.frames)
+    [coarse] = look(grounder, [view])
     zoomed = zoom(agent, view, visible_spans(coarse.spans, view.info.duration))
     return Result.of(zoomed, coarse.spans, [coarse, zoomed])
 
 
 def repeated_zoom(agent: Agent, sample: Sample, settings: Settings) -> Result:
     """Look for the spans again inside the spans, until they stay, and answer from the last ones."""
-    view = view_video(sample, agent.config)
-    duration = view.info.duration
+    view = view_video(sample, agent.config, agent.frames)
     looks = look(agent, [view])
-    spans = visible_spans(looks[0].spans, duration)
+    last = looks[0]
+    spans = visible_spans(last.spans, view.info.duration)
     for _ in range(settings.max_zooms):
         if not spans:
             break
-        part = widened(spans, duration)
-        clip = zoom_clips(view, [part], agent.config)[0]
-        [closer] = look(agent, [clip_view(view, clip)], "closer", [part])
+        part = widened(spans, view.info.duration)
+        [clip] = zoom_clips(view, [part], agent.config, agent.frames)
+        [closer] = look(agent, [other_view(view, clip)], "closer", [part])
         looks.append(closer)
-        found = visible_spans(closer.spans, duration)
+        found = visible_spans(closer.spans, view.info.duration)
         if not found:
             break
         stays = interval_iou(found, spans) >= settings.stable
-        spans = found
+        spans, last = found, closer
         if stays:
             break
-    if not spans:
-        return Result.of(looks[0], looks[0].spans, looks)
-    if sample.options:
-        looks.append(zoom(agent, view, spans))
-    return Result.of(looks[-1], spans, looks)
+    if spans and sample.options:
+        last = zoom(agent, view, spans)
+        looks.append(last)
+    return Result.of(last, spans or last.spans, looks)
 
 
 Strategy = Callable[[Agent, Sample, Settings], Result]
@@ -249,30 +254,34 @@ NEED_OPTIONS = ("coarse-to-fine", "ground-then-answer")  # they end with a lette
 # ---------------------------------------------------------------- what is shown
 
 
-def clip_view(view: View, clip: Clip) -> View:
+def other_view(view: View, clip: Clip) -> View:
     """The same question about other frames of the same video."""
     return replace(view, clip=clip, video=Video.from_frames(clip.frames, clip.step))
 
 
-def window_views(sample: Sample, config: Config, settings: Settings) -> list[View]:
-    """A view of each window of `settings.window` frames; each frame is decoded once. Raises VideoError."""
-    info = probe(sample.video)
+def alone(view: View) -> View:
+    """The view as a video that has nothing but these frames."""
+    return replace(view, info=replace(view.info, duration=len(view.clip.times) * view.clip.step))
+
+
+def windows(info: VideoInfo, config: Config, settings: Settings) -> list[Spans]:
+    """The parts of the video, one after the other, that have `settings.window` frames each (the last one: the rest)."""
     length = settings.window / min(config.fps, info.fps)  # seconds
-    starts = [k * length for k in range(max(1, -int(-(info.duration - 1e-6) // length)))]
+    n = max(1, math.ceil((info.duration - 1e-6) / length))
+    return [[(k * length, min((k + 1) * length, info.duration))] for k in range(n)]
+
+
+def window_views(
+    agent: Agent, sample: Sample, info: VideoInfo, parts: Sequence[Spans], settings: Settings
+) -> list[View]:
+    """A view of each part at the coarse pass' frame rate, decoded together. Raises VideoError."""
+    config = agent.config
     budget = settings.window_budget or config.budget
     plans = [
-        plan_clip(
-            info,
-            [(start, min(start + length, info.duration))],
-            config.fps,
-            budget,
-            config.v_min,
-            config.v_max,
-            paired=config.paired_frames,
-        )
-        for start in starts
+        plan_clip(info, part, config.fps, budget, config.v_min, config.v_max, paired=config.paired_frames)
+        for part in parts
     ]
-    clips = load_clips(sample.video, plans)
+    clips = load_clips(sample.video, plans, cache=agent.frames)
     return [View(sample, info, clip, Video.from_frames(clip.frames, clip.step)) for clip in clips]
 
 
@@ -307,147 +316,69 @@ def to_video_time(spans: Spans | None, clip: Clip, duration: float) -> Spans | N
 # ---------------------------------------------------------------- what is asked
 
 
-@contextlib.contextmanager
-def recorded_hidden(model) -> Iterator[list[Tensor]]:
-    """The hidden states [B, ...] that each call of the output projection gets: those that each token is chosen from."""
-    states: list[Tensor] = []
-    hook = model.lm_head.register_forward_pre_hook(lambda _, inputs: states.append(inputs[0]))
-    try:
-        yield states
-    finally:
-        hook.remove()
-
-
 @torch.no_grad()
 def look(agent: Agent, views: Sequence[View], kind: str = "coarse", parts: Sequence[Spans] | None = None) -> list[Look]:
-    """Ask for reasoning, answer and spans about each view, greedily; a "coarse" view shows the whole video.
+    """Ask for reasoning, answer and spans about each view, greedily; views of `parts` of the video name them.
 
     A question without options asks for the spans of an event, with LongVTG-R1's prompt.
     """
-    config = agent.config if views[0].sample.options else replace(agent.config, template="longvtg_r1")
+    n_options = len(views[0].sample.options)
+    config = agent.config if n_options else replace(agent.config, template="longvtg_r1")
+    shown = list(map(alone, views)) if parts else views
     looks = []
-    for start in range(0, len(views), config.rollout_batch):
-        chunk = views[start : start + config.rollout_batch]
-        with recorded_hidden(agent.model) as states:
-            groups = roll_out(agent.model, chunk, config, agent.vocabulary, step=None)
-        hidden = torch.stack([state[:, 0] for state in states], dim=1)  # [B, T, H]
-        for group, row in zip(groups, hidden, strict=True):
-            view, response = group.view, group.responses[0]
-            shown, spans = None, response.spans
-            if kind != "coarse":
-                shown = parts[len(looks)] if parts else [(view.clip.times[0], view.clip.times[-1] + view.clip.step)]
-                spans = to_video_time(response.spans, view.clip, view.info.duration)
-            letters, confidence = letter_probabilities(agent, response, row, len(view.sample.options))
-            looks.append(
-                Look(
-                    kind,
-                    shown,
-                    view.clip,
-                    response.answer,
-                    confidence,
-                    letters,
-                    spans,
-                    span_probability(agent, response, row),
-                    response.text,
-                    view.video.n_tokens,
-                    forward_flops(agent.model, group.prompt, len(response.ids)),
-                )
+    groups = roll_out(agent.model, shown, config, agent.vocabulary, step=None, keep_hidden=True)
+    for view, group, part in zip(views, groups, parts or [None] * len(views), strict=True):
+        response = group.responses[0]
+        answer = response.answer if n_options else None
+        letters = letter_probabilities(agent.model, response, n_options, agent.vocabulary) if n_options else {}
+        spans_sure = span_probability(agent.model, response)
+        looks.append(
+            Look(
+                kind=kind,
+                part=part,
+                clip=view.clip,
+                answer=answer,
+                letters=letters,
+                confidence=letters.get(answer, 0.0) if n_options else spans_sure,
+                spans=to_video_time(response.spans, view.clip, view.info.duration) if part else response.spans,
+                span_confidence=spans_sure,
+                text=response.text,
+                flops=forward_flops(agent.model, view.clip, len(group.prompt), len(response.ids)),
             )
+        )
     return looks
 
 
-@torch.no_grad()
 def zoom(agent: Agent, view: View, spans: Spans, response: str = "") -> Look:
     """Ask for the letter again, showing only these spans (none: the whole video), closer and at a higher frame rate."""
-    config, question = agent.config, view.sample
-    clip = zoom_clips(view, [spans], config)[0]
-    think = prompts.parse_think(response) if config.zoom_sees_think else None
-    words = prompts.zoom_text(config.template, question.question, list(question.options), think)
-    chat = chat_text(words, config)
-    video = Video.from_frames(clip.frames, clip.step)
-    if config.zoom_answer == "decode":
-        prompt = build_prompt(agent.vocabulary.ids(chat), [video], agent.model.config)
-        with recorded_hidden(agent.model) as states:
-            ids, _ = sample(agent.model, [prompt], 1, 32, agent.vocabulary.eos, agent.vocabulary.banned)
-        reply = read_response(ids[0, 0].cpu(), agent.vocabulary)
-        reply.answer = reply.answer or prompts.parse_answer(reply.text, bare=True)
-        letters, confidence = letter_probabilities(
-            agent, reply, torch.stack([s[0, 0] for s in states]), len(question.options)
-        )
-        answer, text, written = reply.answer, reply.text, len(reply.ids)
-    else:
-        ids, candidates = agent.vocabulary.forced_letter(chat, len(question.options))
-        prompt = build_prompt(ids, [video], agent.model.config)
-        hidden = last_hidden(agent.model, [prompt])
-        probabilities = agent.model.lm_head(hidden)[0].float().softmax(-1)[candidates]
-        letters, confidence = shares(probabilities), float(probabilities.max())
-        answer = max(letters, key=letters.get)
-        text, written = answer, 1
-    flops = forward_flops(agent.model, prompt, written)
-    return Look("zoom", spans or None, clip, answer, confidence, letters, None, 0.0, text, video.n_tokens, flops)
-
-
-def shares(probabilities: Tensor) -> dict[str, float]:
-    """Probabilities [n] of n letters as parts of their sum."""
-    return dict(zip(prompts.LETTERS, (probabilities / probabilities.sum()).tolist(), strict=False))
-
-
-def token_probabilities(agent: Agent, hidden: Tensor) -> Tensor:
-    """Probabilities [n, V] of all tokens that can be sampled, from hidden states [n, H]."""
-    logits = agent.model.lm_head(hidden).float()
-    banned = torch.tensor(agent.vocabulary.banned, device=logits.device)
-    return logits.index_fill(-1, banned, float("-inf")).softmax(-1)
-
-
-def answer_position(text: str) -> int:
-    """The character of a reply at which the letter stands that `parse_answer` reads: the first one after the tag."""
-    reply = text.rfind("</think>") + 1
-    tag = text.find("<answer>", reply)
-    start = reply if tag < 0 else tag + len("<answer>")
-    return next(k for k in range(start, len(text)) if text[k].isalpha())
-
-
-def letter_probabilities(
-    agent: Agent, response: Response, hidden: Tensor, n_options: int
-) -> tuple[dict[str, float], float]:
-    """The probabilities of the options' letters at the answer, and that of the answer's token among all tokens.
-
-    hidden [T, H]: what each token of the response was chosen from. Nothing and 0 without an answer; nothing where the
-    tokenizer would not write another letter as one token. Zoom-Zero section 5.5: c = p(t), t between <answer> and
-    </answer>.
-    """
-    if response.answer is None or not n_options:
-        return {}, 0.0
-    place = answer_position(response.text)
-    token = next(k for k, (start, end) in enumerate(response.offsets) if start <= place < end)
-    probabilities = token_probabilities(agent, hidden[token : token + 1])[0]
-    confidence = float(probabilities[response.ids[token]])
-    start, end = response.offsets[token]
-    before, after = response.text[start:place], response.text[place + 1 : end]
-    others = prompts.LETTERS if response.text[place].isupper() else prompts.LETTERS.lower()
-    candidates = [agent.vocabulary.ids(before + letter + after) for letter in others[:n_options]]
-    if any(len(ids) != 1 for ids in candidates):
-        return {}, confidence
-    return shares(probabilities[[ids[0] for ids in candidates]]), confidence
-
-
-def span_probability(agent: Agent, response: Response, hidden: Tensor) -> float:
-    """The geometric mean of the probabilities of the tokens that write the claimed spans; 0 without any."""
-    if not response.spans:
-        return 0.0
-    after = response.text.rfind("</think>") + 1
-    ranges = [r for tag in ("glue", "timestamp") for r in prompts.tag_ranges(response.text[after:], tag)]
-    first, last = (after + edge for edge in ranges[0])
-    tokens = [k for k, (start, end) in enumerate(response.offsets) if start < last and end > first]
-    chosen = token_probabilities(agent, hidden[tokens])[torch.arange(len(tokens)), response.ids[tokens]]
-    return float(chosen.log().mean().exp())
+    [clip] = zoom_clips(view, [spans], agent.config, agent.frames)
+    think = prompts.parse_think(response) if agent.config.zoom_sees_think else None
+    [seen] = answer_clips(agent.model, [(view.sample, clip, think)], agent.config, agent.vocabulary)
+    return Look(
+        kind="zoom",
+        part=spans or None,
+        clip=clip,
+        answer=seen.answer,
+        letters=seen.letters,
+        confidence=seen.letters.get(seen.answer, 0.0),
+        spans=None,
+        span_confidence=0.0,
+        text=seen.text,
+        flops=forward_flops(agent.model, clip, seen.n_prompt, seen.n_written),
+    )
 
 
 # ---------------------------------------------------------------- cost
 
 
-def forward_flops(model, prompt: Prompt, written: int) -> float:
-    """Floating-point operations of one forward pass over a prompt of P tokens and `written` = T tokens after it.
+def patch_grid(clip: Clip) -> tuple[int, int, int]:
+    """Pairs of frames, and rows and columns of 14-pixel patches, of a clip as the vision tower takes it."""
+    n, _, height, width = clip.frames.shape
+    return (n + 1) // 2, height // 14, width // 14
+
+
+def forward_flops(model, clip: Clip, n_prompt: int, n_written: int) -> float:
+    """Floating-point operations of one forward pass over a prompt of P tokens with a clip, and over T written tokens.
 
     Two per weight and token (n_layers and n_blocks count the weights of the language layers and the vision blocks), and
     two products of 2 d operations for each pair of positions that attention compares (d: all heads together):
@@ -459,20 +390,15 @@ def forward_flops(model, prompt: Prompt, written: int) -> float:
     attention is causal: half of all pairs.
     """
     visual, layers = model.model.visual, model.model.language_model.layers
-    patches, pairs = 0, 0
-    window = visual.config.window_size // visual.config.patch_size // visual.config.spatial_merge_size
-    for video in prompt.videos:
-        patches += video.grid[0] * video.grid[1] * video.grid[2]
-        for block in range(len(visual.blocks)):
-            whole = block in visual.config.fullatt_block_indexes
-            groups = window_layout([video.grid], None if whole else window).groups
-            pairs += sum(n * length**2 for n, length in groups)
-    flops = (
-        2 * (weights(visual.patch_embed) + weights(visual.blocks)) * patches + 2 * weights(visual.merger) * patches / 4
-    )
-    flops += 4 * visual.config.hidden_size * pairs
-    P, T = len(prompt), written
-    d = layers[0].self_attn.q_proj.out_features
+    vision = visual.config
+    grid, window = patch_grid(clip), vision.window_size // vision.patch_size // vision.spatial_merge_size
+    patches, pairs = math.prod(grid), 0
+    for block in range(len(visual.blocks)):
+        layout = window_layout([grid], None if block in vision.fullatt_block_indexes else window)
+        pairs += sum(n * length**2 for n, length in layout.groups)
+    flops = 2 * (weights(visual.patch_embed) + weights(visual.blocks)) * patches
+    flops += 2 * weights(visual.merger) * patches / 4 + 4 * vision.hidden_size * pairs
+    P, T, d = n_prompt, n_written, layers[0].self_attn.q_proj.out_features
     flops += 2 * weights(layers) * (P + T - 1) + 2 * weights(model.lm_head) * T
     flops += len(layers) * d * (2 * P**2 + 4 * ((T - 1) * P + T * (T - 1) / 2))
     return float(flops)
@@ -492,13 +418,12 @@ def answer_row(agent: Agent, ask: Strategy, sample: Sample, settings: Settings) 
     try:
         result, error = ask(agent, sample, settings), None
     except VideoError as problem:
-        result, error = Result(None, 0.0, {}, None, []), str(problem)
+        result, error = Result(None, {}, 0.0, None, []), str(problem)
     if agent.model.device.type == "cuda":
         torch.cuda.synchronize()
-    answer = result.answer or settings.unparsable or None
     spans = None if result.spans is None else [[round(t, 3) for t in span] for span in result.spans]
     return {
-        **metrics.row_of(sample, answer, spans),
+        **metrics.row_of(sample, final_answer(result, sample, settings), spans),
         "confidence": round(result.confidence, 6),
         "letters": {letter: round(p, 6) for letter, p in result.letters.items()},
         "passes": len(result.looks),
@@ -507,6 +432,11 @@ def answer_row(agent: Agent, ask: Strategy, sample: Sample, settings: Settings) 
         "seconds": round(time.perf_counter() - start, 4),
         "error": error,
     }
+
+
+def final_answer(result: Result, sample: Sample, settings: Settings) -> str | None:
+    """The result's answer, or what stands for none."""
+    return result.answer or (settings.unparsable if sample.options else "") or None
 
 
 def answer_all(
@@ -526,13 +456,15 @@ def answer_all(
     path = Path(path)
     if accelerator.is_main_process:
         path.parent.mkdir(parents=True, exist_ok=True)
-        drop_half_line(path)
+        with path.open("ab+") as file:
+            drop_half_line(file)
     accelerator.wait_for_everyone()
     done = finished(path, samples, made_with)
     rest = [sample for sample in samples if sample.id not in done]
     accelerator.wait_for_everyone()  # everybody has read the file before anybody adds to it
-    mine = rest[accelerator.process_index :: accelerator.num_processes]
+    agent = replace(agent, frames=FrameCache(FRAME_BYTES))  # so that seconds do not depend on earlier calls
     label = f"{path.name}: {len(done)} done, {len(rest)} to do"
+    mine = [rest[k] for k in evaluate.share(rest, accelerator)]
     for one in tqdm(mine, desc=label, unit="question", disable=None if accelerator.is_main_process else True):
         with accelerator.autocast():
             append(path, {**answer_row(agent, ask, one, settings), "made_with": made_with})
@@ -541,22 +473,23 @@ def answer_all(
     return [rows[sample.id] for sample in samples]
 
 
-def drop_half_line(path: Path) -> None:
-    """Cut off what an interruption has left after the last complete line."""
-    if path.exists():
-        with path.open("rb+") as file:
-            content = file.read()
-            file.truncate(content.rfind(b"\n") + 1)
-
-
 def append(path: Path, row: dict) -> None:
     """Add a row as one line, under a lock: lines of several processes never mix."""
-    line = (json.dumps(row, ensure_ascii=False) + "\n").encode()
-    with path.open("ab") as file:
+    with path.open("ab+") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        file.write(line)
+        drop_half_line(file)
+        file.write((json.dumps(row, ensure_ascii=False) + "\n").encode())
         file.flush()
         os.fsync(file.fileno())
+
+
+def drop_half_line(file: BinaryIO) -> None:
+    """Cut off what a process that was killed has left after the last complete line."""
+    size = file.seek(0, os.SEEK_END)
+    file.seek(max(0, size - 1))
+    if size and file.read(1) != b"\n":
+        file.seek(0)
+        file.truncate(file.read().rfind(b"\n") + 1)
 
 
 def finished(path: Path, samples: Sequence[Sample], made_with: dict) -> dict[str, dict]:
@@ -588,75 +521,57 @@ def cost(rows: Sequence[dict]) -> dict[str, float]:
     return {**means, "gflop": means.pop("flops") / 1e9}
 
 
-def summary(rows: list[dict]) -> str:
-    """Scores with their 95% intervals over videos, and the cost, as text."""
-    scores, between = metrics.summarise(rows), metrics.bootstrap(rows)
-    lines = [
-        f"{name:14}{scores[name]:.3f}  [{between[name][0]:.3f}, {between[name][1]:.3f}]"
-        for name in ("accuracy", "mIoU", "mIoP", "R@0.3", "R@0.5", "Acc@GQA")
-        if name in scores
-    ]
+def summary(rows: list[dict], strategy: str) -> str:
+    """The cost, as text, and the first unreadable video."""
     spent = cost(rows)
-    lines += [
-        f"{'questions':14}{len(rows)}, {scores['unanswered']} unanswered, {scores['without_span']} without a span",
-        f"{'a question':14}{spent['passes']:.1f} passes, {spent['visual_tokens']:.0f} visual tokens, "
-        f"{spent['gflop']:.2f} GFLOP, {spent['seconds']:.2f} s",
+    lines = [
+        f"{strategy}: {spent['passes']:.1f} passes of the model, {spent['visual_tokens']:.0f} visual tokens, "
+        f"{spent['gflop']:.2f} GFLOP, {spent['seconds']:.2f} s per question"
     ]
-    unreadable = [row for row in rows if row["error"]]
-    if unreadable:
-        lines.append(f"{'unreadable':14}{len(unreadable)} videos' questions, the first: {unreadable[0]['error']}")
+    lines += [f"the first unreadable video: {row['error']}" for row in rows if row["error"]][:1]
     return "\n".join(lines)
 
 
 # ---------------------------------------------------------------- a video of your own
 
 
-def describe(result: Result, options: Sequence[str]) -> str:
+def describe(result: Result, answer: str | None, options: Sequence[str]) -> str:
     """Answer, confidence, spans and cost as text, times as mm:ss.s."""
     lines = []
     if options:
-        answer = "none that can be read"
-        if result.answer is not None:
-            index = prompts.LETTERS.index(result.answer)
-            answer = result.answer + (f" {options[index]}" if index < len(options) else " (not an option)")
-        lines.append(f"answer      {answer}")
-        lines.append(f"confidence  {result.confidence:.1%}")
-        others = ", ".join(f"{letter} {p:.1%}" for letter, p in result.letters.items())
-        if others:
-            lines.append(f"letters     {others}")
-    elif result.spans:
-        sure = max(look.span_confidence for look in result.looks)
-        lines.append(f"confidence  {sure:.1%} (of the spans)")
+        named = dict(zip(prompts.LETTERS, options, strict=False))
+        said = "none that can be read" if answer is None else f"{answer} {named.get(answer, '(not an option)')}"
+        lines.append(f"answer      {said}")
+    lines.append(f"confidence  {result.confidence:.1%}" + ("" if options else " (of the spans)"))
+    if result.letters:
+        lines.append("letters     " + ", ".join(f"{letter} {p:.1%}" for letter, p in result.letters.items()))
     lines.append(f"spans       {report.span_text(result.spans)}")
     seen = ", ".join(look.kind for look in result.looks)
     lines.append(f"looked      {seen}: {result.visual_tokens} visual tokens, {result.flops / 1e9:.2f} GFLOP")
     return "\n".join(lines)
 
 
-def page_record(result: Result, sample: Sample, duration: float) -> dict:
+def page_record(result: Result, answer: str | None, sample: Sample, strategy: str) -> dict:
     """What report.answer_page shows."""
+    looks = [
+        {
+            **{name: getattr(look, name) for name in ("kind", "part", "answer", "confidence", "spans", "text")},
+            "times": look.clip.times,
+            "frames": look.clip.frames.numpy(),
+        }
+        for look in result.looks
+    ]
     return {
-        "video": sample.video,
+        "video": Path(sample.video).name,
         "question": sample.question,
         "options": list(sample.options),
         "letters": result.letters,
-        "answer": result.answer,
-        "confidence": result.confidence if sample.options else None,
-        "duration": duration,
+        "answer": answer,
+        "confidence": result.confidence,
+        "duration": sample.duration,
         "spans": result.spans,
-        "looks": [
-            {
-                "kind": look.kind,
-                "part": look.part,
-                "times": look.clip.times,
-                "frames": look.clip.frames.numpy(),
-                "answer": look.answer,
-                "confidence": look.confidence,
-                "spans": look.spans,
-                "text": look.text,
-            }
-            for look in result.looks
-        ],
+        "strategy": strategy,
+        "looks": looks,
         "cost": {"visual tokens": result.visual_tokens, "GFLOP": f"{result.flops / 1e9:.2f}"},
     }
 
@@ -677,21 +592,16 @@ def play_source(video: str | Path, page: str | Path, embed: bool) -> str:
 
 
 def parser() -> argparse.ArgumentParser:
-    """infer's own options; those of config.py (--fps, --budget, ...) are accepted beside them."""
-    own = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0],
-        epilog="Every option of config.py can be given too: --fps 2, --budget 16384, --test_data file.jsonl, ...",
-        allow_abbrev=False,
-    )
+    """The options that only infer.py has."""
+    own = argparse.ArgumentParser(description=__doc__.splitlines()[0], add_help=False)
     add = own.add_argument
     add("--video", help="a video file of your own; without it, the data set --test_data is answered")
     add("--question", help="what is asked about it")
     add("--options", nargs="+", default=[], help="the answers to choose from, without letters; none: spans only")
     add("--strategy", choices=STRATEGIES, help="default: coarse-to-fine, or one-stage without --options")
-    add("--model", help="checkpoint folder or hub name (default: checkpoints/tiny)")
+    add("--model", help="checkpoint folder or hub name (default: the built-in policy)")
     add("--ground_model", help="ground-then-answer: the checkpoint that finds the spans, if it is another one")
-    add("--config", help="recipe (default: the one that suits the model)")
-    add("--out", help="page (default: the video's name with .html) or result file (runs/infer/STRATEGY.jsonl)")
+    add("--out", help="page (default: the video's name with .html) or result file (default: runs/infer/STRATEGY.jsonl)")
     add("--embed", action="store_true", help="put the video into the page, instead of a reference to the file")
     add("--released", action="store_true", help="divide-and-conquer as in the released Zoom-Zero code")
     add("--window", type=int, help=f"frames of a window (default {Settings.window})")
@@ -702,35 +612,23 @@ def parser() -> argparse.ArgumentParser:
     add("--unparsable", help="the letter that stands for no answer (default: none)")
     add("--max_zooms", type=int, help=f"most repetitions of repeated-zoom (default {Settings.max_zooms})")
     add("--stable", type=float, help=f"IoU at which repeated-zoom stops (default {Settings.stable})")
+    add("--skip_missing", action="store_true", help="--test_data: leave out questions whose video file is missing")
     return own
 
 
-def parse(arguments: list[str] | None = None) -> tuple[argparse.Namespace, Settings, Config]:
-    """The command line. Raises ConfigError, naming the nearest option for an unknown one."""
-    own = parser()
-    given, rest = own.parse_known_args(arguments)
-    mine = [word.removeprefix("--") for action in own._actions for word in action.option_strings]
-    theirs = [f.name for f in fields(Config)]
-    for word in rest:
-        name = word[2:].split("=")[0]
-        if word.startswith("--") and name not in theirs:
-            [near] = difflib.get_close_matches(name, mine + theirs, n=1, cutoff=0.0)
-            raise ConfigError(f"command line: there is no option {name!r}; the nearest is {near!r}")
-    config = configuration.parse(rest, recipe=given.config or suiting_recipe(given.model))
-    config = replace(config, model=given.model or str(BUILT_IN))
+def parse(arguments: list[str] | None = None) -> tuple[argparse.Namespace, Settings, Config, Config | None]:
+    """What is asked, the strategy's settings, and how the answering and the grounding model (if it is another one) are
+    shown videos: each by the recipe that suits it, unless --config names one. Raises ConfigError."""
+    given, config = configuration.parse_with(parser(), arguments, lambda given: suiting_recipe(given.model))
+    grounding = None
+    if given.ground_model:
+        own_recipe = suiting_recipe(given.ground_model)
+        grounding = configuration.parse_with(parser(), arguments, lambda _: own_recipe)[1]
+        grounding = replace(grounding, model=given.ground_model)
     changed = {f.name: getattr(given, f.name) for f in fields(Settings) if getattr(given, f.name) is not None}
     settings = Settings(**{**(RELEASED if given.released else {}), **changed})
     check(given, settings)
-    return given, settings, config
-
-
-def suiting_recipe(model: str | None) -> Path:
-    """How a model is shown videos: a run's checkpoint as the run did, the built-in one by its recipe, others by the
-    paper's values for long videos."""
-    if model is None or Path(model).resolve() == BUILT_IN.resolve():
-        return RECIPES / "cpu_world.yaml"
-    beside = Path(model).resolve().parent / "config.yaml"
-    return beside if beside.is_file() else RECIPES / "long_video.yaml"
+    return given, settings, replace(config, model=given.model or str(BUILT_IN)), grounding
 
 
 def check(given: argparse.Namespace, settings: Settings) -> None:
@@ -765,130 +663,94 @@ def check_question(strategy: str, config: Config, options: Sequence[str], where:
         raise ConfigError(f"{where}: {len(options)} options, but only {len(prompts.LETTERS)} letters")
 
 
-def load_agent(path: str, config: Config, device: torch.device) -> Agent:
-    """A checkpoint that can be asked about videos. Raises ModelError naming what it lacks."""
-    check_vision_weights(path)
+def load_agent(config: Config, device: torch.device) -> Agent:
+    """The configured checkpoint, ready to be asked about videos. Raises ModelError naming what it lacks."""
     half = config.mixed_precision == "bf16" and device.type == "cuda"
-    try:
-        model, tokenizer = load(path, torch.bfloat16 if half else torch.float32)
-        vocabulary = Vocabulary.of(tokenizer)
-    except (ValueError, SafetensorError) as error:
-        name = f"model {path}: "
-        raise ModelError(name + str(error).removeprefix(name)) from None
-    theirs, ours = model.config.video_token_id, vocabulary.tokenizer.convert_tokens_to_ids("<|video_pad|>")
-    if theirs != ours or len(vocabulary.tokenizer) > model.get_input_embeddings().num_embeddings:
-        raise ModelError(
-            f"model {path}: tokenizer and weights do not belong together: <|video_pad|> is {ours} for one and {theirs} "
-            f"for the other, {len(vocabulary.tokenizer)} tokens for {model.get_input_embeddings().num_embeddings} rows"
-        )
-    return Agent(model.to(device).eval(), vocabulary, config)
+    model, tokenizer = load(config.model, torch.bfloat16 if half else torch.float32)
+    return Agent(model.to(device).eval(), Vocabulary.of(tokenizer), config)
 
 
-def check_vision_weights(path: str) -> None:
-    """Raise ModelError for a checkpoint without a vision tower, which would otherwise be filled with random numbers."""
-    index = cached_file(path, "model.safetensors.index.json", _raise_exceptions_for_missing_entries=False)
-    single = cached_file(path, "model.safetensors", _raise_exceptions_for_missing_entries=False)
-    try:
-        if index:
-            names = list(json.loads(Path(index).read_text())["weight_map"])
-        elif single:
-            with safe_open(single, "pt") as weights:
-                names = list(weights.keys())
-        else:
-            return  # another format, or no checkpoint at all: loading it tells
-    except (ValueError, KeyError, SafetensorError) as error:
-        raise ModelError(f"model {path}: the weights cannot be read: {error!r}") from None
-    if not any("visual." in name for name in names):
-        raise ModelError(
-            f"model {path}: a checkpoint without vision weights (none of its {len(names)} tensors is in 'visual.'); "
-            "it cannot see a video, give a Qwen2.5-VL"
-        )
+def prepare(strategy: str, config: Config, grounding: Config | None, device: torch.device) -> tuple[Strategy, Agent]:
+    """The strategy as a function, and the model that answers."""
+    ask = STRATEGIES[strategy]
+    if grounding:
+        ask = partial(ground_then_answer, grounder=load_agent(grounding, device))
+    return ask, load_agent(config, device)
 
 
-def own_video(given: argparse.Namespace, settings: Settings, config: Config) -> None:
+def own_video(given: argparse.Namespace, settings: Settings, config: Config, grounding: Config | None) -> None:
     """Answer one question about one file: print the answer, write the page."""
     strategy = given.strategy or ("coarse-to-fine" if given.options else "one-stage")
     check_question(strategy, config, given.options, "question")
     page = Path(given.out or f"{Path(given.video).stem}.html")
     if page.suffix.lower() not in (".html", ".htm"):
         raise ConfigError(f"--out {page}: the page's name ends with .html")
-    info = probe(given.video)
+    asked = Sample("own", given.video, given.question, tuple(given.options), None, (), probe(given.video).duration)
     source = play_source(given.video, page, given.embed)
-    asked = Sample("own", given.video, given.question, tuple(given.options), None, (), info.duration)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    ask, agent = prepare(given, strategy, config, device)
+    ask, agent = prepare(strategy, config, grounding, device)
     result = ask(agent, asked, settings)
-    result.answer = result.answer or settings.unparsable or None
-    print(describe(result, given.options))
-    report.answer_page({**page_record(result, asked, info.duration), "strategy": strategy}, page, source)
+    answer = final_answer(result, asked, settings)
+    print(describe(result, answer, given.options))
+    report.answer_page(page_record(result, answer, asked, strategy), page, source)
     print(f"page        {page}")
 
 
-def whole_data_set(given: argparse.Namespace, settings: Settings, config: Config) -> None:
-    """Answer all questions of a data set that are not answered yet, and print the scores."""
+def whole_data_set(given: argparse.Namespace, settings: Settings, config: Config, grounding: Config | None) -> None:
+    """Answer all questions of a data set that are not answered yet, and print scores and cost."""
     strategy = given.strategy or "coarse-to-fine"
     if not config.test_data:
         raise ConfigError("nothing to answer: give --video and --question, or --test_data")
-    accelerator = Accelerator(mixed_precision=config.mixed_precision)
+    accelerator = evaluate.patient_accelerator(config)
     with accelerator.main_process_first():
         samples = world.load_samples(config.test_data, "test", config)
     for number, one in enumerate(samples, 1):
         check_question(strategy, config, one.options, f"{config.test_data}: row {number} ({one.id})")
-    ask, agent = prepare(given, strategy, config, accelerator.device)
+    samples = data.check_videos(samples, given.skip_missing)
+    ask, agent = prepare(strategy, config, grounding, accelerator.device)
     out = Path(given.out or f"runs/infer/{strategy}.jsonl")
     same = made_with(strategy, given.ground_model, settings, config)
     rows = answer_all(agent, ask, samples, settings, out, same, accelerator)
     if accelerator.is_main_process:
-        print(summary(rows))
-        print(f"results in {out}")
+        print(evaluate.describe({strategy: rows}, config.data_format))
+        print(f"\n{summary(rows, strategy)}\nresults in {out}; evaluate.py --results compares them and draws them")
+
+
+# The options that decide what a model is shown and writes.
+DECISIVE = ("template", "system_prompt", "question_first", "fps", "zoom_fps", "budget", "zoom_budget", "v_min", "v_max")
+DECISIVE += (
+    "paired_frames",
+    "min_frames",
+    "state_duration",
+    "max_tokens",
+    "zoom_sees_think",
+    "zoom_answer",
+    "mixed_precision",
+)
 
 
 def made_with(strategy: str, ground_model: str | None, settings: Settings, config: Config) -> dict:
     """What rows of a result file must have in common."""
-    shown = (
-        "template",
-        "system_prompt",
-        "question_first",
-        "fps",
-        "zoom_fps",
-        "budget",
-        "zoom_budget",
-        "v_min",
-        "v_max",
-        "paired_frames",
-    )
-    written = ("max_tokens", "zoom_sees_think", "zoom_answer", "mixed_precision")
     return {
         "strategy": strategy,
         "model": config.model,
         "ground_model": ground_model,
         **asdict(settings),
-        **{name: getattr(config, name) for name in (*shown, *written)},
+        **{name: getattr(config, name) for name in DECISIVE},
     }
 
 
-def prepare(given: argparse.Namespace, strategy: str, config: Config, device: torch.device) -> tuple[Strategy, Agent]:
-    """The strategy as a function, and the model that answers."""
-    ask = STRATEGIES[strategy]
-    if given.ground_model:
-        grounding = configuration.parse([], recipe=suiting_recipe(given.ground_model))
-        ask = partial(ground_then_answer, grounder=load_agent(given.ground_model, grounding, device))
-    return ask, load_agent(config.model, config, device)
-
-
 def main(arguments: list[str] | None = None) -> None:
-    given, settings, config = parse(arguments)
+    given, settings, config, grounding = parse(arguments)
     disable_progress_bar()  # of loading weights
     if config.threads:
         torch.set_num_threads(config.threads)
-    if given.video is None:
-        whole_data_set(given, settings, config)
-    else:
-        own_video(given, settings, config)
+    do = whole_data_set if given.video is None else own_video
+    do(given, settings, config, grounding)
 
 
 if __name__ == "__main__":
     try:
         main()
-    except (ConfigError, DataError, ModelError, VideoError, report.ReportError) as error:
+    except (ConfigError, DataError, ModelError, VideoError, report.ReportError, OSError) as error:
         sys.exit(f"error: {error}")

@@ -2,7 +2,9 @@
 
 A row is what is known about one question, a dict with "id", "video", "kind", "duration" (seconds or None), "answer"
 (letter or None), "predicted_answer" (letter or None: unanswered), "glue" (the evidence's spans, seconds) and "spans"
-(the predicted spans, best first, or None: no readable one). A result file is JSON lines of rows.
+(the predicted spans, best first, or None: no readable one). A result file is JSON lines of rows. A row may have more:
+"zoom_answer" and "true_zoom_answer" (letters from the predicted and the true spans' frames), "format" (0 or 1) and
+"shuffled_spans" (predicted for the question of another video).
 
 Ours (`summarise`) measure spans on merged unions (rewards.py) and count an unanswered question as wrong. R@m is
 IoU > m and Acc@GQA is a right answer with IoP >= 0.5, as in Zoom-Zero section 5. rec@IoU and acc@IoU are CG-Bench's:
@@ -39,17 +41,22 @@ CGBENCH_THRESHOLDS = (0.1, 0.2, 0.3, 0.4, 0.5)
 CLUE_LENGTHS = (0, 2, 5, 10, 20, 40)  # seconds of evidence: borders of Figure 3's left half
 CLUE_PORTIONS = (0, 0.05, 0.1, 0.2, 0.4, 0.7)  # evidence / duration: borders of its right half
 
+ACCURACIES = {"accuracy": "predicted_answer", "zoom_accuracy": "zoom_answer", "true_zoom_accuracy": "true_zoom_answer"}
+
 
 # ---------------------------------------------------------------- ours
 
 
 def score(row: dict) -> dict[str, float]:
-    """One question's scores, 0 to 1: accuracy only where there is an answer, the others where there is evidence."""
+    """One question's scores, 0 to 1: accuracies only where there is an answer, IoU and others only where there is
+    evidence."""
     scores = {}
     if row["answer"] is not None:
-        scores["accuracy"] = float(row["predicted_answer"] == row["answer"])
+        scores = {name: float(row[key] == row["answer"]) for name, key in ACCURACIES.items() if key in row}
+    if "format" in row:
+        scores["format"] = row["format"]
     if row["glue"]:
-        pred, gt = ([tuple(span) for span in spans or []] for spans in (row["spans"], row["glue"]))
+        pred, gt = as_spans(row["spans"]), as_spans(row["glue"])
         iou, iop, iog = (formula(pred, gt) for formula in (interval_iou, interval_iop, interval_iog))
         scores |= {"mIoU": iou, "mIoP": iop, "mIoG": iog}
         scores |= {f"R@{m}": float(iou > m) for m in (0.3, 0.5, 0.7)}
@@ -57,7 +64,13 @@ def score(row: dict) -> dict[str, float]:
         if "accuracy" in scores:
             scores["Acc@GQA"] = scores["accuracy"] * (iop >= 0.5)
             scores["acc@IoU"] = scores["accuracy"] * scores["rec@IoU"]
+        if "shuffled_spans" in row:
+            scores["shuffled mIoU"] = interval_iou(as_spans(row["shuffled_spans"]), gt)
     return scores
+
+
+def as_spans(pairs: Iterable[Iterable[float]] | None) -> list[tuple[float, float]]:
+    return [(start, end) for start, end in pairs or []]
 
 
 def summarise(rows: list[dict]) -> dict[str, float]:
@@ -101,7 +114,7 @@ def groups_of(row: dict, by: str) -> list[str]:
         return row["kind"].split(KIND_SEPARATOR) if row["kind"] else ["unknown"]
     if not row["glue"] or (by == "clue_portion" and row["duration"] is None):
         return ["unknown"]
-    length = sum(end - start for start, end in merge([tuple(span) for span in row["glue"]]))
+    length = sum(end - start for start, end in merge(as_spans(row["glue"])))
     value, borders = (length, CLUE_LENGTHS) if by == "clue_length" else (length / row["duration"], CLUE_PORTIONS)
     return [group_names([], by)[bisect.bisect_right(borders, value) - 1]]
 
@@ -213,9 +226,11 @@ def read_results(path: str | Path, samples: list[Sample]) -> list[dict]:
     for line in read_rows(path):
         id = str(line.get("id", str, int))
         answer = line.get("predicted_answer", str, type(None))
+        if answer is not None and not re.fullmatch("[A-Z]", answer):
+            raise line.error("predicted_answer", f"expected a capital letter or null, got {answer!r}")
         spans = line.get("spans", list, type(None))
         for pair in spans or []:
-            if not is_span(pair) or pair[0] > pair[1]:
+            if not is_span(pair) or not -np.inf < pair[0] <= pair[1] < np.inf:
                 raise line.error("spans", f"expected [start, end] in seconds, start <= end, got {pair!r}")
         if id in predictions:
             raise line.error("id", f"'{id}' comes twice")

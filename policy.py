@@ -17,13 +17,14 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from math import floor
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.utils.checkpoint import checkpoint
@@ -48,21 +49,53 @@ BANNED_TOKENS = (
 
 
 class ModelError(ValueError):
-    """A checkpoint that is not there, or not a Qwen2.5-VL."""
+    """A checkpoint that is not there, not a Qwen2.5-VL, or not all there."""
 
 
 def load(
     path: str, dtype: torch.dtype = torch.float32
 ) -> tuple[Qwen2_5_VLForConditionalGeneration, PreTrainedTokenizerBase]:
-    """Load a Qwen2.5-VL checkpoint folder (or hub name) and its tokenizer. Raises ModelError naming the path."""
+    """Load a Qwen2.5-VL checkpoint folder (or hub name) and its tokenizer.
+
+    Raises ModelError naming the path and what is wrong: another kind of model, a tokenizer without Qwen2.5-VL's special
+    tokens or of other weights, and weights that are missing (transformers would fill them with random numbers).
+    """
     try:
-        kind = AutoConfig.from_pretrained(path).model_type
-        if kind != "qwen2_5_vl":
-            raise ModelError(f"model {path}: its type is {kind!r}, this needs 'qwen2_5_vl'")
-        model = Qwen2_5_VLForConditionalGeneration.from_pretrained(path, dtype=dtype, attn_implementation="sdpa")
-        return model, AutoTokenizer.from_pretrained(path)
-    except OSError as error:
+        config = AutoConfig.from_pretrained(path)
+        if config.model_type != "qwen2_5_vl":
+            raise ModelError(f"its type is {config.model_type!r}, this needs 'qwen2_5_vl'")
+        tokenizer = AutoTokenizer.from_pretrained(path)
+        check_tokenizer(tokenizer, config)
+        model, found = Qwen2_5_VLForConditionalGeneration.from_pretrained(
+            path, dtype=dtype, attn_implementation="sdpa", output_loading_info=True
+        )
+        if found["missing_keys"]:
+            raise ModelError(missing_weights(found["missing_keys"]))
+    except SafetensorError as error:
+        raise ModelError(f"model {path}: the weights cannot be read: {error}") from None
+    except (OSError, ValueError, RuntimeError) as error:
         raise ModelError(f"model {path}: {error}") from None
+    return model, tokenizer
+
+
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase, config) -> None:
+    """Raise ModelError for a tokenizer that cannot write prompts for a model with this configuration."""
+    Vocabulary.of(tokenizer)
+    theirs, ours = config.video_token_id, tokenizer.convert_tokens_to_ids("<|video_pad|>")
+    rows = config.text_config.vocab_size
+    if theirs != ours or len(tokenizer) > rows:
+        raise ModelError(
+            f"tokenizer and weights do not belong together: <|video_pad|> is {ours} for one and {theirs} for the "
+            f"other, {len(tokenizer)} tokens for {rows} embeddings"
+        )
+
+
+def missing_weights(names: Collection[str]) -> str:
+    """What is wrong with a checkpoint that lacks these weights."""
+    blind = any("visual." in name for name in names)
+    kind = "a checkpoint without vision weights, which cannot see a video" if blind else "an incomplete checkpoint"
+    shown = ", ".join(sorted(names)[:3]) + (", ..." if len(names) > 3 else "")
+    return f"{kind}: it lacks {len(names)} weights: {shown}"
 
 
 # ---------------------------------------------------------------- prompts and positions

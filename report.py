@@ -381,9 +381,13 @@ th.num, td.num { text-align: right; white-space: nowrap; }
 .ghost { background: var(--ghost); }
 .pred { border: 1.5px solid var(--ink);
   background: repeating-linear-gradient(135deg, var(--ink) 0 1px, transparent 1px 5px); }
+.legend { display: flex; flex-wrap: wrap; gap: .3rem 1.6rem; align-items: center; }
+.legend .span { position: static; display: inline-block; width: 2.4rem; height: .8rem; vertical-align: -.05rem; }
+.legend .ruled { display: inline-block; width: 2.4rem; border-top: 3px solid var(--ink); vertical-align: .25rem; }
 .axis { position: relative; height: 1.1rem; grid-column: 2; color: var(--muted); font-size: .75rem; }
 .axis i { position: absolute; top: 0; font-style: normal; transform: translateX(-50%); white-space: nowrap; }
 .axis i:first-child { transform: none; }
+.axis i:last-child { transform: translateX(-100%); }
 .strip { display: flex; flex-wrap: wrap; gap: .5rem; margin: 0; padding: 0; list-style: none; }
 .strip figure { margin: 0; }
 .strip img { display: block; max-width: 100%; height: auto; background: var(--track); }
@@ -440,14 +444,14 @@ def text(value: object) -> str:
 
 
 def clock(seconds: float) -> str:
-    """Seconds as mm:ss.s, rounded to tenths; minutes may exceed 99.
+    """Seconds as mm:ss.s, rounded to tenths (halves up, so that steps of 0.5 look even); minutes may exceed 99.
 
     >>> clock(59.96), clock(7384.25), clock(-1)
-    ('01:00.0', '123:04.2', '-00:01.0')
+    ('01:00.0', '123:04.3', '-00:01.0')
     """
     if not math.isfinite(seconds):
         raise ReportError(f"{seconds} is not a time in seconds")
-    tenths = round(abs(seconds) * 10)
+    tenths = math.floor(abs(seconds) * 10 + 0.5)
     return f"{'-' if seconds < 0 and tenths else ''}{tenths // 600:02d}:{tenths // 10 % 60:02d}.{tenths % 10}"
 
 
@@ -487,15 +491,17 @@ def timeline(truth: Sequence[Span] | None, predictions: Mapping[str, Sequence[Sp
         f'<div class="who">{text(label)}</div><div class="track">{boxes}</div><div class="times">{times}</div>'
         for label, boxes, times in rows
     ]
-    ticks = "".join(f'<i style="left:{t / duration * 100:.3f}%">{clock(t)}</i>' for t in tick_times(duration))
+    ticks = "".join(
+        f'<i style="left:{t / duration * 100:.3f}%">{clock(t)}</i>' for t in (*tick_times(duration), duration)
+    )
     return f'<div class="timeline">{"".join(lines)}<div class="axis">{ticks}</div></div>'
 
 
 def tick_times(duration: float) -> list[float]:
-    """Round times from 0 on, at most seven; one too near the end for its label is left out."""
+    """Round times from 0 on, at most seven; those too near the end, which has a label of its own, are left out."""
     steps = [0.1, 0.2, 0.5, 1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 900, 1800, 3600, 7200]
     step = next((step for step in steps if duration / step <= 6), duration / 4)
-    return [k * step for k in range(math.floor(duration / step) + 1) if k * step <= 0.96 * duration]
+    return [k * step for k in range(math.floor(duration / step) + 1) if k * step <= 0.88 * duration]
 
 
 MAX_FRAMES = 48  # per strip; more are thinned out evenly
@@ -511,19 +517,14 @@ def film_strip(
     grow by a whole factor so that the model's own pixels stay visible. evidence: frames inside these spans get a dark
     rule.
     """
-    frames = np.asarray(frames)
-    if frames.ndim != 4 or frames.shape[1] != 3 or frames.dtype != np.uint8 or len(frames) != len(times):
-        raise ReportError(
-            f"frames must be uint8 [N, 3, H, W] with N times, got {frames.dtype} {list(frames.shape)} "
-            f"with {len(times)} times"
-        )
+    frames = checked(frames, times)
     shown = np.unique(np.linspace(0, len(frames) - 1, min(len(frames), MAX_FRAMES)).round().astype(int))
     figures = []
     for i in shown:
         height_px, width_px = frames.shape[2:]
         small = width_px <= width
         factor = max(1, round(width / width_px)) if small else width / width_px
-        in_evidence = any(start <= times[i] <= end for start, end in evidence)
+        in_evidence = any(start <= times[i] < end for start, end in evidence)
         figures.append(
             f'<figure class="{"evidence" if in_evidence else "context"}" data-time="{float(times[i])}">'
             f'<img class="{"small" if small else "large"}" width="{round(width_px * factor)}" '
@@ -532,6 +533,17 @@ def film_strip(
         )
     thinned = f'<p class="muted">{len(shown)} of {len(frames)} frames shown</p>' if len(shown) < len(frames) else ""
     return f'<div class="strip">{"".join(figures)}</div>{thinned}'
+
+
+def checked(frames: np.ndarray, times: Sequence[float]) -> np.ndarray:
+    """The frames as an array. Raises ReportError unless they are uint8 [N, 3, H, W] with N times."""
+    frames = np.asarray(frames)
+    if frames.ndim != 4 or frames.shape[1] != 3 or frames.dtype != np.uint8 or len(frames) != len(times):
+        raise ReportError(
+            f"frames must be uint8 [N, 3, H, W] with N times, got {frames.dtype} {list(frames.shape)} "
+            f"with {len(times)} times"
+        )
+    return frames
 
 
 def data_uri(frame: np.ndarray) -> str:
@@ -573,10 +585,7 @@ section > header { display: flex; flex-wrap: wrap; gap: 0 1.4rem; align-items: b
 table.small { margin-bottom: .5rem; }
 table.small th, table.small td { padding: 0 .6rem 0 0; min-width: 4.4rem; }
 table.small caption { text-align: left; font-size: .8rem; font-weight: 600; color: var(--muted); }
-.legend { display: flex; flex-wrap: wrap; gap: .3rem 1.6rem; align-items: center; }
-.legend .span { position: static; display: inline-block; width: 2.4rem; height: .8rem; vertical-align: -.05rem; }
 .legend .tok { color: var(--ink); }
-.legend .ruled { display: inline-block; width: 2.4rem; border-top: 3px solid var(--ink); vertical-align: .25rem; }
 @media (max-width: 42rem) {
   .written { grid-template-columns: minmax(0, 1fr); }
 }
@@ -655,7 +664,7 @@ def response_html(response: Mapping, number: int, episode: Mapping, scale: float
     if zoom is not None:
         zoomed = (
             f"<h4>Zoom pass: answered {mark(zoom['answer'], episode['answer'])}</h4>"
-            f"{film_strip(zoom['frames'], zoom['times'], 224, episode['glue'])}"
+            f"{film_strip(zoom['frames'], zoom['times'], 168, episode['glue'])}"
         )
     return (
         f"<section>\n<header><h3>Response {number}</h3>"
@@ -749,8 +758,8 @@ for (const button of document.querySelectorAll("table.results th button")) {
 COLUMNS = [  # heading, type of the sort key, alignment
     ("Question", "text", ""),
     ("Kind", "text", ""),
-    ("Answer", "text", ""),
-    ("Coarse", "number", ""),  # 1 for a right answer, 0 for a wrong one
+    ("True", "text", ""),
+    ("Answered", "number", ""),  # 1 for a right answer, 0 for a wrong one
     ("Zoomed", "number", ""),
     ("IoU", "number", "num"),
     ("Evidence (s)", "number", "num"),
@@ -761,28 +770,31 @@ COLUMNS = [  # heading, type of the sort key, alignment
 def evaluation_page(rows: Sequence[Mapping], out: str | Path, title: str, summary: Mapping) -> None:
     """Write a page with the summary and one sortable row per question, each with its time line.
 
-    A row: {"id", "video", "question", "kind", "answer": letter, "coarse_answer": str | None, "zoom_answer": str | None,
-    "glue": [[s, e]], "spans": [[s, e]] | None, "iou": float | None, "duration": s | None}. summary: {metric: number or
-    text}, or {line: {metric: number or text}} for several lines, such as before and after.
-    Raises ReportError naming the row and the field that is missing.
+    A row: {"id", "video", "question", "kind", "answer": letter, "predicted_answer": str | None, "zoom_answer": str |
+    None (optional), "glue": [[s, e]], "spans": [[s, e]] | None, "iou": float | None, "duration": s | None}. summary:
+    {metric: number or text}, or {line: {metric: number or text}} for several lines, such as before and after. A column
+    that no row has anything for is left out. Raises ReportError naming the row and the field that is missing.
     """
-    body = []
+    table = []
     for number, row in enumerate(rows, start=1):
         with blame(f"row {number} ({row.get('id', 'without id')})"):
-            body.append(result_html(row))
+            table.append(result_cells(row))
+    used = [k for k in range(len(COLUMNS)) if k == 0 or any(cells[k][0] is not None for cells, _ in table)]
     heads = "".join(
         f'<th scope="col" class="{align}" data-type="{kind}" aria-sort="none">'
         f'<button type="button">{name}</button></th>'
-        for name, kind, align in COLUMNS
+        for name, kind, align in (COLUMNS[k] for k in used)
     )
+    body = "\n".join(result_html([(COLUMNS[k], cells[k]) for k in used], line) for cells, line in table)
     save_page(
         page(
             title,
             f"<h1>{text(title)}</h1>\n{summary_html(summary)}\n"
-            f'<p class="muted">{len(rows)} questions. Solid: true spans; hatched: predicted. '
-            "Click a heading to sort; again to reverse.</p>\n"
+            f'<p class="muted legend"><span>{len(rows)} questions; click a heading to sort, again to reverse</span>'
+            '<span><span class="span true"></span> true span</span>'
+            '<span><span class="span pred"></span> predicted span</span></p>\n'
             f'<table class="results"><thead><tr>{heads}<th scope="col" class="line">Time line</th></tr></thead>\n'
-            "<tbody>" + "\n".join(body) + "</tbody></table>",
+            f"<tbody>{body}</tbody></table>",
             EVALUATION_STYLE,
             SORT_SCRIPT,
         ),
@@ -808,38 +820,40 @@ def figure_text(value: object) -> str:
     return f"{value:.3f}" if isinstance(value, float) else text(value)
 
 
-def result_html(row: Mapping) -> str:
+def result_cells(row: Mapping) -> tuple[list[tuple[object, str]], str]:
+    """Sort key (None: nothing there) and content of each of COLUMNS, and the time line."""
     duration, truth, right = row["duration"], row["glue"], row["answer"]
     evidence = union_length(truth) if truth else None
     origin = f'<br><span class="muted">{text(row["id"])} · {text(row["video"])}</span>'
-    cells = [  # sort key and content, in the order of COLUMNS
+
+    def answered(letter: str | None) -> tuple[object, str]:
+        return (letter if right is None else int(letter == right)), mark(letter, right)
+
+    cells = [
         (row["question"], text(row["question"]) + origin),
-        (row["kind"], text(row["kind"])),
+        (row["kind"] or None, text(row["kind"] or None)),
         (right, text(right)),
-        (None if right is None else int(row["coarse_answer"] == right), mark(row["coarse_answer"], right)),
-        (None if right is None else int(row["zoom_answer"] == right), mark(row["zoom_answer"], right)),
+        answered(row["predicted_answer"]),
+        answered(row["zoom_answer"]) if "zoom_answer" in row else (None, text(None)),
         (row["iou"], figure_text(row["iou"])),
         (evidence, "–" if evidence is None else f"{evidence:.1f}"),
         (duration, "–" if duration is None else clock(duration)),
     ]
-    tracks = (
-        ""
-        if duration is None
-        else "".join(
-            f'<div class="track">{bars(spans, duration, kind)}</div>'
-            for spans, kind in ((truth, "true"), (row["spans"], "pred"))
-        )
-    )
+    tracks = ""
+    if duration is not None:
+        for spans, kind in ((truth, "true"), (row["spans"], "pred")):
+            tracks += f'<div class="track">{bars(spans, duration, kind)}</div>'
+    times = f"{span_text(truth) if truth else 'not annotated'} | {span_text(row['spans'])}"
+    return cells, f'{tracks}<div class="muted">{times}</div>'
+
+
+def result_html(cells: Sequence[tuple[tuple[str, str, str], tuple[object, str]]], line: str) -> str:
     columns = "".join(
         f'<td class="{align}" data-label="{name}" data-sort="{"" if key is None else text(key)}">'
         f"<div>{content}</div></td>"
-        for (name, _, align), (key, content) in zip(COLUMNS, cells, strict=True)
+        for (name, _, align), (key, content) in cells
     )
-    return (
-        f'<tr>{columns}<td class="line" data-label="Time line"><div>{tracks}'
-        f'<div class="muted">{span_text(truth) if truth else "not annotated"} | {span_text(row["spans"])}</div>'
-        "</div></td></tr>"
-    )
+    return f'<tr>{columns}<td class="line" data-label="Time line"><div>{line}</div></td></tr>'
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -863,6 +877,8 @@ video { display: block; width: 100%; max-height: 26rem; background: #000; border
 .track .span, .strip figure { cursor: pointer; }
 .head { position: absolute; top: 0; bottom: 0; width: 2px; margin-left: -1px; background: #d55e00; }
 section { border-top: 1px solid var(--rule); margin-top: 1.8rem; padding-top: .9rem; }
+summary { cursor: pointer; list-style-position: outside; }
+summary h3 { display: inline; }
 pre { white-space: pre-wrap; font: 13px/1.6 ui-monospace, "SF Mono", "Liberation Mono", Menlo, monospace;
   margin: .5rem 0; max-width: 60rem; }
 """
@@ -919,7 +935,7 @@ def answer_page(record: Mapping, out: str | Path, source: str) -> None:
     """Write a page about one answered question: answer, player, time line, and the frames of every look at the video.
 
     record: {"video", "question", "options": [str], "letters": {letter: probability}, "answer": letter | None,
-    "confidence": float | None, "duration": s, "spans": [[s, e]] | None, "strategy", "cost": {name: figure}, "looks":
+    "confidence": float, "duration": s, "spans": [[s, e]] | None, "strategy", "cost": {name: figure}, "looks":
     [{"kind": "coarse" | "window" | "closer" | "zoom", "part": [[s, e]] | None, "times": [s], "frames": uint8
     [N, 3, H, W], "answer", "confidence", "spans", "text"}]}. source: the player's video, a relative file or a data URI.
     A click on a span plays it. Raises ReportError naming the look whose frames do not fit.
@@ -935,6 +951,8 @@ def answer_page(record: Mapping, out: str | Path, source: str) -> None:
         for start, end in spans or []
     )
     figures = {**record["cost"], "looks": len(record["looks"])}
+    underlined = "; those of the claimed spans are underlined" if spans else ""
+    claimed = f'<p class="muted">A click on a frame shows it in the player{underlined}.</p>\n'
     body = (
         f'<p class="muted">{text(record["video"])} · {clock(duration)} · {text(record["strategy"])}</p>\n'
         f"<h1>{text(record['question'])}</h1>\n{answer_html(record)}\n"
@@ -942,7 +960,7 @@ def answer_page(record: Mapping, out: str | Path, source: str) -> None:
         '<p class="refused" hidden>This browser cannot play the file: it was moved, or it has an unknown codec.</p>\n'
         + (f'<div class="jumps">{jumps}</div>\n' if jumps else "")
         + timeline(None, {"spans": spans}, duration)
-        + "\n"
+        + claimed
         + "\n".join(sections)
         + f"\n<section><h3>Cost</h3>{small_table('', {k: text(v) for k, v in figures.items()})}</section>"
     )
@@ -952,43 +970,49 @@ def answer_page(record: Mapping, out: str | Path, source: str) -> None:
 
 def answer_html(record: Mapping) -> str:
     """The answer in large letters, and what the model gave each option."""
+    confidence = f'<p class="muted">confidence {100 * record["confidence"]:.1f}%</p>'
     if not record["options"]:
-        return f'<p class="answer">{span_text(record["spans"])}</p>'
-    letters, items = dict(zip(string.ascii_uppercase, record["options"], strict=False)), []
-    answer, sure = record["answer"], record["confidence"]
+        return f'<p class="answer">{span_text(record["spans"])}</p>{confidence if record["spans"] else ""}'
+    letters, items, answer = dict(zip(string.ascii_uppercase, record["options"], strict=False)), [], record["answer"]
     words = "No answer that can be read" if answer is None else f"{answer}. {letters.get(answer, '(not an option)')}"
     for letter, option in letters.items():
-        share = record["letters"].get(letter)
-        bar = "" if share is None else f'<div class="share"><i style="width:{100 * share:.1f}%"></i></div>'
-        number = "" if share is None else f"<span>{100 * share:.1f}%</span>"
         given = ' class="given"' if letter == answer else ""
-        items.append(f"<li{given}><div>{letter}. {text(option)}</div>{bar}{number}</li>")
-    confidence = "" if answer is None else f'<p class="muted">confidence {100 * sure:.1f}%</p>'
-    return f'<p class="answer">{text(words)}</p>{confidence}<ul class="letters">{"".join(items)}</ul>'
+        items.append(f"<li{given}><div>{letter}. {text(option)}</div>")
+        if letter in record["letters"]:
+            share = f"{100 * record['letters'][letter]:.1f}%"
+            items.append(f'<div class="share"><i style="width:{share}"></i></div><span>{share}</span>')
+        items.append("</li>")
+    return f'<p class="answer">{text(words)}</p>{confidence if answer else ""}<ul class="letters">{"".join(items)}</ul>'
 
 
 def look_html(look: Mapping, spans: Sequence[Span], with_answer: bool) -> str:
-    """One look: what was shown, frame by frame, and what came back; a zoom has a strip for each of its spans."""
-    part, times, frames = look["part"], look["times"], np.asarray(look["frames"])
-    heading = LOOKS[look["kind"]] + (f": {span_text(part)}" if part is not None else "")
+    """One look: what was shown, frame by frame, and what came back; a zoom has a strip for each of its spans.
+
+    Windows and looks on the way are folded up.
+    """
+    kind, part, times = look["kind"], look["part"], look["times"]
+    frames = checked(look["frames"], times)
+    heading = LOOKS[kind] + (f": {span_text(part)}" if part is not None else "")
     height, width = frames.shape[-2:]
     facts = [f"{len(frames)} frames of {width}×{height} pixels"]
     if with_answer:
         facts.append(f"answered {text(look['answer'])}, confidence {100 * look['confidence']:.1f}%")
-    if look["kind"] != "zoom":
-        facts.append(f"spans {span_text(look['spans'])}")
-    written = f"<pre>{text(look['text'])}</pre>" if look["kind"] != "zoom" else ""
-    if part is None or len(part) == 1:
-        strips = film_strip(frames, times, 112 if look["kind"] == "coarse" else 168, [] if part else spans)
-    else:
-        strips = ""
-        for start, end in part:
-            # The frame shown at the start of a span may have appeared a moment before it.
-            slack = 0.5 * (times[1] - times[0]) if len(times) > 1 else start
-            chosen = [k for k, t in enumerate(times) if start - slack <= t < end]
-            strip = film_strip(frames[chosen], [times[k] for k in chosen], 168)
-            strips += f"<h4>{clock(start)}–{clock(end)}</h4>{strip}" if chosen else ""
-    return f'<section><h3>{heading}</h3><p class="muted">{" · ".join(facts)}</p>{written}{strips}</section>'
+    written = ""
+    if kind != "zoom":
+        facts.append(f"claimed {span_text(look['spans'])}")
+        origin = "" if part is None else '<p class="muted">As written, with times from the start of what was shown:</p>'
+        written = f"{origin}<pre>{text(look['text'])}</pre>"
+    strips, parts = "", part or [(0.0, math.inf)]
+    borders = [-math.inf, *(end for _, end in parts[:-1]), math.inf]  # the frame shown at a start may be older than it
+    for (start, end), (low, high) in zip(parts, pairwise(borders), strict=True):
+        shown = [k for k, t in enumerate(times) if low <= t < high]
+        title = f"<h4>{clock(start)}–{clock(end)}</h4>" if len(parts) > 1 and shown else ""
+        width, marked = (168, ()) if kind == "zoom" else (112, spans)
+        strips += title + film_strip(frames[shown], [times[k] for k in shown], width, marked)
+    head = f'<h3>{heading}</h3><p class="muted">{" · ".join(facts)}</p>'
+    if kind in ("window", "closer"):
+        return f"<section><details><summary>{head}</summary>{written}{strips}</details></section>"
+    return f"<section>{head}{written}{strips}</section>"
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ from advantage import token_offsets
 from config import Config
 from data import DataError, Sample
 from policy import Prompt, Video, Vocabulary, build_prompt, last_hidden, sample
-from video import Clip, VideoError, VideoInfo, load_clip, load_clips, plan_clip, probe
+from video import Clip, FrameCache, VideoError, VideoInfo, load_clip, load_clips, plan_clip, probe
 
 Spans = list[tuple[float, float]]
 
@@ -39,11 +39,18 @@ class View:
 
 @dataclass
 class Zoom:
-    """One zoom pass: the clip that was shown, the letter answered and its probability among the options' letters."""
+    """One zoom pass: the clip that was shown, the letter answered, and how probable each letter was there.
+
+    `letters` are probabilities among all tokens (see `letter_probabilities`); `text` is what was written: `n_written`
+    tokens after a prompt of `n_prompt`.
+    """
 
     clip: Clip
     answer: str | None
-    confidence: float
+    letters: dict[str, float]
+    text: str
+    n_prompt: int
+    n_written: int
 
 
 @dataclass
@@ -57,6 +64,7 @@ class Response:
     spans: Spans | None
     finished: bool  # ended by itself, not by the limit on its length
     zoom: Zoom | None = None
+    hidden: Tensor | None = None  # [T, H], what each token was chosen from, where that was asked for
 
 
 @dataclass
@@ -93,12 +101,12 @@ def response_seed(*parts: object) -> int:
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:7])
 
 
-def view_video(sample: Sample, config: Config) -> View:
+def view_video(sample: Sample, config: Config, cache: FrameCache | None = None) -> View:
     """Decode what the coarse pass sees of a sample's video (Eq. 3). Raises VideoError."""
-    info = probe(sample.video)
+    info = probe(sample.video, cache=cache)
     fps = max(config.fps, config.min_frames / info.duration)
     plan = plan_clip(info, None, fps, config.budget, config.v_min, config.v_max, paired=config.paired_frames)
-    clip = load_clip(plan, sample.video)
+    clip = load_clip(plan, sample.video, cache=cache)
     return View(sample, info, clip, Video.from_frames(clip.frames, clip.step))
 
 
@@ -115,8 +123,18 @@ def coarse_prompt(view: View, config: Config, vocabulary: Vocabulary, model_conf
     return build_prompt(vocabulary.ids(chat), [view.video], model_config)
 
 
-def roll_out(model, views: Sequence[View], config: Config, vocabulary: Vocabulary, step: int | None) -> list[Group]:
-    """Sample a group of responses for each view; `step` seeds them, None decodes one greedy response each."""
+def roll_out(
+    model,
+    views: Sequence[View],
+    config: Config,
+    vocabulary: Vocabulary,
+    step: int | None,
+    keep_hidden: bool = False,
+) -> list[Group]:
+    """Sample a group of responses for each view; `step` seeds them, None decodes one greedy response each.
+
+    `keep_hidden` keeps what each token was chosen from in `response.hidden`.
+    """
     groups = []
     for start in range(0, len(views), config.rollout_batch):
         chunk = views[start : start + config.rollout_batch]
@@ -125,11 +143,14 @@ def roll_out(model, views: Sequence[View], config: Config, vocabulary: Vocabular
         seeds = None
         if step is not None:
             seeds = [[response_seed(config.seed, step, view.sample.id, g) for g in range(size)] for view in chunk]
-        ids, mask = sample(
-            model, prompts, size, config.max_tokens, vocabulary.eos, vocabulary.banned, config.temperature, seeds
-        )
-        for view, prompt, group_ids, group_mask in zip(chunk, prompts, ids.cpu(), mask.cpu(), strict=True):
-            responses = [read_response(i[m], vocabulary) for i, m in zip(group_ids, group_mask, strict=True)]
+        states: list[Tensor] | None = [] if keep_hidden else None
+        eos, banned, temperature = vocabulary.eos, vocabulary.banned, config.temperature
+        ids, mask = sample(model, prompts, size, config.max_tokens, eos, banned, temperature, seeds, states=states)
+        for b, (view, prompt, rows, real) in enumerate(zip(chunk, prompts, ids.cpu(), mask.cpu(), strict=True)):
+            responses = [read_response(i[m], vocabulary) for i, m in zip(rows, real, strict=True)]
+            if states is not None:
+                for g, response in enumerate(responses):
+                    response.hidden = torch.stack([state[b, g] for state in states[: len(response.ids)]])
             groups.append(Group(view, prompt, responses))
     return groups
 
@@ -150,7 +171,7 @@ def visible_spans(spans: Spans | None, duration: float) -> Spans:
     return [(start, end) for start, end in clipped if start < end]
 
 
-def zoom_clips(view: View, requests: Sequence[Spans], config: Config) -> list[Clip]:
+def zoom_clips(view: View, requests: Sequence[Spans], config: Config, cache: FrameCache | None = None) -> list[Clip]:
     """The zoomed clips of one video, one per list of spans (an empty list is the whole video); each frame is decoded
     once.
     """
@@ -161,7 +182,7 @@ def zoom_clips(view: View, requests: Sequence[Spans], config: Config) -> list[Cl
         )
         for spans in requests
     ]
-    return load_clips(view.sample.video, plans)
+    return load_clips(view.sample.video, plans, cache=cache)
 
 
 def zoom_pass(model, groups: Sequence[Group], config: Config, vocabulary: Vocabulary) -> dict[str, VideoError]:
@@ -189,22 +210,21 @@ def zoom_pass(model, groups: Sequence[Group], config: Config, vocabulary: Vocabu
             continue
         for (_, think), clip, responses in zip(wanted, clips, wanted.values(), strict=True):
             jobs.append((group.view, clip, think, responses))
-    answers = answer_clips(model, [(view.sample, clip, think) for view, clip, think, _ in jobs], config, vocabulary)
-    for (_, clip, _, responses), (letter, confidence) in zip(jobs, answers, strict=True):
+    zooms = answer_clips(model, [(view.sample, clip, think) for view, clip, think, _ in jobs], config, vocabulary)
+    for (_, _, _, responses), zoom in zip(jobs, zooms, strict=True):
         for response in responses:
-            response.zoom = Zoom(clip, letter, confidence)
+            response.zoom = zoom
     return failed
 
 
 @torch.no_grad()
 def answer_clips(
     model, jobs: Sequence[tuple[Sample, Clip, str | None]], config: Config, vocabulary: Vocabulary
-) -> list[tuple[str | None, float]]:
-    """The answer to each (sample, clip, reasoning to show or None), with its probability among the option letters.
+) -> list[Zoom]:
+    """The answer to each (sample, clip, reasoning to show or None).
 
     `zoom_answer = letters` compares the letters after a forced `<answer>` in one forward pass; `decode` lets the model
-    write up to 32 tokens (the answer may then be None, and its probability is not measured: 1). Clips are batched by
-    length, so that little is padded.
+    write up to 32 tokens (the answer may then be None). Clips are batched by length, so that little is padded.
     """
     prompts, candidates = [], []
     for sample_, clip, think in jobs:
@@ -217,19 +237,85 @@ def answer_clips(
         prompts.append(build_prompt(ids, [Video.from_frames(clip.frames, clip.step)], model.config))
         candidates.append(letters)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    answers: list[tuple[str | None, float]] = [(None, 0.0)] * len(prompts)
+    zooms: dict[int, Zoom] = {}
     for start in range(0, len(order), config.zoom_batch):
         chunk = order[start : start + config.zoom_batch]
         batch = [prompts[i] for i in chunk]
         if config.zoom_answer == "decode":
-            ids, mask = sample(model, batch, 1, 32, vocabulary.eos, vocabulary.banned)
-            for i, row, real in zip(chunk, ids[:, 0], mask[:, 0], strict=True):
-                words, _ = token_offsets(vocabulary.tokenizer, row[real].tolist())
-                answers[i] = text.parse_answer(words) or text.parse_answer(words, bare=True), 1.0
+            states: list[Tensor] = []
+            ids, mask = sample(model, batch, 1, 32, vocabulary.eos, vocabulary.banned, states=states)
+            for b, i in enumerate(chunk):
+                reply = read_response(ids[b, 0][mask[b, 0]].cpu(), vocabulary)
+                reply.answer = reply.answer or text.parse_answer(reply.text, bare=True)
+                reply.hidden = torch.stack([state[b, 0] for state in states[: len(reply.ids)]])
+                shares = letter_probabilities(model, reply, len(jobs[i][0].options), vocabulary)
+                zooms[i] = Zoom(jobs[i][1], reply.answer, shares, reply.text, len(prompts[i]), len(reply.ids))
             continue
-        logits = model.lm_head(last_hidden(model, batch)).float()
-        for i, row in zip(chunk, logits, strict=True):
-            probabilities = row[candidates[i]].softmax(-1)
-            best = int(probabilities.argmax())
-            answers[i] = text.LETTERS[best], float(probabilities[best])
-    return answers
+        for i, logits in zip(chunk, model.lm_head(last_hidden(model, batch)).float(), strict=True):
+            best = text.LETTERS[int(logits[candidates[i]].argmax())]
+            shares = dict(zip(text.LETTERS, logits.softmax(-1)[candidates[i]].tolist(), strict=False))
+            zooms[i] = Zoom(jobs[i][1], best, shares, best, len(prompts[i]), 1)
+    return [zooms[i] for i in range(len(jobs))]
+
+
+# ---------------------------------------------------------------- how sure the model is
+
+
+def token_probabilities(model, hidden: Tensor) -> Tensor:
+    """Hidden states [N, H] -> probabilities [N, V] of the next token."""
+    return model.lm_head(hidden).float().softmax(-1)
+
+
+def letter_probabilities(model, response: Response, n_options: int, vocabulary: Vocabulary) -> dict[str, float]:
+    """The probability, among all tokens, of the options' letters in the place of the response's answer.
+
+    Zoom-Zero section 5.5: c = p(t) for the token t between <answer> and </answer>. A tokenizer may fuse it with a
+    bracket; where it would not write another letter as one token there, only the answer is measured. {} without an
+    answer. Needs `response.hidden`.
+    """
+    if response.answer is None:
+        return {}
+    place = answer_position(response.text)
+    token = next(k for k, (start, end) in enumerate(response.offsets) if start <= place < end)
+    probabilities = token_probabilities(model, response.hidden[token])
+    start, end = response.offsets[token]
+    before, after = response.text[start:place], response.text[place + 1 : end]
+    letters = text.LETTERS[:n_options]
+    written = letters if response.text[place].isupper() else letters.lower()
+    candidates = [vocabulary.ids(before + letter + after) for letter in written]
+    answered = {response.answer: float(probabilities[response.ids[token]])}
+    if any(len(ids) != 1 for ids in candidates):
+        return answered
+    others = probabilities[[ids[0] for ids in candidates]].tolist()
+    return dict(zip(letters, others, strict=True)) | answered  # an answer that is no option comes last
+
+
+def reply_start(response: str) -> int:
+    """The character after the last `</think>`, where answer and spans begin to be read."""
+    return len(response) - len(response.rpartition("</think>")[2])
+
+
+def answer_position(response: str) -> int:
+    """The character at which the letter stands that `parse_answer` reads: the first one after the tag."""
+    start = reply_start(response)
+    tag = response.find("<answer>", start)
+    start = start if tag < 0 else tag + len("<answer>")
+    return next(k for k in range(start, len(response)) if response[k].isalpha())
+
+
+def span_probability(model, response: Response) -> float:
+    """The geometric mean of the probabilities of the tokens that write the claimed spans; 0 without any.
+
+    Needs `response.hidden`.
+    """
+    if not response.spans:
+        return 0.0
+    start = reply_start(response.text)
+    reply = response.text[start:]
+    closed = [
+        r for tag in ("glue", "timestamp") for r in text.tag_ranges(reply, tag) if reply[: r[1]].endswith(tag + ">")
+    ]
+    first, last = (start + edge for edge in closed[0])
+    tokens = [k for k, (low, high) in enumerate(response.offsets) if low < last and high > first]
+    chosen = token_probabilities(model, response.hidden[tokens])[torch.arange(len(tokens)), response.ids[tokens]]
+    return float(chosen.log().mean().exp())

@@ -767,7 +767,7 @@ def main(arguments: list[str] | None = None) -> None:
     if test:
         after = results(run, test, "after training")
         if accelerator.is_main_process:
-            evaluate.save_and_print({"before": before, "after": after}, out)
+            evaluate.save_and_print({"before": before, "after": after}, out, test, config.data_format)
     accelerator.print(f"{out}/: config.yaml, metrics.jsonl, curves.png, episodes.html, checkpoint/")
     accelerator.wait_for_everyone()  # as in evaluate.py: a process that left right after a gather could deadlock
     accelerator.end_training()

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
+import re
+import shutil
+import subprocess
+import sys
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from numbered import get
+from safetensors.torch import load_file, save_file
 
 import prompts
 import sft
@@ -16,6 +22,7 @@ import tiny
 import world
 from policy import Policy, Video, Vocabulary, build_prompt
 
+ROOT = Path(__file__).resolve().parents[1]
 RECIPE = """
 model: {model}
 out: {out}
@@ -150,3 +157,71 @@ def folder(tmp_path_factory) -> Path:
 def plain(folder) -> Path:
     """A file of 60 frames at 25 fps with B-frames."""
     return get(folder, "b.mp4")
+
+
+def drop_weights(folder: Path, part: str) -> None:
+    """Delete the weights with `part` in their name from a checkpoint."""
+    tensors = load_file(folder / "model.safetensors")
+    save_file({k: v for k, v in tensors.items() if part not in k}, folder / "model.safetensors", {"format": "pt"})
+
+
+def drop_video_token(folder: Path) -> None:
+    """Rename `<|video_pad|>` in a checkpoint's tokenizer."""
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).write_text((folder / name).read_text().replace("<|video_pad|>", "<|something|>"))
+
+
+# A script's main, in a process that notes which questions are passed to one of the script's functions.
+SPY = """
+import os, sys
+sys.path.insert(0, {root!r})
+import {script}
+from data import Sample
+call = {script}.{function}
+def noted(*arguments):
+    given = [one for a in arguments for one in (a if isinstance(a, list) else [a]) if isinstance(one, Sample)]
+    with open({folder!r} + "/asked-" + os.environ["RANK"], "a") as file:
+        file.writelines(sample.id + chr(10) for sample in given)
+    return call(*arguments)
+{script}.{function} = noted
+{script}.main(sys.argv[1:])
+"""
+
+
+def run_in_two_processes(script: str, function: str, arguments: list[str], folder: Path) -> list[list[str]]:
+    """Run a script in two processes; the ids of the questions that each of them has passed to the function."""
+    spy = folder / "spy.py"
+    spy.write_text(SPY.format(root=str(ROOT), script=script, function=function, folder=str(folder)))
+    # accelerate launch --cpu starts several processes with MPI only; torch's launcher needs nothing else.
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(spy)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    done = subprocess.run(
+        [*command, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 0, done.stderr
+    return [(folder / f"asked-{rank}").read_text().split() for rank in range(2)]
+
+
+# The browser's clock jumps ahead when the page is idle, also while a video is being decoded; this keeps it busy.
+SPIN = """
+const untitled = document.title;
+let work = 0;
+const spin = setInterval(() => {
+  for (let k = 0; k < 1e6; k++) work += Math.sqrt(k);
+  if (document.title !== untitled) clearInterval(spin);
+}, 1);
+"""
+
+
+def page_in_browser(page: Path, script: str) -> str:
+    """What a script at the page's end has written into document.title, after at most 20 s of the page's clock."""
+    browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if browser is None:
+        pytest.skip("no Chromium to open the page in")
+    page.write_text(page.read_text().replace("</body>", f"<script>{SPIN}{script}</script></body>"))
+    flags = "--headless --no-sandbox --disable-gpu --disable-background-networking --virtual-time-budget=20000"
+    command = [browser, *flags.split(), f"--user-data-dir={page.parent / 'profile'}", "--dump-dom", page.as_uri()]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
+    title = re.search("<title>(.*?)</title>", done.stdout, re.S)
+    assert title, done.stderr
+    return title[1]

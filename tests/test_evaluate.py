@@ -8,15 +8,20 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from accelerate import Accelerator
+from conftest import run_in_two_processes
+from test_metrics import REAL, real
+from test_report import Tree
 
 import config as configuration
 import data
 import evaluate
-from evaluate import by_kind, chance_iou, main, save_and_print, scores, table, unanswered
+import metrics
+from evaluate import by_kind, chance_iou, main, save_and_print, scores, share, table, unanswered
 from policy import load
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -83,32 +88,75 @@ def test_an_unreadable_video_counts_as_unanswered(samples):
     assert result["unreadable"] == 1 and result["unanswered"] == 1 and result["questions"] == 2
     assert all(result[name] == 0.5 for name in ("mIoU", "accuracy", "zoom_accuracy", "format", "true_zoom_accuracy"))
     text = table({"policy": rows})
-    assert "policy: 1 questions count as unanswered, their videos are unreadable" in text
+    assert "policy: 2 questions, 1 unanswered, 1 without a span; 1 of them count as unanswered" in text
     assert "unreadable" not in table({"policy": [row()]})
 
 
 def test_scores_by_kind():
-    rows = [row(), row(kind="blink", predicted_answer="A"), row(kind="")]
+    rows = [row(), row(kind="blink", predicted_answer="A"), row(kind=""), row(kind="fine + blink")]
     result = by_kind(rows)
-    assert list(result) == ["blink", "fine"] and result["blink"]["accuracy"] == 0 and result["fine"]["questions"] == 1
+    assert list(result) == ["blink", "fine"]
+    assert result["blink"]["accuracy"] == 0.5 and result["fine"]["questions"] == 2  # one question counts under both
 
 
-def test_the_table_of_two_results(tmp_path, capsys):
-    results = {"before": [row(spans=None)], "after": [row()]}
-    save_and_print(results, tmp_path / "new")
-    lines = capsys.readouterr().out.splitlines()
-    (line,) = [line for line in lines if line.startswith("mIoU ")]
-    assert line.split() == ["mIoU", "0.000", "1.000", "+1.000"]
+def test_the_table_of_two_results():
+    """With intervals over the videos, and the paired test."""
+    before = [row(id=f"{k}", video=f"{k}.mp4", spans=None) for k in range(20)]
+    after = [{**r, "spans": [[4.0, 8.0]]} for r in before]
+    lines = table({"before": before, "after": after}).splitlines()
     assert lines[0].split() == ["score", "before", "after", "change"]
-    assert len({len(line) for line in lines}) == 1  # columns are aligned
-    numbers = json.loads((tmp_path / "new" / "evaluation.json").read_text())
-    assert numbers["after"]["all"]["mIoU"] == 1 and numbers["before"]["by_kind"]["fine"]["mIoU"] == 0
-    assert len((tmp_path / "new" / "results-after.jsonl").read_text().splitlines()) == 1
+    (line,) = [line for line in lines if line.startswith("mIoU ")]
+    assert " ".join(line.split()) == "mIoU 0.000 [0.00, 0.00] 1.000 [1.00, 1.00] +1.000 [+1.00, +1.00] p = 0.0001"
+    (line,) = [line for line in lines if line.startswith("accuracy ")]
+    assert line.endswith("+0.000 [+0.00, +0.00] p = 1.0000")
+    (line,) = [line for line in lines if line.startswith("fine (20): mIoU")]
+    assert line.split()[-3:] == ["0.000", "1.000", "+1.000"]
 
 
-def test_without_controls_there_are_no_control_rows():
+def test_the_columns_of_a_table_are_aligned():
+    assert evaluate.aligned([("a", "bb"), ("cc", "d", "e")]) == "a   bb\ncc  d   e"
+
+
+def test_scores_that_a_data_set_does_not_have_are_left_out():
+    text = table({"policy": [row(answer=None, predicted_answer=None, kind="")]})
+    assert "mIoU" in text and "accuracy" not in text and "Acc@GQA" not in text
     bare = {name: value for name, value in row().items() if name not in ("shuffled_spans", "true_zoom_answer")}
     assert "shuffled" not in table({"policy": [bare]}) and "shuffled mIoU" in table({"policy": [row()]})
+
+
+def test_scores_by_length_and_portion_of_the_evidence():
+    rows = [row(), row(glue=[[0.0, 1.0]], spans=None), row(glue=[], spans=None)]
+    other = [{**r, "predicted_answer": "A"} for r in rows]
+    lines = [line.split("  ") for line in evaluate.clue_table({"a": rows, "b": other}).splitlines()]
+    assert [[cell.strip() for cell in line if cell.strip()] for line in lines] == [
+        ["evidence", "questions", "a: mIoU", "a: accuracy", "b: mIoU", "b: accuracy"],
+        ["0 to 2 s", "1", "0.000", "1.000", "0.000", "0.000"],
+        ["2 to 5 s", "1", "1.000", "1.000", "1.000", "0.000"],
+        ["unknown", "1", "-", "1.000", "-", "0.000"],
+        ["0.05 to 0.1 of the video", "1", "0.000", "1.000", "0.000", "0.000"],
+        ["0.2 to 0.4 of the video", "1", "1.000", "1.000", "1.000", "0.000"],
+        ["unknown", "1", "-", "1.000", "-", "0.000"],
+    ]
+
+
+def test_what_an_evaluation_leaves_behind(samples, tmp_path, capsys):
+    results = {
+        label: [{**row(), **metrics.row_of(sample, answer, [[0.0, 5.0]])} for sample in samples]
+        for label, answer in (("before", None), ("after", "A"))
+    }
+    save_and_print(results, tmp_path / "new", samples)
+    assert table(results) in capsys.readouterr().out
+    out = tmp_path / "new"
+    numbers = json.loads((out / "evaluation.json").read_text())
+    assert numbers["before"]["all"]["accuracy"] == 0 and numbers["before"]["official"] == {}
+    low, high = numbers["after"]["intervals"]["mIoU"]
+    assert low <= numbers["after"]["all"]["mIoU"] <= high and "fine" in numbers["after"]["by_kind"]
+    assert sum(group["questions"] for group in numbers["after"]["by_clue_length"].values()) == len(samples)
+    assert len((out / "results-after.jsonl").read_text().splitlines()) == len(samples)
+    page = Tree((out / "evaluation.html").read_text()).root
+    assert len(page.all("tbody")[1].all("tr")) == len(samples) and samples[0].question in page.text
+    assert [r.all("th")[0].text for r in page.all("table", "summary")[0].all("tr")[1:]] == ["before", "after"]
+    assert (out / "clue.png").stat().st_size > 1000
 
 
 # ---------------------------------------------------------------- rows
@@ -181,10 +229,117 @@ def test_a_policy_in_training_mode_is_evaluated_the_same(model, samples, config,
 
 
 def test_the_command(recipe, tmp_path, small_world, capsys):
-    main(["--config", str(recipe), "--test_data", str(small_world["test"])])
-    out = capsys.readouterr().out
-    assert "zoom_accuracy" in out and "change" not in out
-    assert (tmp_path / "run" / "evaluation.json").exists() and (tmp_path / "run" / "results-policy.jsonl").exists()
+    out = tmp_path / "new"
+    main(["--config", str(recipe), "--test_data", str(small_world["test"]), "--out", str(out)])
+    printed = capsys.readouterr().out
+    assert "zoom_accuracy" in printed and "change" not in printed
+    assert (out / "evaluation.json").exists() and (out / "results-policy.jsonl").exists()
+    assert not (tmp_path / "run").exists()  # the recipe's folder is the run's
+
+
+def test_two_processes_evaluate_like_one(recipe, tmp_path, small_world, samples, capsys):
+    common = ["--config", str(recipe), "--test_data", str(small_world["test"]), "--eval_batch", "2"]
+    main([*common, "--out", str(tmp_path / "one")])
+    asked = run_in_two_processes("evaluate", "view_all", [*common, "--out", str(tmp_path / "two")], tmp_path)
+    assert all(asked) and sorted(asked[0] + asked[1]) == [sample.id for sample in samples]
+    one, two = ((tmp_path / name / "results-policy.jsonl").read_text() for name in ("one", "two"))
+    assert one == two
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 50])
+def test_every_question_is_answered_by_one_process_and_a_video_s_by_the_same(samples, n):
+    shares = [share(samples, SimpleNamespace(process_index=k, num_processes=n)) for k in range(n)]
+    assert sorted(i for mine in shares for i in mine) == list(range(len(samples)))
+    videos = [{samples[i].video for i in mine} for mine in shares]
+    assert sum(map(len, videos)) == len(set().union(*videos)) == 3
+    assert max(map(len, videos)) - min(map(len, videos)) <= 1
+
+
+# ---------------------------------------------------------------- result files
+
+
+def scored(capsys, *arguments: object) -> str:
+    main([str(a) for a in arguments])
+    return capsys.readouterr().out
+
+
+@pytest.fixture
+def written(samples, tmp_path):
+    """A data set and two result files about it: one always says A and names the first 5 s, the other knows all."""
+    data.save(tmp_path / "data.jsonl", samples)
+    for name, known in (("guess", False), ("oracle", True)):
+        rows = [
+            {"id": s.id, "predicted_answer": s.answer if known else "A", "spans": s.spans if known else [[0, 5]]}
+            for s in samples
+        ]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    return tmp_path
+
+
+def test_result_files_are_scored_and_compared_without_a_model(written, samples, capsys, monkeypatch):
+    monkeypatch.setattr(evaluate, "load", lambda *_: pytest.fail("a model was loaded"))
+    files, out = [written / "guess.jsonl", written / "oracle.jsonl"], written / "out"
+    printed = scored(capsys, "--test_data", written / "data.jsonl", "--results", *files, "--out", out)
+    lines = [line.split() for line in printed.splitlines()]
+    assert lines[0] == ["score", "guess", "oracle", "change"]
+    (accuracy,) = [line for line in lines if line[:1] == ["accuracy"]]
+    share_of_a = sum(s.answer == "A" for s in samples) / len(samples)
+    assert accuracy[1] == f"{share_of_a:.3f}" and accuracy[4] == "1.000" and accuracy[-3:-1] == ["p", "="]
+    assert (out / "evaluation.html").exists() and (out / "clue.png").exists()
+
+
+@real
+def test_the_official_scores_of_a_result_file_are_printed(tmp_path, capsys):
+    """NExT-GQA's, from its csv and the official predictions."""
+    truth = REAL / "nextgqa/val.csv"
+    spans, answers = (json.loads((REAL / f"nextgqa/preds/val{x}.json").read_text()) for x in ("_ground", "-res"))
+    rows = []
+    for s in data.load(truth, "nextgqa"):
+        start, end = spans.get(s.id, (None, None))
+        # A result file has no reversed spans. They score 0; so do spans after the video.
+        claimed = None if start is None else [[start, end] if start <= end else [9e9, 9e9 + 1]]
+        letter = data.LETTERS[answers[s.id]["prediction"]]
+        rows.append({"id": s.id, "predicted_answer": letter, "spans": claimed})
+    (tmp_path / "r.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    arguments = ["--data_format", "nextgqa", "--test_data", truth, "--results", tmp_path / "r.jsonl"]
+    printed = scored(capsys, *arguments, "--out", tmp_path / "out")
+    (line,) = [line for line in printed.splitlines() if line.startswith("  count")]
+    expected = json.loads((REAL / "nextgqa/preds/val_expected.json").read_text())["aggregate"]
+    expected["Acc"] = expected.pop("Acc (all rows in the qa file)")
+    assert f"TIoU@0.5 {round(expected['TIoU@0.5'], 4)}," in line
+    official = json.loads((tmp_path / "out" / "evaluation.json").read_text())["r"]["official"]
+    assert official == pytest.approx(expected, rel=1e-9)
+
+
+def test_an_evaluator_that_cannot_score_says_why(samples):
+    rows = [metrics.row_of(sample, None, None) for sample in samples]
+    found = evaluate.official_scores(rows, "nextgqa")
+    assert evaluate.official_text(found) == "  not scored NExT-GQA: no question has a predicted span"
+    assert evaluate.official_scores(rows, "mlvu") == {}
+    assert evaluate.official_text({"a": {"b": {"x": 1.23456, "y": 2}, "c": 3}}) == " a  c 3\n a b  x 1.2346, y 2"
+
+
+def test_files_are_named_by_as_many_folders_as_needed(tmp_path):
+    a, b = tmp_path / "a" / "rows.jsonl", tmp_path / "b" / "rows.jsonl"
+    assert evaluate.labelled([str(a)]) == {"rows": a}
+    assert evaluate.labelled([str(a), str(b)]) == {"a-rows": a, "b-rows": b}
+    with pytest.raises(configuration.ConfigError, match="twice"):
+        evaluate.labelled([str(a), str(a)])
+
+
+def test_missing_videos_are_named_before_a_model_is_loaded(recipe, samples, tmp_path, monkeypatch, capsys):
+    path = tmp_path / "data.jsonl"
+    data.save(path, [samples[0], replace(samples[1], video="nowhere.mp4")])
+    arguments = ["--config", str(recipe), "--test_data", str(path), "--out", str(tmp_path / "out")]
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluate, "load", lambda *_: pytest.fail("a model was loaded"))
+        with pytest.raises(data.DataError, match=r"1 video files are missing: .*nowhere\.mp4"):
+            main(arguments)
+    main([*arguments, "--skip_missing"])
+    assert "policy: 1 questions" in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------- mistakes
 
 
 @pytest.mark.parametrize(

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import copy
+import json
+import shutil
 import warnings
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import loud_model
+from conftest import drop_video_token, drop_weights, loud_model
 from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLRMSNorm
 
@@ -544,6 +547,48 @@ def test_a_checkpoint_of_another_kind_is_refused(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "qwen2"}')
     with pytest.raises(ModelError, match=r"qwen2.*qwen2_5_vl"):
         load(str(tmp_path))
+
+
+def truncate_weights(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:1000])
+
+
+def change_config(folder: Path, **changes) -> None:
+    values = json.loads((folder / "config.json").read_text())
+    values["text_config"] |= changes.pop("text_config", {})
+    (folder / "config.json").write_text(json.dumps(values | changes))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (partial(drop_weights, part="visual."), "a checkpoint without vision weights, .*: it lacks 30 weights: "),
+        (partial(drop_weights, part="layers.1.mlp.up"), "an incomplete checkpoint: it lacks 1 weights: .*up_proj"),
+        (truncate_weights, "the weights cannot be read"),
+        (drop_video_token, r"not a Qwen2.5-VL tokenizer: it has no <\|video_pad\|>"),
+        (partial(change_config, video_token_id=1), r"do not belong together: <\|video_pad\|> is \d+ for one and 1 for"),
+        (partial(change_config, text_config={"vocab_size": 90}), "do not belong together: .* tokens for 90 embeddings"),
+        (partial(change_config, text_config={"intermediate_size": 7}), "size mismatch|mismatched"),
+        (lambda folder: (folder / "config.json").unlink(), "config.json"),
+        (lambda folder: (folder / "model.safetensors").unlink(), "model.safetensors"),
+        (lambda folder: (folder / "tokenizer.json").unlink(), "tokenizer"),
+    ],
+)
+def test_checkpoints_that_are_refused(talker, tmp_path, change, message):
+    folder = tmp_path / "checkpoint"
+    shutil.copytree(talker, folder)
+    change(folder)
+    with pytest.raises(ModelError, match=f"^model {folder}: .*{message}"):
+        load(str(folder))
+
+
+def test_the_tokenizer_is_checked_before_the_weights_are_read(talker, tmp_path, monkeypatch):
+    shutil.copytree(talker, tmp_path / "checkpoint")
+    drop_video_token(tmp_path / "checkpoint")
+    monkeypatch.setattr(Qwen2_5_VLForConditionalGeneration, "from_pretrained", lambda *_, **__: pytest.fail("loaded"))
+    with pytest.raises(ModelError, match="tokenizer"):
+        load(str(tmp_path / "checkpoint"))
 
 
 def test_a_saved_model_loads_silently_with_the_same_logits(tmp_path, tokenizer, vocabulary, caplog):

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import page_in_browser
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -241,7 +242,7 @@ def test_command_line(tmp_path, capsys):
 
 
 def result(i, glue, iou, duration=20.0, **fields):
-    row = {"id": f"q{i}", "video": "v.mp4", "question": "What?", "kind": "fine", "answer": "A", "coarse_answer": "B"}
+    row = {"id": f"q{i}", "video": "v.mp4", "question": "What?", "kind": "fine", "answer": "A", "predicted_answer": "B"}
     return row | {"zoom_answer": "A", "glue": glue, "spans": glue, "iou": iou, "duration": duration} | fields
 
 
@@ -362,6 +363,14 @@ def test_boxes_never_leave_the_time_line(spans, duration):
         assert 0 <= left <= 100 and width >= 0 and left + width <= 100.001
 
 
+def test_the_end_of_the_time_line_has_a_label():
+    ends = [Tree(report.timeline(None, {"r": []}, duration)).root.all("i")[-1] for duration in (16.0, 20.0)]
+    assert [(end.attrs["style"], end.text) for end in ends] == [
+        ("left:100.000%", "00:16.0"),
+        ("left:100.000%", "00:20.0"),
+    ]
+
+
 @pytest.mark.parametrize("duration", [0.3, 1, 16, 59.9, 754, 7200, 36000, 1e6])
 def test_ticks_are_few_and_inside(duration):
     ticks = report.tick_times(duration)
@@ -381,7 +390,7 @@ def decode(node):
 
 def test_small_frames_are_embedded_exactly_and_shown_larger_by_a_whole_factor():
     frames = np.random.default_rng(0).integers(0, 256, (3, 3, 28, 56), dtype=np.uint8)
-    root = Tree(report.film_strip(frames, [0.0, 0.5, 1.0], 136, [[0.5, 0.9]])).root
+    root = Tree(report.film_strip(frames, [0.0, 0.5, 1.0], 136, [[0.5, 1.0]])).root  # the end does not belong to it
     for frame, image in zip(frames, root.all("img"), strict=True):
         kind, pixels = decode(image)
         assert kind == "png" and image.attrs["class"] == "small"
@@ -554,14 +563,14 @@ def evaluation(tmp_path, rows, summary=None):
 def test_rows_carry_the_keys_they_are_sorted_by(tmp_path):
     rows = [
         result(1, [[5, 10], [8, 12]], 0.25, question=HOSTILE, spans=[[4, 8]]),
-        result(2, [], None, answer=None, coarse_answer=None, zoom_answer=None, spans=None, kind=None, duration=7.5),
+        result(2, [], None, answer=None, predicted_answer=None, zoom_answer=None, spans=None, kind=None, duration=7.5),
         result(3, [[1, 2]], 0.0, duration=None),
     ]
     root = evaluation(tmp_path, rows)
     table = root.all("table", "results")[0]
     heads = table.all("th")
     assert [h.text for h in heads] == [
-        "Question", "Kind", "Answer", "Coarse", "Zoomed", "IoU", "Evidence (s)", "Length", "Time line"
+        "Question", "Kind", "True", "Answered", "Zoomed", "IoU", "Evidence (s)", "Length", "Time line"
     ]  # fmt: skip
     assert all(h.all("button") and h.attrs["aria-sort"] == "none" for h in heads[:-1])
     assert not heads[-1].all("button")
@@ -583,12 +592,45 @@ def test_rows_carry_the_keys_they_are_sorted_by(tmp_path):
     assert [c.attrs["data-label"] for c in table.all("tr")[1].all("td")] == [h.text for h in heads]
 
 
+def test_columns_that_no_row_has_anything_for_are_left_out(tmp_path):
+    rows = [result(k, [[0, 1]], 1.0, answer=None, predicted_answer=None, kind="") for k in range(2)]
+    for row in rows:
+        del row["zoom_answer"]
+    table = evaluation(tmp_path, rows).all("table", "results")[0]
+    assert [h.text for h in table.all("th")] == ["Question", "IoU", "Evidence (s)", "Length", "Time line"]
+    assert [c.attrs["data-label"] for c in table.all("tr")[1].all("td")] == [h.text for h in table.all("th")]
+    rows[1]["predicted_answer"] = "B"  # a given answer, though the right one is not known
+    table = evaluation(tmp_path, rows).all("table", "results")[0]
+    assert [c.text for c in table.all("tr")[2].all("td")][1] == "B"
+
+
 def test_the_sorting_script_is_on_the_page_and_uses_these_names(tmp_path):
     root = evaluation(tmp_path, [result(1, [[0, 1]], 1.0)])
     (script,) = root.all("script")
     assert script.text == report.SORT_SCRIPT
     for name in ("table.results th button", "dataset.sort", "dataset.type", "aria-sort"):
         assert name in script.text
+
+
+SORT = """
+const heads = [...document.querySelectorAll("table.results th button")];
+const rows = () => [...document.querySelectorAll("table.results tbody tr")];
+const orders = [];
+for (const name of ["IoU", "IoU", "Question"]) {
+  heads.find(head => head.textContent === name).click();
+  orders.push(rows().map(row => row.cells[5].dataset.sort || "-").join(" "));
+}
+document.title = orders.join(", ");
+"""
+
+
+def test_a_click_on_a_heading_sorts_in_a_browser(tmp_path):
+    """Numbers not as texts, backwards on the second click, rows without a value at the end."""
+    scores = {"c": 0.5, "a": None, "e": 0.25, "d": 10.0, "b": 0.0}
+    rows = [result(q, [[0, 1]] if s is not None else [], s, question=q) for q, s in scores.items()]
+    evaluation(tmp_path, rows)
+    title = page_in_browser(tmp_path / "new" / "eval.html", SORT)
+    assert title == "0.0 0.25 0.5 10.0 -, 10.0 0.5 0.25 0.0 -, - 0.0 0.5 10.0 0.25"
 
 
 def test_summary_of_one_line_and_of_several(tmp_path):
@@ -606,8 +648,8 @@ def test_summary_of_one_line_and_of_several(tmp_path):
 
 def test_a_row_that_lacks_a_field_or_a_duration_is_named(tmp_path):
     wrong = result(2, [[0, 1]], 1.0)
-    del wrong["zoom_answer"]
-    with pytest.raises(ReportError, match=r"row 2 \(q2\): no field 'zoom_answer'"):
+    del wrong["spans"]
+    with pytest.raises(ReportError, match=r"row 2 \(q2\): no field 'spans'"):
         evaluation(tmp_path, [result(1, [[0, 1]], 1.0), wrong])
     with pytest.raises(ReportError, match=r"row 1 \(q1\): a time line needs a positive duration"):
         evaluation(tmp_path, [result(1, [[0, 1]], 1.0, duration=0)])
@@ -672,9 +714,34 @@ def test_an_answer_page_gives_each_option_its_share(tmp_path):
 
 
 def test_an_answer_page_without_options_or_spans(tmp_path):
-    root = answer_tree(tmp_path, options=[], letters={}, answer=None, confidence=None, spans=None)
+    root = answer_tree(tmp_path, options=[], letters={}, answer=None, confidence=0.0, spans=None)
     assert not root.all("ul", "letters") and not root.all("button")
-    assert root.all("p", "answer")[0].text == "no span"
+    assert root.all("p", "answer")[0].text == "no span" and "confidence 0.0%" not in root.text
+    root = answer_tree(tmp_path, options=[], letters={}, answer=None, confidence=0.42)
+    assert root.all("p", "answer")[0].text == "00:01.0–00:02.0, 00:09.0–00:11.5" and "confidence 42.0%" in root.text
+
+
+def test_a_letter_that_is_no_option_is_shown(tmp_path):
+    root = answer_tree(tmp_path, answer="E", letters={"A": 0.25, "B": 0.25, "E": 0.5})
+    assert root.all("p", "answer")[0].text == "E. (not an option)"
+    assert len(root.all("ul", "letters")[0].all("li")) == 2 and not root.all("li", "given")
+
+
+def test_looks_on_the_way_are_folded_up(tmp_path):
+    coarse, zoomed = answered()["looks"]
+    window = one_look("window", [(4.0, 8.0)], [4.0, 5.0, 6.0, 7.0])
+    sections = answer_tree(tmp_path, looks=[coarse, window, zoomed]).all("section")
+    assert [len(s.all("details")) for s in sections] == [0, 1, 0, 0]  # the last one is the cost
+    assert sections[1].all("summary")[0].all("h3")[0].text == "A window: 00:04.0–00:08.0"
+    assert len(sections[1].all("img")) == 4 and "from the start of what was shown" in sections[1].text
+    assert "from the start of what was shown" not in sections[0].text
+
+
+def test_frames_of_the_claimed_spans_are_underlined(tmp_path):
+    """From the start up to, not including, the end."""
+    coarse, zoomed = answer_tree(tmp_path, spans=[[3.0, 5.0]]).all("section")[:2]
+    marked = [float(f.attrs["data-time"]) for f in coarse.all("figure", "evidence")]
+    assert marked == [3.0, 4.0] and not zoomed.all("figure", "evidence")
 
 
 @pytest.mark.parametrize(("source", "media"), [("a.mp4", "'self' file:"), ("data:video/mp4;base64,AA==", "data:")])

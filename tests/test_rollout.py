@@ -10,6 +10,7 @@ from conftest import loud_model
 
 import config as configuration
 import data
+import prompts as text
 import rollout
 import sft
 from policy import load
@@ -179,19 +180,23 @@ def test_the_answer_is_the_likeliest_letter(samples, config, vocabulary, model):
     view = view_video(samples[0], config)
     clips = zoom_clips(view, [[(3.0, 8.0)], [(1.0, 2.0)], [(0.0, 20.0)]], config)
     jobs = [(sample, clip, None) for sample, clip in zip(samples, clips, strict=False)]
-    answers = answer_clips(model, jobs, config, vocabulary)
-    assert [answer_clips(model, [job], config, vocabulary)[0][0] for job in jobs] == [a for a, _ in answers]
-    assert all(letter in "ABCD" and 0.25 <= p <= 1 for letter, p in answers)
-    single = replace(config, zoom_batch=1)
-    for (_, one), (_, many) in zip(answer_clips(model, jobs, single, vocabulary), answers, strict=True):
-        assert abs(one - many) < 1e-4
+    zooms = answer_clips(model, jobs, config, vocabulary)
+    assert [zoom.clip for zoom in zooms] == clips
+    for zoom in zooms:
+        assert zoom.answer == zoom.text == max(zoom.letters, key=zoom.letters.get)
+        assert list(zoom.letters) == list("ABCD") and sum(zoom.letters.values()) < 1 and zoom.n_written == 1
+    for batch in (1, 2):
+        again = answer_clips(model, jobs, replace(config, zoom_batch=batch), vocabulary)
+        for one, other in zip(again, zooms, strict=True):
+            assert one.answer == other.answer and one.n_prompt == other.n_prompt
+            assert one.letters == pytest.approx(other.letters, abs=1e-4)
 
 
 def test_only_the_sample_s_letters_are_compared(samples, config, vocabulary, model):
     sample = replace(samples[0], options=samples[0].options[:2], answer="A")
     clips = zoom_clips(view_video(sample, config), [[(float(k), k + 2.0)] for k in range(12)], config)
-    answers = answer_clips(model, [(sample, clip, None) for clip in clips], config, vocabulary)
-    assert {letter for letter, _ in answers} <= {"A", "B"} and all(p >= 0.5 for _, p in answers)
+    zooms = answer_clips(model, [(sample, clip, None) for clip in clips], config, vocabulary)
+    assert {zoom.answer for zoom in zooms} <= {"A", "B"} and all(list(zoom.letters) == ["A", "B"] for zoom in zooms)
 
 
 def test_a_decoded_zoom_answer(samples, config, vocabulary, talker):
@@ -199,10 +204,11 @@ def test_a_decoded_zoom_answer(samples, config, vocabulary, talker):
     talking, _ = load(str(talker))
     decode = replace(config, zoom_answer="decode")
     (clip,) = zoom_clips(view_video(samples[0], config), [[(3.0, 8.0)]], config)
-    ((letter, confidence),) = answer_clips(talking, [(samples[0], clip, None)], decode, vocabulary)
-    assert letter in "ABCD" and confidence == 1.0
-    ((letter, _),) = answer_clips(loud_model(vocabulary.tokenizer), [(samples[0], clip, None)], decode, vocabulary)
-    assert letter is None  # a random model writes no answer
+    (zoom,) = answer_clips(talking, [(samples[0], clip, None)], decode, vocabulary)
+    assert zoom.answer == text.parse_answer(zoom.text) and set(zoom.letters) == set("ABCD")
+    assert zoom.n_written > 1 and 0 < zoom.letters[zoom.answer] < 1
+    (zoom,) = answer_clips(loud_model(vocabulary.tokenizer), [(samples[0], clip, None)], decode, vocabulary)
+    assert zoom.answer is None and zoom.letters == {}  # a random model writes no answer
 
 
 def test_the_zoom_prompt_can_carry_the_reasoning(samples, config, vocabulary, model, monkeypatch):
@@ -236,7 +242,7 @@ def test_a_video_that_fails_in_the_zoom_pass_is_reported(samples, config, vocabu
     )
     kept = group_of([response_with("(3.0,8.0)")], view_video(samples[1], config), vocabulary, config, model)
     copied.unlink()
-    lost.responses[0].zoom = Zoom(None, "A", 1.0)  # of an earlier pass
+    lost.responses[0].zoom = Zoom(None, "A", {}, "A", 1, 1)  # of an earlier pass
     failed = zoom_pass(model, [lost, kept], config, vocabulary)
     assert list(failed) == [samples[0].id] and isinstance(failed[samples[0].id], VideoError)
     assert lost.responses[0].zoom is None and kept.responses[0].zoom is not None
