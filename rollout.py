@@ -224,7 +224,7 @@ def answer_clips(
     """The answer to each (sample, clip, reasoning to show or None).
 
     `zoom_answer = letters` compares the letters after a forced `<answer>` in one forward pass; `decode` lets the model
-    write up to 32 tokens (the answer may then be None). Clips are batched by length, so that little is padded.
+    write up to 32 tokens (the answer may then be None).
     """
     prompts, candidates = [], []
     for sample_, clip, think in jobs:
@@ -236,26 +236,26 @@ def answer_clips(
             ids, letters = vocabulary.ids(chat), []
         prompts.append(build_prompt(ids, [Video.from_frames(clip.frames, clip.step)], model.config))
         candidates.append(letters)
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    zooms: dict[int, Zoom] = {}
-    for start in range(0, len(order), config.zoom_batch):
-        chunk = order[start : start + config.zoom_batch]
-        batch = [prompts[i] for i in chunk]
+    zooms: list[Zoom] = []
+    for start in range(0, len(jobs), config.zoom_batch):
+        part = slice(start, start + config.zoom_batch)
+        batch = prompts[part]
         if config.zoom_answer == "decode":
             states: list[Tensor] = []
             ids, mask = sample(model, batch, 1, 32, vocabulary.eos, vocabulary.banned, states=states)
-            for b, i in enumerate(chunk):
+            for b, (sample_, clip, _) in enumerate(jobs[part]):
                 reply = read_response(ids[b, 0][mask[b, 0]].cpu(), vocabulary)
                 reply.answer = reply.answer or text.parse_answer(reply.text, bare=True)
                 reply.hidden = torch.stack([state[b, 0] for state in states[: len(reply.ids)]])
-                shares = letter_probabilities(model, reply, len(jobs[i][0].options), vocabulary)
-                zooms[i] = Zoom(jobs[i][1], reply.answer, shares, reply.text, len(prompts[i]), len(reply.ids))
+                shares = letter_probabilities(model, reply, len(sample_.options), vocabulary)
+                zooms.append(Zoom(clip, reply.answer, shares, reply.text, len(batch[b]), len(reply.ids)))
             continue
-        for i, logits in zip(chunk, model.lm_head(last_hidden(model, batch)).float(), strict=True):
-            best = text.LETTERS[int(logits[candidates[i]].argmax())]
-            shares = dict(zip(text.LETTERS, logits.softmax(-1)[candidates[i]].tolist(), strict=False))
-            zooms[i] = Zoom(jobs[i][1], best, shares, best, len(prompts[i]), 1)
-    return [zooms[i] for i in range(len(jobs))]
+        logits = model.lm_head(last_hidden(model, batch)).float()
+        for (_, clip, _), prompt, letters, row in zip(jobs[part], batch, candidates[part], logits, strict=True):
+            best = text.LETTERS[int(row[letters].argmax())]
+            shares = dict(zip(text.LETTERS, row.softmax(-1)[letters].tolist(), strict=False))
+            zooms.append(Zoom(clip, best, shares, best, len(prompt), 1))
+    return zooms
 
 
 # ---------------------------------------------------------------- how sure the model is

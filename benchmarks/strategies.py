@@ -6,7 +6,8 @@
 Writes benchmarks/results/strategies.md: one part about the 20 s videos the policy was trained for, one about videos of
 40 s, which two windows of 20 frames cut in half. The questions' rows are kept in runs/strategies/, one file per line of
 a table: after an interruption, running again does only the rest. Intervals are 95%, by drawing videos; p-values compare
-with one-stage on the same questions (permutation over videos). Cost is per question, one at a time.
+with one-stage on the same questions (permutation over videos). Cost is per question, one at a time; decoded frames are
+kept for the next question about the same video, in each line anew.
 """
 
 import argparse
@@ -133,14 +134,14 @@ def run(given: argparse.Namespace, duration: int, accelerator: Accelerator) -> d
     config = configuration.parse([w for k, v in wanted.items() for w in (f"--{k}", str(v))], recipe=RECIPE)
     with accelerator.main_process_first():
         samples = world.load_samples("world", "test", config)
-    agent = load_agent(given.model, config, accelerator.device)
+    agent = load_agent(config, accelerator.device)
     results = {}
     for entry in ENTRIES:
         if duration not in entry.durations or (entry.answer_model and not given.answer_model):
             continue
         ask, asked, grounder = STRATEGIES[entry.strategy], agent, None
         if entry.answer_model:
-            asked = load_agent(given.answer_model, replace(config, model=given.answer_model), accelerator.device)
+            asked = load_agent(replace(config, model=given.answer_model), accelerator.device)
             ask, grounder = partial(infer.ground_then_answer, grounder=agent), given.model
         same = infer.made_with(entry.strategy, grounder, entry.settings, asked.config)
         path = Path(given.rows) / f"{duration}s-{entry.label.replace(', ', '-').replace(' ', '-')}.jsonl"
