@@ -99,7 +99,8 @@ class Row:
     def get(self, name: str, *types: type):
         """The field's value, which must be there and of one of the types (NoneType for null)."""
         if name not in self.fields:
-            raise self.error(name, f"is missing; there are {sorted(self.fields)}")
+            there = ", ".join(sorted(self.fields)[:12]) + (", ..." if len(self.fields) > 12 else "")
+            raise self.error(name, f"is missing; there are {there}")
         value = self.fields[name]
         if isinstance(value, bool) or not isinstance(value, types):
             expected = " or ".join("null" if t is type(None) else t.__name__ for t in types)
@@ -792,7 +793,7 @@ def check_videos(samples: list[Sample], skip_missing: bool = False) -> list[Samp
     missing = missing_videos(samples)
     if missing and not skip_missing:
         shown = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
-        raise DataError(f"{len(missing)} video files are missing: {shown}; check the videos' folder or skip them")
+        raise DataError(f"{len(missing)} video files are missing: {shown}; check the videos' folder, or --skip_missing")
     gone = set(missing)
     left = [s for s in samples if s.video not in gone]
     if not left:
