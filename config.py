@@ -273,6 +273,16 @@ def parse_with(
     return given, config
 
 
+def parse_for_model(
+    own: argparse.ArgumentParser, arguments: list[str] | None = None
+) -> tuple[argparse.Namespace, Config]:
+    """`parse_with` for a script that asks a model: --model, else that of --config, else the built-in one."""
+    given, config = parse_with(own, arguments, lambda given: suiting_recipe(given.model))
+    if not given.model and not given.config:
+        config.model = str(BUILT_IN)
+    return given, config
+
+
 POSITIVE = ["steps", "prompts_per_step", "prompts_per_pass", "updates_per_rollout", "rollout_batch", "group_size"]
 POSITIVE += ["max_tokens", "temperature", "fps", "zoom_fps", "budget", "v_min", "zoom_batch", "eval_batch"]
 POSITIVE += [

@@ -38,6 +38,7 @@ from tqdm import tqdm
 import config as configuration
 import data
 import metrics
+import pages
 import report
 import world
 from config import Config
@@ -101,6 +102,13 @@ def patient_accelerator(config: Config) -> Accelerator:
     """An Accelerator whose processes wait for the slowest one as long as it takes, not ten minutes."""
     patience = InitProcessGroupKwargs(timeout=timedelta(weeks=4))
     return Accelerator(mixed_precision=config.mixed_precision, kwargs_handlers=[patience])
+
+
+def load_policy(config: Config, device: torch.device) -> tuple[torch.nn.Module, Vocabulary]:
+    """The configured checkpoint on its device; with mixed precision, its weights on a GPU are bfloat16 throughout."""
+    half = config.mixed_precision == "bf16" and device.type == "cuda"
+    model, tokenizer = load(config.model, torch.bfloat16 if half else torch.float32)
+    return model.to(device).eval(), Vocabulary.of(tokenizer)
 
 
 def view_all(samples: Sequence[Sample], config: Config) -> tuple[list[View], dict[str, VideoError]]:
@@ -329,7 +337,7 @@ def save_and_print(
     }
     *_, (last, rows) = drawn.items()
     rows = [{**row, "question": questions[row["id"]], "video": Path(row["video"]).name} for row in rows]
-    report.evaluation_page(rows, out / "evaluation.html", f"{out.name}: {last}", shown)
+    pages.evaluation_page(rows, out / "evaluation.html", f"{out.name}: {last}", shown)
     evidence = [row for row in rows if row["glue"]]
     if evidence and all(row["duration"] for row in evidence):
         report.plot_by_clue(drawn, out / "clue.png")
@@ -354,7 +362,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    given, config = configuration.parse_with(parser(), arguments, lambda g: configuration.suiting_recipe(g.model))
+    given, config = configuration.parse_for_model(parser(), arguments)
     out = given.out or "runs/evaluate"  # not the recipe's: a run may be there
     if config.threads:
         torch.set_num_threads(config.threads)
@@ -363,14 +371,15 @@ def main(arguments: list[str] | None = None) -> None:
     accelerator = patient_accelerator(config)
     with accelerator.main_process_first():
         samples = world.load_samples(config.test_data, "test", config)
+    if not given.results:
+        check_test_samples(samples, config)
+    if given.skip_missing or not given.results:
+        samples = data.check_videos(samples, given.skip_missing)
     if given.results:
         results = {label: metrics.read_results(path, samples) for label, path in labelled(given.results).items()}
     else:
-        samples = data.check_videos(samples, given.skip_missing)
-        check_test_samples(samples, config)
-        model, tokenizer = load(config.model)
-        model.to(accelerator.device).eval()
-        results = {"policy": evaluate(model, samples, config, Vocabulary.of(tokenizer), accelerator, "evaluating")}
+        model, vocabulary = load_policy(config, accelerator.device)
+        results = {"policy": evaluate(model, samples, config, vocabulary, accelerator, "evaluating")}
     if accelerator.is_main_process:
         save_and_print(results, out, samples, config.data_format)
         print(f"\n{out}/: evaluation.json, evaluation.html, results-*.jsonl, clue.png where there is evidence")

@@ -61,13 +61,14 @@ import config as configuration
 import data
 import evaluate
 import metrics
+import pages
 import prompts
-import report
 import world
-from config import BUILT_IN, Config, ConfigError, suiting_recipe
+from config import Config, ConfigError, suiting_recipe
 from data import DataError, Sample
 from decode import FrameCache, VideoError, VideoInfo, probe
-from policy import ModelError, Video, Vocabulary, load, window_layout
+from policy import ModelError, Video, Vocabulary, window_layout
+from report import ReportError
 from rewards import interval_iou, merge
 from rollout import (
     Spans,
@@ -318,7 +319,7 @@ def to_video_time(spans: Spans | None, clip: Clip, duration: float) -> Spans | N
 
 @torch.no_grad()
 def look(agent: Agent, views: Sequence[View], kind: str = "coarse", parts: Sequence[Spans] | None = None) -> list[Look]:
-    """Ask for reasoning, answer and spans about each view, greedily; views of `parts` of the video name them.
+    """Ask for reasoning, answer and spans about each view, greedily. `parts`: which part of the video each view shows.
 
     A question without options asks for the spans of an event, with LongVTG-R1's prompt.
     """
@@ -545,14 +546,14 @@ def describe(result: Result, answer: str | None, options: Sequence[str]) -> str:
     lines.append(f"confidence  {result.confidence:.1%}" + ("" if options else " (of the spans)"))
     if result.letters:
         lines.append("letters     " + ", ".join(f"{letter} {p:.1%}" for letter, p in result.letters.items()))
-    lines.append(f"spans       {report.span_text(result.spans)}")
+    lines.append(f"spans       {pages.span_text(result.spans)}")
     seen = ", ".join(look.kind for look in result.looks)
     lines.append(f"looked      {seen}: {result.visual_tokens} visual tokens, {result.flops / 1e9:.2f} GFLOP")
     return "\n".join(lines)
 
 
 def page_record(result: Result, answer: str | None, sample: Sample, strategy: str) -> dict:
-    """What report.answer_page shows."""
+    """What pages.answer_page shows."""
     looks = [
         {
             **{name: getattr(look, name) for name in ("kind", "part", "answer", "confidence", "spans", "text")},
@@ -599,7 +600,9 @@ def parser() -> argparse.ArgumentParser:
     add("--question", help="what is asked about it")
     add("--options", nargs="+", default=[], help="the answers to choose from, without letters; none: spans only")
     add("--strategy", choices=STRATEGIES, help="default: coarse-to-fine, or one-stage without --options")
-    add("--model", help="checkpoint folder or hub name (default: the built-in policy)")
+    add(
+        "--model", help="checkpoint folder or hub name (default: the recipe's, or without --config the built-in policy)"
+    )
     add("--ground_model", help="ground-then-answer: the checkpoint that finds the spans, if it is another one")
     add("--out", help="page (default: the video's name with .html) or result file (default: runs/infer/STRATEGY.jsonl)")
     add("--embed", action="store_true", help="put the video into the page, instead of a reference to the file")
@@ -619,16 +622,15 @@ def parser() -> argparse.ArgumentParser:
 def parse(arguments: list[str] | None = None) -> tuple[argparse.Namespace, Settings, Config, Config | None]:
     """What is asked, the strategy's settings, and how the answering and the grounding model (if it is another one) are
     shown videos: each by the recipe that suits it, unless --config names one. Raises ConfigError."""
-    given, config = configuration.parse_with(parser(), arguments, lambda given: suiting_recipe(given.model))
+    given, config = configuration.parse_for_model(parser(), arguments)
     grounding = None
     if given.ground_model:
-        own_recipe = suiting_recipe(given.ground_model)
-        grounding = configuration.parse_with(parser(), arguments, lambda _: own_recipe)[1]
-        grounding = replace(grounding, model=given.ground_model)
+        _, grounding = configuration.parse_with(parser(), arguments, lambda _: suiting_recipe(given.ground_model))
+        grounding.model = given.ground_model
     changed = {f.name: getattr(given, f.name) for f in fields(Settings) if getattr(given, f.name) is not None}
     settings = Settings(**{**(RELEASED if given.released else {}), **changed})
     check(given, settings)
-    return given, settings, replace(config, model=given.model or str(BUILT_IN)), grounding
+    return given, settings, config, grounding
 
 
 def check(given: argparse.Namespace, settings: Settings) -> None:
@@ -665,9 +667,7 @@ def check_question(strategy: str, config: Config, options: Sequence[str], where:
 
 def load_agent(config: Config, device: torch.device) -> Agent:
     """The configured checkpoint, ready to be asked about videos. Raises ModelError naming what it lacks."""
-    half = config.mixed_precision == "bf16" and device.type == "cuda"
-    model, tokenizer = load(config.model, torch.bfloat16 if half else torch.float32)
-    return Agent(model.to(device).eval(), Vocabulary.of(tokenizer), config)
+    return Agent(*evaluate.load_policy(config, device), config)
 
 
 def prepare(strategy: str, config: Config, grounding: Config | None, device: torch.device) -> tuple[Strategy, Agent]:
@@ -692,7 +692,7 @@ def own_video(given: argparse.Namespace, settings: Settings, config: Config, gro
     result = ask(agent, asked, settings)
     answer = final_answer(result, asked, settings)
     print(describe(result, answer, given.options))
-    report.answer_page(page_record(result, answer, asked, strategy), page, source)
+    pages.answer_page(page_record(result, answer, asked, strategy), page, source)
     print(f"page        {page}")
 
 
@@ -752,5 +752,5 @@ def main(arguments: list[str] | None = None) -> None:
 if __name__ == "__main__":
     try:
         main()
-    except (ConfigError, DataError, ModelError, VideoError, report.ReportError, OSError) as error:
+    except (ConfigError, DataError, ModelError, VideoError, ReportError, OSError) as error:
         sys.exit(f"error: {error}")

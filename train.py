@@ -40,6 +40,7 @@ import config as configuration
 import data
 import evaluate
 import kl
+import pages
 import report
 import rewards
 import world
@@ -763,7 +764,7 @@ def main(arguments: list[str] | None = None) -> None:
         report.plot_curves([out], out / "curves.png")
         if groups:  # none when a finished run is resumed
             episodes = [episode(group, config) for group in groups[: config.n_episodes]]
-            report.episodes_page(episodes, out / "episodes.html", f"{out.name}: groups of the last step")
+            pages.episodes_page(episodes, out / "episodes.html", f"{out.name}: groups of the last step")
     if test:
         after = results(run, test, "after training")
         if accelerator.is_main_process:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import re
 from dataclasses import asdict
 from pathlib import Path
@@ -9,7 +10,19 @@ from pathlib import Path
 import pytest
 
 import config as configuration
-from config import NOT_NEGATIVE, POSITIVE, Config, ConfigError, check, parse, read_recipe, save
+from config import (
+    NOT_NEGATIVE,
+    POSITIVE,
+    Config,
+    ConfigError,
+    check,
+    parse,
+    parse_for_model,
+    parse_with,
+    read_recipe,
+    save,
+    suiting_recipe,
+)
 
 ROOT = Path(configuration.__file__).parent
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
@@ -138,3 +151,71 @@ def test_every_option_is_read_somewhere():
     source = "".join(path.read_text() for path in ROOT.glob("*.py") if path.name != "config.py")
     for name in Config.__dataclass_fields__:
         assert re.search(rf"config\.{name}\b", source), f"{name} is read nowhere"
+
+
+# ---------------------------------------------------------------- a script's own options
+
+
+def own_options() -> argparse.ArgumentParser:
+    own = argparse.ArgumentParser(description="A script.", add_help=False)
+    own.add_argument("--colour", choices=("red", "blue"))
+    own.add_argument("--out", help="where this script writes")
+    return own
+
+
+def test_a_script_has_options_of_its_own_beside_these(recipe):
+    given, config = parse_with(own_options(), ["--config", str(recipe), "--colour", "red", "--steps", "9"])
+    assert (given.colour, given.out, given.lr, config.steps) == ("red", None, None, 9)
+    given, config = parse_with(own_options(), ["--config", str(recipe), "--out", "there"])
+    assert given.out == config.out == "there"
+
+
+def test_the_recipe_can_depend_on_what_is_given(recipe, tmp_path):
+    (tmp_path / "other.yaml").write_text("steps: 77\n")
+
+    def choose(given):
+        return tmp_path / "other.yaml" if given.colour == "blue" else recipe
+
+    assert parse_with(own_options(), ["--colour", "blue"], choose)[1].steps == 77
+    assert parse_with(own_options(), ["--colour", "blue", "--config", str(recipe)], choose)[1].steps != 77
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--color", "red"], "no option 'color'; the nearest is 'colour'"),
+        (["--step", "3"], "no option 'step'; the nearest is 'steps'"),
+        (["--colour", "green"], "argument --colour: invalid choice: 'green'"),
+        (["--colour"], "argument --colour: expected one argument"),
+        (["red"], "'red' belongs to no option"),
+    ],
+)
+def test_mistakes_among_both_kinds_of_options(arguments, message):
+    with pytest.raises(ConfigError, match=f"command line: .*{message}"):
+        parse_with(own_options(), arguments)
+
+
+def test_help_shows_both_kinds_of_options(capsys):
+    with pytest.raises(SystemExit):
+        parse_with(own_options(), ["--help"])
+    printed = capsys.readouterr().out
+    assert "A script." in printed and "--colour {red,blue}" in printed and "where this script writes" in printed
+    assert "--budget" in printed and printed.count("--out ") == 2  # usage and description, once each
+
+
+def test_a_model_is_shown_videos_as_it_is_used_to(tmp_path):
+    assert suiting_recipe(None) == suiting_recipe(str(configuration.BUILT_IN)) == configuration.DEFAULT_RECIPE
+    assert suiting_recipe("Qwen/Qwen2.5-VL-7B-Instruct").name == "long_video.yaml"
+    (tmp_path / "config.yaml").write_text("fps: 3\n")
+    assert suiting_recipe(str(tmp_path / "checkpoint")) == tmp_path / "config.yaml"
+
+
+def test_the_model_that_is_asked(recipe, tmp_path):
+    def model(*arguments):
+        return parse_for_model(own_options(), list(arguments))[1].model
+
+    assert model() == str(configuration.BUILT_IN)  # from any folder
+    assert model("--config", str(ROOT / "recipes" / "long_video.yaml")) == "Qwen/Qwen2.5-VL-7B-Instruct"
+    assert model("--config", str(recipe), "--model", "mine") == "mine"
+    (tmp_path / "config.yaml").write_text("model: where/it/started\n")  # a run's
+    assert model("--model", str(tmp_path / "checkpoint")) == str(tmp_path / "checkpoint")

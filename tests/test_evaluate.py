@@ -15,7 +15,7 @@ import torch
 from accelerate import Accelerator
 from conftest import run_in_two_processes
 from test_metrics import REAL, real
-from test_report import Tree
+from test_pages import Tree
 
 import config as configuration
 import data
@@ -277,7 +277,7 @@ def written(samples, tmp_path):
 
 
 def test_result_files_are_scored_and_compared_without_a_model(written, samples, capsys, monkeypatch):
-    monkeypatch.setattr(evaluate, "load", lambda *_: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(evaluate, "load_policy", lambda *_: pytest.fail("a model was loaded"))
     files, out = [written / "guess.jsonl", written / "oracle.jsonl"], written / "out"
     printed = scored(capsys, "--test_data", written / "data.jsonl", "--results", *files, "--out", out)
     lines = [line.split() for line in printed.splitlines()]
@@ -332,11 +332,13 @@ def test_missing_videos_are_named_before_a_model_is_loaded(recipe, samples, tmp_
     data.save(path, [samples[0], replace(samples[1], video="nowhere.mp4")])
     arguments = ["--config", str(recipe), "--test_data", str(path), "--out", str(tmp_path / "out")]
     with monkeypatch.context() as patch:
-        patch.setattr(evaluate, "load", lambda *_: pytest.fail("a model was loaded"))
+        patch.setattr(evaluate, "load_policy", lambda *_: pytest.fail("a model was loaded"))
         with pytest.raises(data.DataError, match=r"1 video files are missing: .*nowhere\.mp4"):
             main(arguments)
     main([*arguments, "--skip_missing"])
     assert "policy: 1 questions" in capsys.readouterr().out
+    main([*arguments, "--skip_missing", "--results", str(tmp_path / "out" / "results-policy.jsonl")])
+    assert "results-policy: 1 questions" in capsys.readouterr().out
 
 
 # ---------------------------------------------------------------- mistakes

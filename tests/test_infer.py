@@ -21,7 +21,7 @@ from accelerate import Accelerator
 from conftest import drop_video_token, drop_weights, loud_model, page_in_browser, run_in_two_processes
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_report import Tree
+from test_pages import Tree
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -592,7 +592,7 @@ def test_own_video(own, strategy, tmp_path, capsys):
     assert (page.parent / player.attrs["src"]).resolve() == Path(own[-1]).resolve()
     claimed = re.search(r"^spans +(.*)$", printed, re.M)[1]
     jumps = [(float(b.attrs["data-start"]), float(b.attrs["data-end"])) for b in tree.all("button")]
-    assert ", ".join(f"{infer.report.clock(a)}–{infer.report.clock(b)}" for a, b in jumps) == (claimed if jumps else "")
+    assert ", ".join(f"{infer.pages.clock(a)}–{infer.pages.clock(b)}" for a, b in jumps) == (claimed if jumps else "")
     assert len(tree.all("section")) >= 2 and tree.all("img") and "<red>" in tree.all("h1")[0].text
 
 
@@ -640,7 +640,7 @@ def test_a_click_seeks_the_video_in_a_browser(own, tmp_path, where, embed):
     look = fake_look("A", 0.9, [(5.0, 8.5)], "coarse")
     look.clip = clip_of([float(k) for k in range(20)], 1.0)
     result = infer.Result("A", {"A": 0.9, "B": 0.1}, 0.9, [(5.0, 8.5)], [look])
-    infer.report.answer_page(
+    infer.pages.answer_page(
         infer.page_record(result, "A", sample, "one-stage"), page, infer.play_source(own[-1], page, embed)
     )
     title = page_in_browser(page, CLICK.replace("WHERE", json.dumps(where)))
@@ -723,10 +723,7 @@ def test_an_error_is_one_line(own, tmp_path):
 
 
 def test_a_runs_checkpoint_is_asked_as_the_run_was(tmp_path):
-    assert infer.suiting_recipe(None).name == "cpu_world.yaml"
-    assert infer.suiting_recipe("Qwen/Qwen2.5-VL-7B-Instruct").name == "long_video.yaml"
     (tmp_path / "config.yaml").write_text("fps: 3\n")
-    assert infer.suiting_recipe(str(tmp_path / "checkpoint")) == tmp_path / "config.yaml"
     given, settings, config, _ = infer.parse(["--model", str(tmp_path / "checkpoint"), "--top", "2", "--released"])
     assert config.fps == 3 and config.model == given.model
     assert settings == Settings(**{**RELEASED, "top": 2})
