@@ -292,6 +292,22 @@ def test_nextgqa():
 
 
 @real
+def test_nextgqa_ends_after_the_video_stay_and_empty_locations_have_no_question():
+    samples, report = real_samples("nextgqa/val.csv", "nextgqa")
+    entry = json.loads((REAL / "nextgqa/gsub_val.json").read_text())
+    late = [s for s in samples.values() if any(end > s.duration for _, end in s.spans)]
+    assert (
+        sum(end > s.duration for s in late for _, end in s.spans)
+        == report.notes["spans that end after the video"]
+        == 21
+    )
+    for sample in late:
+        video, qid = sample.id.split("_")
+        assert [list(span) for span in sample.spans] == entry[video]["location"][qid]
+    assert entry["2830899473"]["location"] == {} and not any(id.startswith("2830899473_") for id in samples)
+
+
+@real
 def test_rextime():
     samples, report = real_samples("rextime/rextime_val.jsonl", "rextime")
     assert len(samples) == 458
@@ -353,7 +369,12 @@ def test_activitynet():
     samples, report = real_samples("activitynet/train.json", "activitynet")
     second = samples["train:v_ehGHCYKzyZ8_1"]  # published with a space before it
     assert second.question == "A man and woman are in a living room demonstrating exercises."
-    assert not any("\n" in s.question or s.question != s.question.strip() for s in samples.values())
+    raw = [
+        x for entry in json.loads((REAL / "activitynet/train.json").read_text()).values() for x in entry["sentences"]
+    ]
+    assert any("\n" in sentence for sentence in raw) and any("  " in sentence for sentence in raw)
+    assert [s.question for s in samples.values()] == [" ".join(sentence.split()) for sentence in raw]
+    assert report.notes["spans that end after the video"] == 6
     assert [s.spans for s in samples.values() if (60.71, 61.29) in s.spans]  # published reversed
     assert report.notes["reversed spans swapped"] == 1
     assert report.notes["spans of zero length"] == 1
@@ -371,6 +392,9 @@ def test_tacos_frames_become_seconds():
     assert one.spans == ((141 / 29.4, 354 / 29.4),)
     assert one.duration == 7346 / 29.4
     assert report.notes["spans that end after the video"] == 5
+    assert (
+        len({(s.video, s.spans) for s in samples.values()}) == 120 < len(samples) == 362
+    )  # one span, several sentences
 
 
 @real

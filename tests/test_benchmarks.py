@@ -1,0 +1,173 @@
+"""The arithmetic of benchmarks/memory.py and benchmarks/engine.py, and that the engines compared compute the same."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+from transformers import Qwen2_5_VLForConditionalGeneration
+
+from benchmarks import engine, memory
+from benchmarks.engine import Cost, Ours
+from benchmarks.memory import Parameters
+from config import Config
+from video import VideoInfo, plan_clip
+
+# ---------------------------------------------------------------- memory.py
+
+
+@pytest.mark.parametrize("name", ["7b", "3b", "20m", "tiny"])
+def test_parameters_are_those_of_a_model(name):
+    config = memory.shape(name)
+    with torch.device("meta"):
+        model = Qwen2_5_VLForConditionalGeneration(config)
+
+    def count(module: torch.nn.Module) -> int:
+        return sum(p.numel() for p in module.parameters())
+
+    n = Parameters.of(config)
+    language = model.model.language_model
+    assert n.total == count(model)
+    assert n.vision == count(model.model.visual)
+    assert n.layer == count(language.layers[0])
+    assert n.layers == count(language.layers) + count(language.norm)
+    assert n.embedding == count(model.get_input_embeddings())
+    assert n.head == (0 if config.tie_word_embeddings else count(model.lm_head))
+
+
+def test_released_sizes():
+    """What the released checkpoints' files say."""
+    assert Parameters.of(memory.shape("7b")).total == 8_292_166_656
+    assert Parameters.of(memory.shape("3b")).total == 3_754_622_976
+    assert 19e6 < Parameters.of(memory.shape("20m")).total < 21e6
+
+
+def test_cache_per_token():
+    assert memory.cache_bytes_per_token(memory.shape("7b")) == 56 * 1024  # 28 layers, 4 heads of 128, keys and values
+    assert memory.cache_bytes_per_token(memory.shape("3b")) == 36 * 1024
+
+
+@pytest.mark.parametrize("paired", [False, True])
+def test_no_clip_has_more_visual_tokens(paired):
+    recipe = Config(paired_frames=paired)
+    most = memory.visual_tokens(recipe, recipe.budget)
+    found = []
+    for seconds in [*range(1, 60), 100, 333, 600, 3600]:
+        info = VideoInfo("v.mp4", float(seconds), 25.0, 1280, 720)
+        plan = plan_clip(info, None, 1.0, recipe.budget, recipe.v_min, recipe.v_max, paired=paired)
+        found.append((len(plan.times) + 1) // 2 * (plan.height // 28) * (plan.width // 28))
+    assert 0.9 * most < max(found) <= most
+
+
+def test_a_phase_takes_the_sum_of_its_parts():
+    found = [memory.Part("a", 1, memory.PHASES), memory.Part("b", 10, ("zoom",)), memory.Part("c", 100, ("KL", "zoom"))]
+    assert memory.totals(found) == dict.fromkeys(memory.PHASES, 1) | {"zoom": 111, "KL": 101}
+    assert memory.table(found).splitlines()[-1].split("|")[1].strip() == "sum"
+
+
+def named(found: list[memory.Part]) -> dict[str, int]:
+    return {part.name: part.bytes for part in found}
+
+
+def test_weights_by_number_of_devices():
+    model, recipe = memory.shape("7b"), Config(prompts_per_step=64)
+    n = Parameters.of(model).total
+    one, ddp, fsdp = (named(memory.parts(model, recipe, *how)) for how in [(1, False), (8, False), (8, True)])
+    for name, each in {"weights": 4, "AdamW's two moments": 8, "gradients": 4}.items():
+        name = f"policy: {name}, float32"
+        assert one[name] == ddp[name] == each * n and fsdp[name] == each * n // 8
+    assert one["reference: weights, 16 bits"] == fsdp["reference: weights, 16 bits"] == 2 * n
+    frozen = named(memory.parts(model, Config(train_vision=False)))
+    assert frozen["policy: gradients, float32"] == 4 * (n - Parameters.of(model).vision)
+
+
+def test_caches_and_activations_follow_the_recipe():
+    model, recipe = memory.shape("7b"), Config()
+    found = named(memory.parts(model, recipe))
+    prompt = memory.visual_tokens(recipe, recipe.budget) + memory.TEXT_TOKENS
+    assert found["rollout: prompts' keys and values"] == 8 * prompt * 56 * 1024
+    assert found["rollout: responses' keys and values"] == 8 * 8 * 512 * 56 * 1024
+    row = prompt + 8 * 512
+    assert found["update: activations kept by the language model"] == 28 * row * 3584 * 4
+    twice = named(memory.parts(model, Config(prompts_per_pass=2)))["update: activations kept by the language model"]
+    assert twice == 2 * 28 * row * 3584 * 4
+
+
+def test_seven_billion_need_sharding(capsys):
+    memory.main(["--model", "7b"])
+    assert "does not fit into 139 GiB" in capsys.readouterr().out
+    memory.main(["--model", "7b", "--gpus", "8", "--fsdp"])
+    assert "; fits into 139 GiB" in capsys.readouterr().out
+
+
+def allocated(job) -> tuple[int, int]:
+    """Bytes that torch has at most allocated during a job, and at its end."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        result = job()
+    del result
+    held = engine.held_bytes(profiler)
+    return max(held), held[-1]
+
+
+def test_an_update_takes_what_is_planned():
+    """In float32, where the reference's pass and the projection's copies are the same on every device."""
+    _, ours = engine.engines()
+    problem = engine.make_problem(ours.model.config, 512, group=4, length=32)
+    states = ours.reference_states(problem)
+    ours.backward(problem, states)  # gradients are there in all passes but the first
+
+    text = len(problem.prompts[0]) - 512
+    recipe = Config(budget=1024, v_min=4, v_max=64, group_size=4, max_tokens=32, mixed_precision="no")
+    found = named(memory.parts(ours.model.config, recipe))
+    inputs = found["update: activations kept by the language model"]
+    inputs -= 4 * (memory.TEXT_TOKENS - text) * 448 * 4
+    kept = inputs + found["update: activations kept by the vision tower"]
+    _, held = allocated(lambda: Ours.hidden(ours.model, problem, 0))
+    assert held == pytest.approx(kept, rel=0.1)
+
+    most, _ = allocated(lambda: ours.reference_states(problem))
+    assert most == pytest.approx(found["~ update: a layer of the reference at work"], rel=0.3)
+    most, _ = allocated(lambda: ours.backward(problem, states))
+    assert most == pytest.approx(kept + found["~ update: a layer and its gradients"], rel=0.3)
+
+
+# ---------------------------------------------------------------- engine.py
+
+
+def test_naive_and_ours_compute_the_same():
+    found = engine.differences(*engine.engines(), visual=64, group=3, length=6)
+    assert found.pop("greedy tokens, of 6") == 0
+    assert max(found.values()) < 1e-4
+
+
+def test_operations_and_traffic():
+    """Against figures computed elsewhere: 8,192 visual tokens, 8 responses of 512 tokens, TFLOP per prompt."""
+    model = memory.shape("7b")
+    vision, prefill = engine.vision_flops(model, 8192) / 1e12, engine.language_flops(model, 8192) / 1e12
+    together = engine.language_flops(model, 8192, 8, 512) / 1e12
+    alone = engine.language_flops(model, 8192, 1, 512) / 1e12
+    assert [round(x) for x in (vision, prefill, together, 4 * together)] == [43, 120, 192, 769]
+    assert 8 * (vision + prefill) == pytest.approx(1305, rel=2e-3)
+    assert 8 * (vision + alone) == pytest.approx(1377, rel=2e-3)
+    assert 8 * (vision + 4 * alone) == pytest.approx(4481, rel=2e-3)
+    least = engine.limits(model, 8, 8192, 8, 512, 790e12, 4.3e12)
+    assert least["decode"] / 512 == pytest.approx(4.4e-3, rel=0.01)
+    assert least["zoom"] == pytest.approx(8 * 1.65, rel=0.01)
+    assert least["update"] == pytest.approx(4 * least["reference"])
+
+
+def test_ratios_are_medians_over_repeats():
+    def step(seconds: float, memory: int) -> dict[str, Cost]:
+        return {name: Cost(seconds, memory) for name in engine.PHASES}
+
+    runs = [(step(4, 300), step(1, 100)), (step(9, 200), step(3, 100)), (step(10, 800), step(2, 100))]
+    lines, ratios = engine.comparison(runs, "naive", engine.ALONE + engine.WHOLE)
+    assert ratios["update"] == ratios["step"] == (4, 3)  # of 4, 3, 5 and of 3, 2, 8
+    assert ratios["step; naive without zoom"] == (3, 3)  # three phases of four
+    assert "| step | 36.00 | 8.00 | 4.00 | 0 | 0 | 3.00 |" in lines
+
+
+def test_a_step_in_half_precision_with_several_prompts():
+    lines = engine.exact_shape("20m", "cpu", prompts=2, visual=64, group=2, length=4)
+    phases = [line.split("|")[1].strip() for line in lines if line.startswith("|")]
+    assert phases == ["phase", "---", *engine.PHASES, "step"]
