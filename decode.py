@@ -157,6 +157,8 @@ class Source:
                     raise VideoError(self.path, f"reading does not end after {count} packets", "convert it to mp4")
                 if packet.size:
                     yield packet
+        except IndexError:
+            pass  # everything is read; PyAV then wants to flush a stream that appeared within the file
         except av.error.FFmpegError:
             self.broken = True
 

@@ -424,7 +424,7 @@ def test_two_models_find_and_answer(agent, samples, tokenizer, vocabulary):
 def test_options_hold_for_both_models(talker):
     command = ["--strategy", "ground-then-answer", "--ground_model", str(talker), "--max_tokens", "9"]
     *_, config, grounding = infer.parse(command)
-    assert (config.model, grounding.model) == (str(infer.BUILT_IN), str(talker))
+    assert (config.model, grounding.model) == (str(configuration.BUILT_IN), str(talker))
     assert (config.template, grounding.template) == ("world", "zoom_zero")  # each as it suits its model
     assert config.max_tokens == grounding.max_tokens == 9
     assert infer.parse([])[3] is None
