@@ -546,6 +546,7 @@ video { display: block; width: 100%; max-height: 26rem; background: #000; border
   border-radius: 3px; padding: .2rem .7rem; cursor: pointer; }
 .jumps button:hover, .jumps button:focus-visible, .jumps .playing { background: var(--ink); color: var(--paper); }
 .track .span, .strip figure { cursor: pointer; }
+.timeline + .muted { margin-top: .7rem; }
 .head { position: absolute; top: 0; bottom: 0; width: 2px; margin-left: -1px; background: #d55e00; }
 section { border-top: 1px solid var(--rule); margin-top: 1.8rem; padding-top: .9rem; }
 summary { cursor: pointer; list-style-position: outside; }
