@@ -11,6 +11,7 @@ import threading
 import time
 from fractions import Fraction
 from pathlib import Path
+from types import SimpleNamespace
 from typing import ClassVar
 
 import av
@@ -374,6 +375,19 @@ def test_random_damage_never_hangs_or_crashes(folder, tmp_path, name):
             except VideoError as error:
                 assert str(error).startswith(f"{path}: ") and "; " in str(error)
             assert time.monotonic() - began < 60
+
+
+def test_a_stream_that_appears_late_does_no_harm(plain):
+    """As in a damaged FLV file: PyAV reads everything, then stumbles over a stream that it does not know."""
+    with Source(plain) as source:
+        packets = [packet for packet in source.container.demux(source.stream) if packet.size]
+
+        def demux(*streams):
+            yield from packets
+            raise IndexError("list index out of range")
+
+        source.container = SimpleNamespace(demux=demux, close=source.container.close)
+        assert list(source._demux(source.stream)) == packets and len(packets) == 60 and not source.broken
 
 
 # ---------------------------------------------------------------- bad input
