@@ -243,6 +243,8 @@ def weights(model: Qwen2_5_VLConfig, recipe: Config, gpus: int, fsdp: bool, widt
         # Vision tower, embedding and projection are one unit; decoder layers come and go, the next one early.
         gathered = n.total - n.layers + 2 * n.layer
         found.append(Part(f"policy: whole weights of units at work, {8 * width} bits", width * gathered, UPDATE))
+        whole = gathered if recipe.train_vision else gathered - n.vision
+        found.append(Part(f"policy: whole gradients of these, {8 * width} bits", width * whole, ("backward",)))
     elif width == 2:
         # Autocast keeps them until it is left, so for all of the update's forward pass, which includes the KL.
         cast = n.total - (0 if model.text_config.tie_word_embeddings else n.embedding)
