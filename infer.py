@@ -38,8 +38,6 @@ from __future__ import annotations
 
 import argparse
 import base64
-import fcntl
-import json
 import math
 import mimetypes
 import os
@@ -50,7 +48,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
-from typing import BinaryIO
 
 import torch
 from accelerate import Accelerator
@@ -60,6 +57,7 @@ from transformers.utils.logging import disable_progress_bar
 import config as configuration
 import data
 import evaluate
+import journal
 import metrics
 import pages
 import prompts
@@ -456,9 +454,7 @@ def answer_all(
     """
     path = Path(path)
     if accelerator.is_main_process:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("ab+") as file:
-            drop_half_line(file)
+        journal.begin(path)
     accelerator.wait_for_everyone()
     done = finished(path, samples, made_with)
     rest = [sample for sample in samples if sample.id not in done]
@@ -468,29 +464,10 @@ def answer_all(
     mine = [rest[k] for k in evaluate.share(rest, accelerator)]
     for one in tqdm(mine, desc=label, unit="question", disable=None if accelerator.is_main_process else True):
         with accelerator.autocast():
-            append(path, {**answer_row(agent, ask, one, settings), "made_with": made_with})
+            journal.append(path, {**answer_row(agent, ask, one, settings), "made_with": made_with})
     accelerator.wait_for_everyone()
     rows = finished(path, samples, made_with)
     return [rows[sample.id] for sample in samples]
-
-
-def append(path: Path, row: dict) -> None:
-    """Add a row as one line, under a lock: lines of several processes never mix."""
-    with path.open("ab+") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        drop_half_line(file)
-        file.write((json.dumps(row, ensure_ascii=False) + "\n").encode())
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def drop_half_line(file: BinaryIO) -> None:
-    """Cut off what a process that was killed has left after the last complete line."""
-    size = file.seek(0, os.SEEK_END)
-    file.seek(max(0, size - 1))
-    if size and file.read(1) != b"\n":
-        file.seek(0)
-        file.truncate(file.read().rfind(b"\n") + 1)
 
 
 def finished(path: Path, samples: Sequence[Sample], made_with: dict) -> dict[str, dict]:
@@ -498,18 +475,9 @@ def finished(path: Path, samples: Sequence[Sample], made_with: dict) -> dict[str
     if not path.exists() or not path.stat().st_size:
         return {}
     metrics.read_results(path, list(samples))  # checks ids, videos, answers, spans
-    rows = {}
-    for line in data.read_rows(path):
-        theirs = line.get("made_with", dict)
-        changed = [k for k in {**theirs, **made_with} if theirs.get(k) != made_with.get(k)]
-        if changed:
-            name = changed[0]
-            raise line.error(
-                "made_with",
-                f"{name} was {theirs.get(name)!r} and is {made_with.get(name)!r} now; give another --out",
-            )
-        rows[str(line.fields["id"])] = line.fields
-    return rows
+    rows = journal.read(path)
+    journal.check_made_with(rows, made_with)
+    return {str(row.fields["id"]): row.fields for row in rows}
 
 
 def cost(rows: Sequence[dict]) -> dict[str, float]:
