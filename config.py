@@ -19,6 +19,8 @@ from pathlib import Path
 
 import yaml
 
+from prompts import EPISODES
+
 RECIPES = Path(__file__).resolve().parent / "recipes"
 DEFAULT_RECIPE = RECIPES / "cpu_world.yaml"
 BUILT_IN = RECIPES.parent / "checkpoints" / "tiny"
@@ -69,13 +71,20 @@ class Config:
     world_test_videos: int = option(80, "Test videos of the built-in benchmark.")
 
     # ---- what the model sees (Eq. 3)
-    template: str = option("zoom_zero", "Prompt template.", ("zoom_zero", "world"))
+    template: str = option(
+        "zoom_zero",
+        "Prompt template; with the last two, responses are VideoZoomer's episodes of several turns.",
+        ("zoom_zero", "world", "videozoomer", "world_zoomer"),
+    )
     system_prompt: str = option("You are a helpful assistant.", "System prompt; empty for none.")
     question_first: bool = option(False, "Put the question before the video, which a tiny policy learns to use sooner.")
     state_duration: bool = option(False, "The coarse prompt begins with the video's duration (released code).")
     fps: float = option(1.0, "Frames per second of the coarse pass.")
     min_frames: int = option(
         0, "Least frames of the coarse pass: short videos get a higher rate (the released code has 96)."
+    )
+    max_frames: int = option(
+        0, "Most frames of the coarse pass: long videos get a lower rate (VideoZoomer has 64); 0: no limit of its own."
     )
     zoom_fps: float = option(2.0, "Frames per second of the zoom pass, where the source has them.")
     budget: int = option(8192, "L_v, visual tokens of 28x28 pixels per clip, in both passes.")
@@ -94,6 +103,12 @@ class Config:
         1.0, "Temperature of sampling; the policy's and the reference's log-probabilities use it too."
     )
     rollout_batch: int = option(8, "Prompts decoded together on one device.")
+
+    # ---- episodes of several turns (VideoZoomer)
+    max_turns: int = option(5, "Turns of an episode; a call in the last one ends it without an answer.")
+    max_calls: int = option(4, "Calls of an episode that may return frames; an illegal one costs its turn only.")
+    frames_per_call: int = option(16, "Most frames of a call.")
+    total_frames: int = option(128, "Most frames of an episode, with those of the coarse pass.")
 
     # ---- rewards
     zoom_reward: bool = option(True, "Run the zoom pass and pay R_zoom.")
@@ -293,9 +308,13 @@ POSITIVE += [
     "world_events",
     "world_train_videos",
     "world_test_videos",
+    "max_turns",
+    "max_calls",
+    "frames_per_call",
+    "total_frames",
 ]
 NOT_NEGATIVE = ["warmup", "weight_decay", "beta", "clip_low", "clip_high", "zoom_budget", "n_episodes", "threads"]
-NOT_NEGATIVE += ["seed", "world_seed", "max_failed_videos", "min_frames", "kl_clamp"]
+NOT_NEGATIVE += ["seed", "world_seed", "max_failed_videos", "min_frames", "max_frames", "kl_clamp"]
 
 
 def check(config: Config) -> None:
@@ -310,6 +329,20 @@ def check(config: Config) -> None:
             raise ConfigError(f"{name} must not be negative, not {value}")
     if config.v_max < config.v_min or config.budget < config.v_min:
         raise ConfigError(f"v_min = {config.v_min} must be at most v_max = {config.v_max} and budget = {config.budget}")
+    if config.max_frames and config.max_frames < config.min_frames:
+        raise ConfigError(f"min_frames = {config.min_frames} must be at most max_frames = {config.max_frames}")
+    if config.template in EPISODES:
+        clip = config.zoom_budget or config.budget
+        if config.frames_per_call * config.v_min > clip:
+            raise ConfigError(
+                f"frames_per_call = {config.frames_per_call} of at least v_min = {config.v_min} tokens need a larger "
+                f"budget for clips than {clip}"
+            )
+        if not 0 < config.max_frames < config.total_frames:
+            raise ConfigError(
+                f"template = {config.template} needs max_frames, and it must leave some of total_frames = "
+                f"{config.total_frames} for calls; it is {config.max_frames}"
+            )
     if config.beta_time >= 0 and config.kl != "exact":
         raise ConfigError(
             f"beta_time = {config.beta_time} weighs subsets of the vocabulary, which needs kl = exact, not {config.kl}"

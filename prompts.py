@@ -22,6 +22,7 @@ Rules that the papers leave open:
 import json
 import math
 import re
+from collections.abc import Sequence
 from typing import NamedTuple
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
@@ -33,6 +34,18 @@ class ToolCall(NamedTuple):
 
     span: Span
     fps: float
+
+
+class Limits(NamedTuple):
+    """Of one of VideoZoomer's episodes: turns, calls that return frames, frames of a call, frames in all."""
+
+    turns: int = 5
+    calls: int = 4
+    frames_per_call: int = 16
+    frames: int = 128
+
+
+LIMITS = Limits()
 
 
 # --- what is said to the model ---------------------------------------------------------------------------------------
@@ -60,12 +73,17 @@ COARSE = {
     "videozoomer": (
         "You see a coarse overview of a video. Question: {question}\nOptions: {options}\n"
         "Think first, within <think> </think> tags. If the overview is not enough, ask for a closer look with one call "
-        'such as <video_zoom>{{"segment": [12.0, 20.5], "fps": 2}}</video_zoom>, the segment in seconds; '
-        "(end - start) * fps may be at most {frames_per_call}. You have at most {calls} calls, one per turn. "
+        'such as <video_zoom>{{"segment": [12.0, 20.5], "fps": 2}}</video_zoom>, the segment in seconds and within the '
+        "video, the fps at most the video's own; (end - start) * fps may be at most {frames_per_call}. You have at "
+        "most {turns} turns, {calls} calls, one per turn, and {frames} frames with those of the overview. "
         "As soon as you know, give the letter of the option within <answer> </answer> tags instead of a call."
     ),
     "world": "{question} {options}",
+    "world_zoomer": "{question} {options} turns {turns} calls {calls} frames {frames_per_call} of {frames}",
 }
+EPISODES = ("videozoomer", "world_zoomer")  # templates whose responses may have several turns
+ANSWER_NOW = "There are no more calls: give your answer now, within <answer> </answer> tags."
+VIDEO = "<|vision_start|><|video_pad|><|vision_end|>"  # where a clip or a frame stands in Qwen's chat format
 # LongVTG-R1, Appendix C, first prompt (an event to be found, no options)
 EVENT = (
     'To accurately pinpoint the event "{question}" in the video, determine the precise time period of the event.\n'
@@ -78,7 +96,7 @@ EVENT = (
 def _options(template: str, options: list[str]) -> str:
     if len(options) > len(LETTERS):
         raise ValueError(f"{len(options)} options, but only {len(LETTERS)} letters: shorten the list of options")
-    pattern = "{} {}" if template == "world" else "({}) {}"
+    pattern = "{} {}" if template.startswith("world") else "({}) {}"
     return " ".join(pattern.format(letter, option) for letter, option in zip(LETTERS, options, strict=False))
 
 
@@ -92,23 +110,20 @@ def coarse_text(
     question: str,
     options: list[str],
     duration: float | None = None,
-    calls: int = 4,
-    frames_per_call: int = 16,
+    limits: Limits = LIMITS,
 ) -> str:
     """The user's text for the pass over the whole video.
 
     options: texts without letters; empty only for "longvtg_r1", which then asks for an event instead of an answer.
     duration: seconds; when given, the released Zoom-Zero code's sentence about it comes first.
-    calls, frames_per_call: the limits that "videozoomer" states.
+    limits: what the templates of EPISODES state.
     Raises ValueError for an unknown template, missing options or more options than letters.
     """
     _known(template)
     if not options and template != "longvtg_r1":
         raise ValueError(f"template {template!r} needs options, question {question!r} has none")
     pattern = COARSE[template] if options else EVENT
-    text = pattern.format(
-        question=question, options=_options(template, options), calls=calls, frames_per_call=frames_per_call
-    )
+    text = pattern.format(question=question, options=_options(template, options), **limits._asdict())
     return text if duration is None else f"This video in total has {duration:.1f} seconds. {text}"
 
 
@@ -121,8 +136,8 @@ def zoom_text(template: str, question: str, options: list[str], think: str | Non
     _known(template)
     if not options:
         raise ValueError(f"the zoom pass needs options, question {question!r} has none")
-    if template == "world":
-        return coarse_text(template, question, options) + " zoom"
+    if template.startswith("world"):
+        return coarse_text("world", question, options) + " zoom"
     hint = "" if think is None else f"{strip_times(think)}\n"
     return f"{hint}{question}\n{_options(template, options)}\nRespond with only the letter of the option."
 
@@ -131,10 +146,32 @@ def chat_text(
     text: str, n_videos: int = 1, system: str | None = "You are a helpful assistant.", text_first: bool = False
 ) -> str:
     """One user turn in Qwen's chat format, videos before the text (or after it), up to where the reply begins."""
-    videos = "<|vision_start|><|video_pad|><|vision_end|>" * n_videos
+    videos = VIDEO * n_videos
     turn = f"{text}{videos}" if text_first else f"{videos}{text}"
     head = "" if system is None else f"<|im_start|>system\n{system}<|im_end|>\n"
     return f"{head}<|im_start|>user\n{turn}<|im_end|>\n<|im_start|>assistant\n"
+
+
+def observation_text(template: str, times: Sequence[float], refusal: str, calls: int, frames: int) -> str:
+    """The user's text after a turn with a call: frames, each after its time, or why there are none.
+
+    times: seconds, rounded to hundredths here, one per frame; the frames come where VIDEO stands. refusal: a sentence,
+    empty when there are frames. calls, frames: how many are left after this; with 0 of either the model is told to
+    answer. Source: our wording of VideoZoomer's protocol (section 3.1).
+    """
+    shown = "".join(f"{round(time, 2):g}s{VIDEO}" for time in times) or refusal
+    if not calls or not frames:
+        return shown + (" answer" if template == "world_zoomer" else f"\n{ANSWER_NOW}")
+    left = "" if template == "world_zoomer" else f"\nYou may make {calls} more calls for {frames} frames in all."
+    return shown + left
+
+
+def next_turn(text: str, ended: bool) -> str:
+    """From the end of a reply over another turn of the user to where the next reply begins, in Qwen's chat format.
+
+    ended: the reply wrote its <|im_end|> itself.
+    """
+    return ("" if ended else "<|im_end|>") + f"\n<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n"
 
 
 # --- how its replies are read ----------------------------------------------------------------------------------------
@@ -305,7 +342,7 @@ FORMAT = {
     "zoom_zero": ("think", "answer", "glue"),
     "world": ("think", "answer", "glue"),
     "longvtg_r1": ("think", "answer", "timestamp"),
-    "videozoomer": ("think", "answer"),
+    **dict.fromkeys(EPISODES, ("think", "answer")),
 }
 
 
@@ -328,10 +365,10 @@ def format_ok(text: str, template: str, has_options: bool = True) -> bool:
     """Whether a response follows the template to the letter (special tokens already removed).
 
     has_options: False for samples without options, whose responses have no answer block.
-    "videozoomer" judges one turn: think and then either one readable call or an answer.
+    The templates of EPISODES judge one turn: think and then either one readable call or an answer.
     """
     _known(template)
-    if template == "videozoomer" and (contents := _blocks(text, ("think", "video_zoom"))) is not None:
+    if template in EPISODES and (contents := _blocks(text, ("think", "video_zoom"))) is not None:
         return bool(contents[0].strip()) and isinstance(parse_tool_call(text), ToolCall)
     tags = tuple(tag for tag in FORMAT[template] if has_options or tag != "answer")
     contents = _blocks(text, tags)

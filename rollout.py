@@ -105,6 +105,8 @@ def view_video(sample: Sample, config: Config, cache: FrameCache | None = None) 
     """Decode what the coarse pass sees of a sample's video (Eq. 3). Raises VideoError."""
     info = probe(sample.video, cache=cache)
     fps = max(config.fps, config.min_frames / info.duration)
+    if config.max_frames:
+        fps = min(fps, config.max_frames / info.duration)
     plan = plan_clip(info, None, fps, config.budget, config.v_min, config.v_max, paired=config.paired_frames)
     clip = load_clip(plan, sample.video, cache=cache)
     return View(sample, info, clip, Video.from_frames(clip.frames, clip.step))
@@ -115,11 +117,21 @@ def chat_text(words: str, config: Config) -> str:
     return text.chat_text(words, system=config.system_prompt or None, text_first=config.question_first)
 
 
+def episode_limits(config: Config) -> text.Limits:
+    """The limits of an episode of several turns, as configured."""
+    return text.Limits(config.max_turns, config.max_calls, config.frames_per_call, config.total_frames)
+
+
+def coarse_words(view: View, config: Config) -> str:
+    """What is asked in the coarse pass."""
+    duration = view.info.duration if config.state_duration else None
+    question, options = view.sample.question, list(view.sample.options)
+    return text.coarse_text(config.template, question, options, duration, episode_limits(config))
+
+
 def coarse_prompt(view: View, config: Config, vocabulary: Vocabulary, model_config) -> Prompt:
     """The prompt of the coarse pass."""
-    duration = view.info.duration if config.state_duration else None
-    words = text.coarse_text(config.template, view.sample.question, list(view.sample.options), duration)
-    chat = chat_text(words, config)
+    chat = chat_text(coarse_words(view, config), config)
     return build_prompt(vocabulary.ids(chat), [view.video], model_config)
 
 

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from prompts import (
     LETTERS,
+    Limits,
     ToolCall,
     chat_text,
     coarse_text,
@@ -78,14 +79,22 @@ def test_world_template_is_terse():
 
 
 def test_videozoomer_template_states_its_limits_and_a_valid_call():
-    text = coarse_text("videozoomer", "Why?", ["rain", "sun"], calls=3, frames_per_call=8)
+    text = coarse_text("videozoomer", "Why?", ["rain", "sun"], limits=Limits(6, 3, 8, 100))
     assert text.startswith("You see a coarse overview of a video. Question: Why?\nOptions: (A) rain")
     assert text.endswith("give the letter of the option within <answer> </answer> tags instead of a call.")
-    assert "at most 3 calls" in text and "at most 8." in text and "(A) rain (B) sun" in text
+    assert (
+        "at most 6 turns, 3 calls" in text
+        and "at most 8." in text
+        and "100 frames with" in text
+        and "(A) rain (B) sun" in text
+    )
     start, end = tag_ranges(text, "video_zoom")[0]
     assert parse_tool_call(text[start:end]) == ToolCall((12.0, 20.5), 2.0)
     default = coarse_text("videozoomer", "Why?", ["rain", "sun"])
-    assert "at most 4 calls" in default and "at most 16." in default
+    assert "at most 5 turns, 4 calls" in default and "at most 16." in default and "128 frames" in default
+    assert coarse_text("world_zoomer", "red ?", ["rows", "dots"]) == (
+        "red ? A rows B dots turns 5 calls 4 frames 16 of 128"
+    )
 
 
 def test_duration_sentence_comes_first_when_given():
