@@ -1,5 +1,6 @@
 """The built-in benchmark: videos show what the questions say; fine patterns cannot be seen in the coarse pass."""
 
+import hashlib
 import itertools
 import json
 import os
@@ -156,3 +157,100 @@ def test_worlds_that_cannot_be_are_refused(tmp_path):
         world.build(tmp_path, "train", 1, duration=60, n_events=7)
     with pytest.raises(ValueError, match="no split 'dev'"):
         world.build(tmp_path, "dev", 1)
+
+
+# ---------------------------------------------------------------- long videos
+
+
+@pytest.fixture(scope="module")
+def long_world(tmp_path_factory):
+    path = world.build_long(tmp_path_factory.mktemp("long"), "test", 2, n_scenes=4, workers=1)
+    return path, [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_films_are_what_the_module_promises():
+    films = list(itertools.islice(world.films("train", 1, 12), 40))
+    boundaries = shots = 0
+    for film in films:
+        assert len(film) == 12
+        for scene in film:
+            # Events are at least two seconds away from the scene's ends.
+            assert all(scene.start + 2 <= event.start and event.end + 2 <= scene.end for event in scene.events)
+            assert len({wall.angle for wall in scene.walls}) == 1 and len({wall.tint for wall in scene.walls}) <= 2
+        for before, after in itertools.pairwise(film):
+            assert before.walls[0].angle != after.walls[0].angle
+        walls = [wall for scene in film for wall in scene.walls]
+        assert all(a.tint != b.tint for a, b in itertools.pairwise(walls) if a.end == b.start)
+        assert len({wall.angle for wall in walls}) <= 4  # settings come back
+        boundaries += len(film) - 1
+        shots += sum(len(scene.walls) + len(scene.events) for scene in film) - 1
+    assert boundaries / shots < 0.3
+    assert {len(scene.events) for film in films for scene in film} == {0, 1, 2}
+
+
+def test_shots_and_scenes_of_a_long_video_cover_it(long_world):
+    path, rows = long_world
+    assert len(rows) == 2
+    for row in rows:
+        assert video.probe(path.parent / row["video"]).duration == pytest.approx(row["duration"])
+        for parts in (row["shots"], row["scenes"]):
+            assert parts[0][0] == 0 and parts[-1][1] == row["duration"]
+            assert all(before[1] == after[0] for before, after in itertools.pairwise(parts))
+        assert {start for start, _ in row["scenes"]} < {start for start, _ in row["shots"]}
+
+
+def test_a_long_video_shows_what_it_says(long_world):
+    """A frame stays the same up to the cut (but for lights and the bar) and changes there."""
+    path, rows = long_world
+    row = rows[0]
+    first = [start for start, _ in row["shots"]]
+    last = [end - 1 / world.FPS for _, end in row["shots"]]
+    frames, _ = video.decode(path.parent / row["video"], [*first, *last])
+    walls = frames[:, :, :20].float()  # without the middle, where lights blink
+    starts, ends = walls[: len(first)], walls[len(first) :]
+    assert (starts - ends).abs().mean((1, 2, 3)).max() < 2
+    assert (ends[:-1] - starts[1:]).abs().mean((1, 2, 3)).min() > 12
+
+
+def test_questions_about_the_parts_are_questions_about_the_long_video(long_world):
+    path, rows = long_world
+    asked = [question for row in rows for question in row["questions"]]
+    assert asked and len({question["id"] for question in asked}) == len(asked)
+    for row in rows:
+        for question in row["questions"]:
+            start, end = row["scenes"][question["scene"]]
+            assert all(start < span[0] < span[1] < end and span in row["shots"] for span in question["glue"])
+            if question["kind"] in ("blink", "pair"):
+                frames = [range(int(start) * world.FPS, int(end) * world.FPS) for start, end in question["glue"]]
+                times = [k / world.FPS for k in itertools.chain(*frames)]
+                light = video.decode(path.parent / row["video"], times)[0][:, :, 50:60, 50:60].amax((1, 2, 3)) < 100
+                dark = int(light.sum()) // 4  # a light is out for half a second, four frames
+                assert question["options"]["ABCD".index(question["answer"][1])] == world.COUNTS[dark]
+
+
+def test_long_videos_are_the_same_again_and_differ_between_seeds_and_splits(long_world, tmp_path):
+    path, _ = long_world
+    folder = path.parent / "test"
+    (folder / "00001.mp4").unlink()
+    kept = (folder / "00000.mp4").stat().st_mtime_ns
+    before = path.read_text()
+    path.unlink()
+    # An interrupted build goes on.
+    assert world.build_long(path.parents[1], "test", 2, n_scenes=4, workers=1).read_text() == before
+    assert (folder / "00001.mp4").exists() and (folder / "00000.mp4").stat().st_mtime_ns == kept
+    shown = {}
+    for split in world.SPLITS:
+        for seed in (0, 1):
+            for film in itertools.islice(world.films(split, seed, 4), 20):
+                assert shown.setdefault(repr(film), (split, seed)) == (split, seed)
+    with pytest.raises(ValueError, match="at least one scene"):
+        world.build_long(tmp_path, "train", 1, n_scenes=0)
+    with pytest.raises(ValueError, match="no split 'dev'"):
+        world.build_long(tmp_path, "dev", 1)
+
+
+def test_the_short_world_keeps_its_pixels():
+    """The videos that shipped policies were trained on must not change."""
+    events = next(world.layouts("train", 0, DURATION, 3))
+    frames = b"".join(world.draw_frame(events, k / world.FPS, DURATION).tobytes() for k in range(0, 160, 8))
+    assert hashlib.sha256(frames).hexdigest()[:16] == "c922f9d07a8eed0d"
