@@ -1,0 +1,355 @@
+"""Asking a vision-language model: one small interface, whoever answers.
+
+    model = Cached(connect("https://api.example.com/v1", "some-model"), "runs/replies")
+    reply = model.reply([Message("user", (Shown("a.mp4", (3.0, 8.0), clip), "What happens here?"))])
+
+A `Chat` turns a list of messages, of texts and frames, into a `Reply`. There are two here, and a wrapper around any:
+
+- `Endpoint`: an address that speaks the protocol of OpenAI's chat completions, as hosted services, vLLM and others do.
+  Each frame is sent as an image. What may pass (a cut or slow connection, status 408, 429 or 5xx, a reply that is not
+  JSON) is tried again, after a wait that doubles, has jitter, and is as long as the server asks for (Retry-After). What
+  will not pass (another 4xx) is a ChatError at once.
+- `Local`: a Qwen2.5-VL checkpoint, greedily. Each clip is shown as a video.
+- `Cached`: replies on disk by the content of the messages, so that nothing is asked twice, also after a restart; and
+  the count of tokens. Only requests that were under way when a process was killed are asked again.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import http.client
+import io
+import itertools
+import json
+import os
+import random
+import tempfile
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from email.utils import parsedate_to_datetime
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from PIL import Image
+
+from journal import JournalError
+from policy import Video, Vocabulary, build_prompt, load, sample
+from video import Clip
+
+ADDRESS, KEY = "OPENAI_BASE_URL", "OPENAI_API_KEY"  # environment variables, as other clients name them
+MAX_REPLY = 16 * 2**20  # bytes
+REFUSED = (400, 413, 422)  # the status of a request that is itself the problem, not the key or the address
+
+
+class ChatError(Exception):
+    """A reply that cannot be had: the message names address or model, the cause and what to do."""
+
+
+class RequestError(ChatError):
+    """A reply that cannot be had to this request: it is too long, or its content is not accepted."""
+
+
+@dataclass(frozen=True)
+class Shown:
+    """Frames of a part of a video, [start, end) in seconds. Models see the frames alone."""
+
+    video: str
+    span: tuple[float, float]
+    clip: Clip
+
+
+@dataclass(frozen=True)
+class Message:
+    """One turn of a dialogue. `role`: "system", "user" or "assistant"."""
+
+    role: str
+    parts: tuple[str | Shown, ...]
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What was said, and the tokens it took."""
+
+    text: str
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+
+
+class Chat(Protocol):
+    """Whoever can be asked. `name` tells apart what may answer differently: model, address, options."""
+
+    name: str
+
+    def reply(self, messages: Sequence[Message]) -> Reply:
+        """The next turn of a dialogue. Raises ChatError."""
+        ...
+
+
+# ---------------------------------------------------------------- an endpoint
+
+
+class _NoRedirect(urllib.request.HTTPRedirectHandler):
+    """The key must not follow a redirect to another host."""
+
+    def redirect_request(self, *_):
+        return None
+
+
+@dataclass
+class Endpoint:
+    """A chat endpoint at `url`, such as https://api.openai.com/v1. It can be asked by several threads at once.
+
+    `timeout`: seconds without a byte from the server; `waits`: the seconds before the second, third, ... try, each
+    shortened by up to a half at random; `patience`: the longest wait that a server may ask for, in seconds.
+    """
+
+    url: str
+    model: str
+    key: str = field(repr=False)
+    max_tokens: int = 1024
+    temperature: float = 0.0
+    timeout: float = 120.0
+    waits: Sequence[float] = (1, 2, 4, 8, 16, 32, 60, 60)
+    patience: float = 600.0
+    sleep: Callable[[float], None] = time.sleep
+    rng: random.Random = field(default_factory=random.Random, repr=False)
+
+    def __post_init__(self):
+        if not self.url.startswith(("http://", "https://")):
+            raise ChatError(f"endpoint {self.url!r}: an address begins with http:// or https://")
+        if not self.key:
+            raise ChatError(f"endpoint {self.url}: no key; set {KEY} (to any word for a server that asks for none)")
+        if not self.model:
+            raise ChatError(f"endpoint {self.url}: which model? Give --judge_model NAME")
+        self.url = self.url.rstrip("/").removesuffix("/chat/completions")
+        self.name = f"{self.url} {self.model} {self.max_tokens} {self.temperature}"
+
+    def reply(self, messages: Sequence[Message]) -> Reply:
+        """Ask, and ask again where that may help. Raises RequestError, and ChatError for all other failures."""
+        content = [{"role": message.role, "content": as_content(message)} for message in messages]
+        asked = {"model": self.model, "messages": content, "max_tokens": self.max_tokens}
+        body = json.dumps({**asked, "temperature": self.temperature}).encode()
+        for tries in itertools.count(1):
+            try:
+                return read_completion(self.post(body))
+            except _PassingError as error:
+                self.wait_after(error, tries)
+
+    def wait_after(self, error: _PassingError, tries: int) -> None:
+        """Wait for the next try. Raises ChatError if there is none, or not soon."""
+        if tries > len(self.waits):
+            raise ChatError(f"endpoint {self.url}: {error}, at the last of {tries} tries; run again later") from None
+        if error.wait > self.patience:
+            raise ChatError(f"endpoint {self.url}: {error}; it asks to wait for {error.wait:.0f} s") from None
+        self.sleep(max(error.wait, self.waits[tries - 1] * (1 - self.rng.random() / 2)))
+
+    def post(self, body: bytes) -> bytes:
+        """One request. Raises _PassingError, or ChatError for what will not pass."""
+        headers = {"Content-Type": "application/json", "Authorization": f"Bearer {self.key}"}
+        request = urllib.request.Request(f"{self.url}/chat/completions", body, headers)
+        try:
+            with urllib.request.build_opener(_NoRedirect).open(request, timeout=self.timeout) as answer:
+                return answer.read(MAX_REPLY)
+        except urllib.error.HTTPError as error:
+            with error:
+                said = one_line(error.read(2000).decode(errors="replace"))
+            what = f"status {error.code}{': ' if said else ''}{said}"
+            if error.code in (408, 429) or error.code >= 500:
+                raise _PassingError(what, asked_wait(error.headers)) from None
+            kind = RequestError if error.code in REFUSED else ChatError
+            raise kind(f"endpoint {self.url}, model {self.model}: {what}") from None
+        except (OSError, http.client.HTTPException) as error:  # URLError and timeouts are OSErrors
+            raise _PassingError(one_line(str(getattr(error, "reason", error)) or type(error).__name__)) from None
+
+
+class _PassingError(Exception):
+    """A failure that another try may not meet, after `wait` seconds or more."""
+
+    def __init__(self, problem: str, wait: float = 0.0):
+        super().__init__(problem)
+        self.wait = wait
+
+
+def as_content(message: Message) -> str | list[dict]:
+    """A message's parts as the protocol has them: texts and images."""
+    if all(isinstance(part, str) for part in message.parts):
+        return "".join(message.parts)
+    content: list[dict] = []
+    for part in message.parts:
+        if isinstance(part, str):
+            content.append({"type": "text", "text": part})
+        else:
+            content += [
+                {"type": "image_url", "image_url": {"url": jpeg_uri(frame)}} for frame in part.clip.frames.numpy()
+            ]
+    return content
+
+
+def jpeg_uri(frame: np.ndarray) -> str:
+    """One frame, uint8 [3, H, W], as a data URI."""
+    file = io.BytesIO()
+    Image.fromarray(np.ascontiguousarray(frame.transpose(1, 2, 0))).save(file, "JPEG", quality=90, subsampling=0)
+    return f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode('ascii')}"
+
+
+def read_completion(body: bytes) -> Reply:
+    """The reply in a chat completion; what it lacks is an empty text or no tokens. Raises _PassingError."""
+    try:
+        value = json.loads(body)
+        message = value["choices"][0]["message"]
+        text = message.get("content") or message.get("refusal") or ""
+        usage = value.get("usage") or {}
+        counts = [int(usage.get(name) or 0) for name in ("prompt_tokens", "completion_tokens")]
+    except (ValueError, LookupError, TypeError, AttributeError):
+        start = one_line(body[:200].decode(errors="replace"))
+        raise _PassingError(f"not a chat completion: {start!r}") from None
+    if not isinstance(text, str):
+        raise _PassingError(f"the reply is not a text but {one_line(repr(text))}")
+    return Reply(text, *counts)
+
+
+def asked_wait(headers: http.client.HTTPMessage) -> float:
+    """The seconds of a Retry-After, which may also be a time: then counted from the server's own Date."""
+    text = headers.get("Retry-After", "")
+    try:
+        return max(0.0, float(text))
+    except ValueError:
+        pass
+    try:
+        wait = parsedate_to_datetime(text) - parsedate_to_datetime(headers.get("Date", ""))
+    except (ValueError, TypeError):
+        return 0.0
+    return max(0.0, wait.total_seconds())
+
+
+def one_line(text: str, most: int = 200) -> str:
+    """The beginning of a text, on one line."""
+    line = " ".join(text.split())
+    return line if len(line) <= most else line[: most - 1] + "…"
+
+
+# ---------------------------------------------------------------- a checkpoint
+
+
+class Local:
+    """A Qwen2.5-VL checkpoint that answers greedily, at most `max_tokens` tokens. Raises ModelError."""
+
+    def __init__(self, path: str, device: torch.device, max_tokens: int = 1024):
+        half = torch.bfloat16 if device.type == "cuda" else torch.float32
+        model, tokenizer = load(path, half)
+        self.model, self.vocabulary, self.max_tokens = model.to(device).eval(), Vocabulary.of(tokenizer), max_tokens
+        weights = Path(path).glob("*.safetensors")  # a checkpoint may be trained on in its place
+        self.name = f"{path} {max_tokens} {sorted(file.stat().st_mtime_ns for file in weights)}"
+        self.lock = threading.Lock()
+
+    def reply(self, messages: Sequence[Message]) -> Reply:
+        """The frames of each `Shown` must have sides that are multiples of 28 pixels, as `plan_clip` makes them."""
+        text, clips = "", []
+        for message in messages:
+            clips += [part.clip for part in message.parts if not isinstance(part, str)]
+            marks = [p if isinstance(p, str) else "<|vision_start|><|video_pad|><|vision_end|>" for p in message.parts]
+            text += f"<|im_start|>{message.role}\n{''.join(marks)}<|im_end|>\n"
+        ids = self.vocabulary.ids(f"{text}<|im_start|>assistant\n")
+        prompt = build_prompt(ids, [Video.from_frames(clip.frames, clip.step) for clip in clips], self.model.config)
+        with self.lock:
+            said, mask = sample(self.model, [prompt], 1, self.max_tokens, self.vocabulary.eos, self.vocabulary.banned)
+        said = said[0, 0][mask[0, 0]]
+        return Reply(self.vocabulary.tokenizer.decode(said, skip_special_tokens=True), len(prompt), len(said))
+
+
+# ---------------------------------------------------------------- replies that are kept
+
+
+@dataclass
+class Usage:
+    """What was asked and what was known already: requests and tokens. Prices are per million tokens."""
+
+    asked: int = 0
+    known: int = 0
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+
+    def cost(self, prompt_price: float, completion_price: float) -> float:
+        return (self.prompt_tokens * prompt_price + self.completion_tokens * completion_price) / 1e6
+
+    def describe(self, prompt_price: float = 0.0, completion_price: float = 0.0) -> str:
+        tokens = f"{self.prompt_tokens} prompt and {self.completion_tokens} completion tokens"
+        cost = self.cost(prompt_price, completion_price)
+        return f"{self.asked} requests, {self.known} known already, {tokens}" + (f", cost {cost:.2f}" if cost else "")
+
+
+class Cached:
+    """A chat whose replies are kept in a folder, a file each, named by a hash of what was asked and of whom."""
+
+    def __init__(self, chat: Chat, folder: str | Path):
+        self.chat, self.folder, self.name = chat, Path(folder), chat.name
+        self.usage, self.lock = Usage(), threading.Lock()
+
+    def reply(self, messages: Sequence[Message]) -> Reply:
+        """Raises ChatError, and JournalError if the reply cannot be kept."""
+        key = content_hash(self.name, messages)
+        path = self.folder / key[:2] / f"{key}.json"
+        known = path.exists()
+        reply = Reply(**json.loads(path.read_text(encoding="utf-8"))) if known else self.chat.reply(messages)
+        if not known:
+            keep(path, reply)
+        with self.lock:
+            self.usage.known += known
+            self.usage.asked += not known
+            if not known:
+                self.usage.prompt_tokens += reply.prompt_tokens
+                self.usage.completion_tokens += reply.completion_tokens
+        return reply
+
+
+def content_hash(name: str, messages: Sequence[Message]) -> str:
+    """A hash of all that a reply depends on: who is asked, roles, texts, frames and the seconds between them."""
+    parts: list[object] = [name]
+    for message in messages:
+        parts.append(message.role)
+        for part in message.parts:
+            if isinstance(part, str):
+                parts.append(part)
+            else:
+                frames = part.clip.frames.contiguous().numpy()
+                parts += [frames.shape, round(part.clip.step, 6), hashlib.sha256(frames).hexdigest()]
+    return hashlib.sha256(repr(parts).encode()).hexdigest()
+
+
+def keep(path: Path, reply: Reply) -> None:
+    """Write a reply's file, whole or not at all. Raises JournalError."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".part", encoding="utf-8", delete=False) as file:
+            try:
+                json.dump(vars(reply), file, ensure_ascii=False)
+                file.flush()
+                os.fsync(file.fileno())
+                os.replace(file.name, path)
+            except OSError:
+                os.unlink(file.name)
+                raise
+    except OSError as error:
+        raise JournalError(f"{path}: {error.strerror}; the reply is not kept") from error
+
+
+# ---------------------------------------------------------------- who is asked
+
+
+def connect(
+    endpoint: str | None, judge_model: str | None, max_tokens: int = 1024, timeout: float = Endpoint.timeout
+) -> Endpoint:
+    """The endpoint at an address, by default the environment's OPENAI_BASE_URL, with the environment's key. Raises
+    ChatError naming what is missing.
+    """
+    url = endpoint or os.environ.get(ADDRESS, "")
+    if not url:
+        raise ChatError(f"no endpoint: give --endpoint URL or set {ADDRESS}")
+    return Endpoint(url, judge_model or "", os.environ.get(KEY, ""), max_tokens, timeout=timeout)
