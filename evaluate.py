@@ -72,6 +72,8 @@ def evaluate(
     for start in range(0, len(mine), config.eval_batch):
         numbers = mine[start : start + config.eval_batch]
         views, unreadable = view_all([samples[i] for i in numbers], config)
+        for error in unreadable.values():
+            log.warning("every question about it counts as unanswered: %s", error)
         with torch.no_grad(), accelerator.autocast():
             chunk = evaluate_views(model, views, config, vocabulary)
             if config.eval_controls:
@@ -123,7 +125,6 @@ def view_all(samples: Sequence[Sample], config: Config) -> tuple[list[View], dic
             try:
                 by_video[sample.video] = view_video(sample, config)
             except VideoError as error:
-                log.warning("sample %s counts as unanswered: %s", sample.id, error)
                 unreadable[sample.video] = error
     return [replace(by_video[s.video], sample=s) for s in samples if s.video in by_video], unreadable
 
