@@ -53,7 +53,8 @@ class Config:
 
     # ---- data
     train_data: str = option(
-        "data/train.jsonl", "Training annotations; `world` is the built-in benchmark's training split."
+        "data/train.jsonl",
+        "Training annotations, or a mixture of files (.yaml); `world` is the built-in benchmark's training split.",
     )
     test_data: str = option(
         "", "Annotations for the table before and after training; `world` is the test split; empty for no table."
@@ -74,7 +75,7 @@ class Config:
     template: str = option(
         "zoom_zero",
         "Prompt template; with the last two, responses are VideoZoomer's episodes of several turns.",
-        ("zoom_zero", "world", "videozoomer", "world_zoomer"),
+        ("zoom_zero", "longvtg_r1", "world", "videozoomer", "world_zoomer"),
     )
     system_prompt: str = option("You are a helpful assistant.", "System prompt; empty for none.")
     question_first: bool = option(False, "Put the question before the video, which a tiny policy learns to use sooner.")
@@ -111,6 +112,12 @@ class Config:
     total_frames: int = option(128, "Most frames of an episode, with those of the coarse pass.")
 
     # ---- rewards
+    grounding: str = option(
+        "iou",
+        "Reward of the spans: IoU (Zoom-Zero), GIoU, or `tg`, IoU and centre distance (LongVTG-R1 Eq. 7).",
+        ("iou", "giou", "tg"),
+    )
+    alpha: float = option(0.8, "Share of IoU in `tg`; the rest is the centre distance.")
     zoom_reward: bool = option(True, "Run the zoom pass and pay R_zoom.")
     zoom_judge: str = option(
         "policy",
@@ -142,12 +149,14 @@ class Config:
         ("population", "sample"),
     )
     kl: str = option(
-        "exact", "KL over the vocabulary, or an estimate from the sampled token.", ("exact", "k1", "k2", "k3", "none")
+        "exact",
+        "KL over the vocabulary, or an estimate from the sampled token; `none` needs no reference, and cannot log it.",
+        ("exact", "k1", "k2", "k3", "none"),
     )
     kl_clamp: float = option(
         0.0, "Values of the k3 estimate are clamped to +-kl_clamp (released code 10); 0 for no clamp. Needs kl = k3."
     )
-    beta: float = option(0.01, "Weight of the KL penalty.")
+    beta: float = option(0.01, "Weight of the KL penalty; with 0, the KL is only logged.")
     beta_time: float = option(
         -1.0, "Weight on time tokens (LongVTG-R1 Eq. 5); negative for the same as beta. Needs kl = exact."
     )
@@ -343,6 +352,8 @@ def check(config: Config) -> None:
                 f"template = {config.template} needs max_frames, and it must leave some of total_frames = "
                 f"{config.total_frames} for calls; it is {config.max_frames}"
             )
+    if not 0 <= config.alpha <= 1:
+        raise ConfigError(f"alpha is a share, from 0 to 1, not {config.alpha}")
     if config.beta_time >= 0 and config.kl != "exact":
         raise ConfigError(
             f"beta_time = {config.beta_time} weighs subsets of the vocabulary, which needs kl = exact, not {config.kl}"

@@ -32,8 +32,10 @@ import statistics
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
+
+import yaml
 
 LETTERS = "ABCDEFGH"
 VIDEO_SUFFIXES = (".mp4", ".mkv", ".webm", ".avi", ".mov", ".m4v", ".ts")
@@ -799,6 +801,47 @@ def check_videos(samples: list[Sample], skip_missing: bool = False) -> list[Samp
     if not left:
         raise DataError(f"all {len(missing)} video files are missing, the first is {missing[0]}")
     return left
+
+
+# ---------------------------------------------------------------- mixtures
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A file of a mixture: where it is, how it is read, and how often each of its samples comes per epoch."""
+
+    data: str
+    format: str = "records"
+    video_root: str = ""
+    weight: float = 1.0
+
+
+def read_mixture(path: str | Path) -> list[Entry]:
+    """The files of a mixture, a YAML list of `{data, format, video_root, weight}`; all but `data` may be left out.
+
+    Paths are relative to the current folder. Raises DataError naming file, entry and field.
+    """
+    path = Path(path)
+    try:
+        values = yaml.safe_load(read_text(path))
+    except yaml.YAMLError as error:
+        raise DataError(f"{path}: not YAML: {error}") from error
+    if not isinstance(values, list) or not values:
+        raise DataError(f"{path}: a mixture is a list of `- data: FILE` entries, not {type(values).__name__}")
+    entries = []
+    for number, value in enumerate(values, start=1):
+        row = as_row(path, f"entry {number}", value)
+        known = [f.name for f in fields(Entry)]
+        for name in row.fields:
+            if name not in known:
+                raise row.error(name, f"is not known; there are {', '.join(known)}")
+        given = {name: row.text(name) for name in ("data", "format", "video_root") if name in row.fields}
+        if "format" in given and given["format"] not in READERS:
+            raise row.error("format", f"{given['format']!r} is none of {', '.join(READERS)}")
+        row.text("data")
+        weight = row.number("weight") if "weight" in row.fields else 1.0
+        entries.append(Entry(**given, weight=weight))
+    return entries
 
 
 # ---------------------------------------------------------------- summary

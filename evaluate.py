@@ -148,7 +148,7 @@ def evaluate_views(model, views: Sequence[View], config: Config, vocabulary: Voc
             {
                 **metrics.row_of(group.view.sample, response.answer, spans),
                 "zoom_answer": response.zoom.answer if response.zoom else None,
-                "format": format_reward(response.text, config.template),
+                "format": format_reward(response.text, config.template, bool(group.view.sample.options)),
                 "response": response.text,
                 "error": None,
             }
@@ -350,7 +350,8 @@ def save_and_print(
 
 def check_test_samples(samples: Sequence[Sample], config: Config) -> None:
     """Raise DataError for samples that cannot be asked or scored."""
-    check_samples(samples, ("options", "answer", *(["spans"] if config.eval_controls else [])), config.test_data)
+    answered = () if config.template == "longvtg_r1" and not config.eval_controls else ("options", "answer")
+    check_samples(samples, (*answered, *(["spans"] if config.eval_controls else [])), config.test_data)
 
 
 def parser() -> argparse.ArgumentParser:

@@ -202,7 +202,8 @@ def zoom_pass(model, groups: Sequence[Group], config: Config, vocabulary: Vocabu
 
     Without a usable span there is no zoom (`invalid_span = zero`), or one on the whole video (`uniform`, the released
     code). A video that was readable in the coarse pass may be damaged elsewhere: then none of its group's responses has
-    a zoom, so that R_zoom teaches nothing about them. Returns these samples' ids and errors.
+    a zoom, so that R_zoom teaches nothing about them. Returns these samples' ids and errors. Questions without options
+    have no zoom: there is no letter to answer with.
     """
     jobs: list[tuple[View, Clip, str | None, list[Response]]] = []
     failed: dict[str, VideoError] = {}
@@ -210,6 +211,8 @@ def zoom_pass(model, groups: Sequence[Group], config: Config, vocabulary: Vocabu
         wanted: dict[tuple, list[Response]] = {}
         for response in group.responses:
             response.zoom = None
+            if not group.view.sample.options:
+                continue
             spans = visible_spans(response.spans, group.view.info.duration)
             if not spans and config.invalid_span == "zero":
                 continue

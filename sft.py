@@ -1,6 +1,7 @@
 """Supervised cold start of the tiny policy, before reinforcement learning.
 
     python sft.py            # makes checkpoints/tiny from nothing, on two CPU cores
+    python sft.py --config recipes/cpu_longvtg_sft.yaml      # goes on with it on longer videos, for LongVTG-R1
 
 Three kinds of examples, all from the built-in world's training split:
 
@@ -43,7 +44,7 @@ import tiny
 import world
 from config import Config
 from data import Sample
-from policy import Policy, Prompt, Video, Vocabulary, build_prompt
+from policy import Policy, Prompt, Video, Vocabulary, build_prompt, load
 from rollout import chat_text, coarse_prompt, view_video, zoom_clips
 
 Spans = list[tuple[float, float]]
@@ -293,9 +294,12 @@ def main() -> None:
     set_seed(config.seed)
     samples = world.load_samples("world", "train", config)
     test = world.load_samples("world", "val", config)
-    tokenizer = tiny.build_tokenizer(corpus())
+    if config.model:
+        model, tokenizer = load(config.model)
+    else:
+        tokenizer = tiny.build_tokenizer(corpus())
+        model = tiny.build_model(tokenizer, config.seed)
     vocabulary = Vocabulary.of(tokenizer)
-    model = tiny.build_model(tokenizer, config.seed)
     scenes = load_scenes(samples, config, vocabulary, model.config)
     policy = accelerator.prepare(Policy(model))
     cold_start(policy, scenes, config, vocabulary, accelerator)

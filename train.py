@@ -1,4 +1,4 @@
-"""Zoom-Zero's training loop: sample, roll out, zoom, score, advantages, update, log.
+"""The training loop of Zoom-Zero and LongVTG-R1: sample, roll out, zoom, score, advantages, update, log.
 
     accelerate launch train.py                                             # the built-in world, on a laptop
     accelerate launch train.py --config recipes/zoom_zero_stage1.yaml      # Qwen2.5-VL-7B
@@ -51,10 +51,9 @@ from decode import VideoError, prefetch
 from grpo import grpo_loss, loss_count
 from metrics import write_results
 from policy import ModelError, Policy, Prompt, Vocabulary, group_hidden, keep_tokens, load, whole_weights
-from rollout import Group, View, check_samples, response_seed, roll_out, view_video, zoom_pass
+from rollout import Group, Spans, View, check_samples, response_seed, roll_out, view_video, zoom_pass
 
 log = logging.getLogger("zoomgrpo")
-FACETS = ("format", "accuracy", "iou", "zoom")
 KL_CHUNK = 1024  # rows of logits held at a time
 SPARE = 64  # samples to try in place of one whose video cannot be read
 # What a run leaves in `out`; --overwrite deletes it.
@@ -101,7 +100,49 @@ class Run:
 # ---------------------------------------------------------------- sample
 
 
-def draw(run: Run, samples: list[Sample], step: int) -> Iterator[list[Sample]]:
+@dataclass(frozen=True)
+class DataSet:
+    """One of the data sets of a mixture: each of its samples comes `weight` times per epoch.
+
+    Of a weight's fraction, so large a share of the samples is drawn, anew in each epoch.
+    """
+
+    samples: list[Sample]
+    weight: float = 1.0
+
+    def once(self, *seed: object) -> list[Sample]:
+        """The samples of one epoch, not yet shuffled; as many in every epoch."""
+        times, n = int(self.weight), len(self.samples)
+        extra = round((self.weight - times) * n)
+        drawn = torch.randperm(n, generator=generator(*seed))[:extra].tolist() if extra else []
+        return self.samples * times + [self.samples[i] for i in drawn]
+
+
+def load_training(config: Config) -> list[DataSet]:
+    """The training data: one file, or the files of a mixture. Raises DataError."""
+    if Path(config.train_data).suffix not in (".yaml", ".yml"):
+        entries = [data.Entry(config.train_data, config.data_format, config.video_root)]
+    else:
+        entries = data.read_mixture(config.train_data)
+    sets = []
+    for entry in entries:
+        own = replace(config, data_format=entry.format, video_root=entry.video_root)
+        sets.append(DataSet(world.load_samples(entry.data, "train", own), entry.weight))
+        check_training(sets[-1].samples, config, entry.data)
+    return sets
+
+
+def check_training(samples: Sequence[Sample], config: Config, path: str) -> None:
+    """Raise DataError naming the row that lacks what its prompt or every reward needs."""
+    if config.template != "longvtg_r1":
+        return check_samples(samples, ("options", "answer", "spans"), path)
+    check_samples(samples, (), path)
+    for number, row in enumerate(samples, 1):
+        if not row.spans and not (row.options and row.answer):
+            raise data.DataError(f"{path}: row {number} ({row.id}): neither evidence nor an answer to reward")
+
+
+def draw(run: Run, sets: Sequence[DataSet], step: int) -> Iterator[list[Sample]]:
     """For each of this process' prompts of a step: the sample, and others to take if its video cannot be read.
 
     The order is a permutation per epoch that depends on the seed alone. Each of the step's updates gets a consecutive
@@ -110,13 +151,18 @@ def draw(run: Run, samples: list[Sample], step: int) -> Iterator[list[Sample]]:
     config, accelerator = run.config, run.accelerator
     per_update = config.prompts_per_step // config.updates_per_rollout
     mine = per_update // accelerator.num_processes
+    length = sum(len(part.once(0)) for part in sets)
+    shuffled: dict[int, list[Sample]] = {}  # epoch: its samples in order
     for number in range(config.updates_per_rollout):
         first = step * config.prompts_per_step + number * per_update + accelerator.process_index * mine
         for position in range(first, first + mine):
-            epoch, index = divmod(position, len(samples))
-            order = torch.randperm(len(samples), generator=generator(config.seed, "epoch", epoch))
-            spare = torch.randint(len(samples), (SPARE,), generator=generator(config.seed, "spare", position))
-            yield [samples[i] for i in [int(order[index]), *spare.tolist()]]
+            epoch, index = divmod(position, length)
+            if epoch not in shuffled:
+                once = [row for k, part in enumerate(sets) for row in part.once(config.seed, "part", k, epoch)]
+                order = torch.randperm(length, generator=generator(config.seed, "epoch", epoch))
+                shuffled[epoch] = [once[i] for i in order.tolist()]
+            spare = torch.randint(length, (SPARE,), generator=generator(config.seed, "spare", position))
+            yield [shuffled[epoch][i] for i in [index, *spare.tolist()]]
 
 
 def generator(*parts: object) -> torch.Generator:
@@ -144,14 +190,14 @@ def readable_view(candidates: list[Sample], config: Config, unreadable: dict[str
     raise TrainingError(f"none of {len(candidates)} videos drawn in a row could be read; the last: {failed[-1][1]}")
 
 
-def view_batches(run: Run, samples: list[Sample], first_step: int) -> Iterator[list[Drawn]]:
+def view_batches(run: Run, sets: Sequence[DataSet], first_step: int) -> Iterator[list[Drawn]]:
     """This process' views of each step, decoded in the background while the model computes."""
     share = run.config.prompts_per_step // run.accelerator.num_processes
     unreadable: dict[str, VideoError] = {}
     jobs = (
         partial(readable_view, candidates, run.config, unreadable)
         for step in range(first_step, run.config.steps)
-        for candidates in draw(run, samples, step)
+        for candidates in draw(run, sets, step)
     )
     with prefetch(jobs, ahead=2 * share) as views:
         for _ in range(first_step, run.config.steps):
@@ -179,18 +225,41 @@ def note_failures(run: Run, drawn: int, failed: list[tuple[Sample, VideoError]])
 # ---------------------------------------------------------------- score and advantages
 
 
+def facet_names(config: Config) -> list[str]:
+    """The facets that a run pays for."""
+    return ["format", "accuracy", config.grounding, *(["zoom"] if config.zoom_reward else [])]
+
+
 def score(groups: Sequence[Group], config: Config) -> None:
-    """Every facet's reward for every response (section 4.2 of Zoom-Zero)."""
+    """Every facet's reward for every response (Zoom-Zero section 4.2, LongVTG-R1 Eq. 1 and 7).
+
+    A facet that does not apply to a sample is left out, and so takes no part in its advantages: accuracy and zoom
+    without an answer, the grounding reward without evidence. A reward of 0 would be a judgement.
+    """
     for group in groups:
         sample, responses = group.view.sample, group.responses
-        gold = sample.answer
+        gold = sample.answer if sample.options else None
+        evidence = list(sample.spans)
         group.rewards = {
-            "format": [rewards.format_reward(r.text, config.template) for r in responses],
-            "accuracy": [rewards.accuracy_reward(r.answer, gold) for r in responses],
-            "iou": [rewards.iou_reward(r.spans, list(sample.spans)) for r in responses],
+            "format": [rewards.format_reward(r.text, config.template, bool(sample.options)) for r in responses]
         }
-        if config.zoom_reward:
+        if gold is not None:
+            group.rewards["accuracy"] = [rewards.accuracy_reward(r.answer, gold) for r in responses]
+        if evidence:
+            group.rewards[config.grounding] = [
+                grounding_reward(r.spans, evidence, group.view.info.duration, config) for r in responses
+            ]
+        if gold is not None and config.zoom_reward:
             group.rewards["zoom"] = [rewards.zoom_reward(r.zoom.answer if r.zoom else None, gold) for r in responses]
+
+
+def grounding_reward(spans: Spans | None, evidence: Spans, duration: float, config: Config) -> float:
+    """The reward of the claimed spans that the configuration names."""
+    if config.grounding == "iou":
+        return rewards.iou_reward(spans, evidence)
+    if config.grounding == "giou":
+        return rewards.giou_reward(spans, evidence)
+    return rewards.temporal_reward(spans, evidence, duration, config.alpha)
 
 
 def advantages(group: Group, config: Config) -> Tensor:
@@ -205,6 +274,8 @@ def advantages(group: Group, config: Config) -> Tensor:
         facets = {name: group_advantages(values, unbiased=unbiased, facet=name) for name, values in given.items()}
     except ValueError as error:
         raise TrainingError(f"sample {group.view.sample.id}: {error}") from None
+    if config.grounding in facets:  # whichever reward the spans get, Eq. 5 credits it as A^IoU
+        facets["iou"] = facets.pop(config.grounding)
     segments = [segment_ids(response.text, response.offsets) for response in group.responses]
     padded = torch.nn.utils.rnn.pad_sequence(segments, batch_first=True)
     return token_advantages(facets, padded, CREDIT[config.tokenadv])
@@ -355,13 +426,18 @@ def step_metrics(
 
     metrics: dict[str, float] = {}
     varied = torch.zeros(config.prompts_per_step, dtype=torch.bool, device=accelerator.device)
-    for name in groups[0].rewards:
-        values = gathered([group.rewards[name] for group in groups])  # [B, G]
+    nothing = [math.nan] * config.group_size
+    for name in facet_names(config):
+        values = gathered([group.rewards.get(name, nothing) for group in groups])  # [B, G]
+        applies = ~values.isnan().any(-1)
+        metrics[f"applies/{name}"] = applies.float().mean().item()
+        if not applies.any():
+            continue
         differs = values.std(-1, unbiased=False) > 1e-6
         varied |= differs
-        metrics[f"reward/{name}_mean"] = values.mean().item()
-        metrics[f"reward/{name}_std"] = values.std(unbiased=False).item()
-        metrics[f"zero_variance/{name}"] = 1 - differs.float().mean().item()
+        metrics[f"reward/{name}_mean"] = values[applies].mean().item()
+        metrics[f"reward/{name}_std"] = values[applies].std(unbiased=False).item()
+        metrics[f"zero_variance/{name}"] = 1 - differs[applies].float().mean().item()
     metrics["zero_variance_fraction"] = 1 - varied.float().mean().item()
 
     lengths = gathered([[len(r.ids) for r in group.responses] for group in groups])
@@ -577,7 +653,7 @@ def timed(seconds: dict[str, float], name: str) -> Iterator[None]:
     seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - start
 
 
-def train(run: Run, samples: list[Sample]) -> list[Group]:
+def train(run: Run, sets: Sequence[DataSet]) -> list[Group]:
     """The loop. Returns the groups of the last step, for the page of episodes. Raises Stopped after a signal."""
     config, accelerator = run.config, run.accelerator
     done = resume(run) if config.resume else 0
@@ -587,7 +663,7 @@ def train(run: Run, samples: list[Sample]) -> list[Group]:
     groups: list[Group] = []
     with (
         StopSignal(accelerator) as stop,
-        contextlib.closing(view_batches(run, samples, done)) as batches,
+        contextlib.closing(view_batches(run, sets, done)) as batches,
         tqdm(total=config.steps, initial=done, unit="step", disable=None if shown else True) as bar,
     ):
         try:
@@ -670,7 +746,8 @@ def log_step(run: Run, bar: tqdm, step: int, metrics: dict[str, float]) -> None:
     if run.accelerator.is_main_process:
         with open(Path(run.config.out) / "metrics.jsonl", "a") as file:
             file.write(json.dumps({"step": step, **metrics}) + "\n")
-    shown = {name: f"{metrics[f'reward/{name}_mean']:.2f}" for name in FACETS if f"reward/{name}_mean" in metrics}
+    means = {name: metrics.get(f"reward/{name}_mean") for name in facet_names(run.config)}
+    shown = {name: f"{value:.2f}" for name, value in means.items() if value is not None}
     bar.set_postfix(shown | {"s/step": f"{metrics['seconds/step']:.1f}"})
     bar.update()
 
@@ -749,9 +826,8 @@ def main(arguments: list[str] | None = None) -> None:
         )
     set_seed(config.seed)
     with accelerator.main_process_first():  # one process writes the built-in videos, the others find them
-        samples = world.load_samples(config.train_data, "train", config)
+        sets = load_training(config)
         test = world.load_samples(config.test_data, "test", config) if config.test_data else []
-    check_samples(samples, ("options", "answer", "spans"), config.train_data)
     evaluate.check_test_samples(test, config)
     claim_folder(config, accelerator)
     start_tracker(config, accelerator)
@@ -759,7 +835,7 @@ def main(arguments: list[str] | None = None) -> None:
 
     out = Path(config.out)
     before = results_before(run, test) if test else []
-    groups = train(run, samples)
+    groups = train(run, sets)
     if accelerator.is_main_process:
         report.plot_curves([out], out / "curves.png")
         if groups:  # none when a finished run is resumed

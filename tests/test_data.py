@@ -631,3 +631,31 @@ def test_mlvu_small(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match=r"no \.json files in this folder"):
         data.load(tmp_path / "empty", "mlvu")
+
+
+# ---------------------------------------------------------------- mixtures
+
+
+def test_a_mixture_names_files_formats_and_weights(tmp_path):
+    path = tmp_path / "mixture.yaml"
+    path.write_text("- data: a.jsonl\n- {data: test.csv, format: nextgqa, video_root: videos, weight: 0.5}\n")
+    assert data.read_mixture(path) == [data.Entry("a.jsonl"), data.Entry("test.csv", "nextgqa", "videos", 0.5)]
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ("a: [", "not YAML"),
+        ("data: a.jsonl\n", "a mixture is a list"),
+        ("- a.jsonl\n", "entry 1: expected a JSON object"),
+        ("- data: a.jsonl\n- {data: b, wieght: 2}\n", "entry 2, field 'wieght': is not known"),
+        ("- {weight: 2}\n", "entry 1, field 'data': is missing"),
+        ("- {data: a, weight: 0}\n", "entry 1, field 'weight': expected a positive number"),
+        ("- {data: a, format: csv}\n", "entry 1, field 'format': 'csv' is none of"),
+    ],
+)
+def test_mistakes_in_a_mixture_are_named(tmp_path, content, expected):
+    path = tmp_path / "mixture.yaml"
+    path.write_text(content)
+    with pytest.raises(data.DataError, match=expected):
+        data.read_mixture(path)

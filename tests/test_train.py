@@ -29,8 +29,10 @@ from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 import config as configuration
 import data
 import train
-from policy import load
+from policy import Vocabulary, load
+from rollout import Group, read_response
 from train import (
+    DataSet,
     MicroBatch,
     TrainingError,
     draw,
@@ -158,7 +160,7 @@ def rolled_out(parsed, samples, *arguments):
     """A prepared run and the groups of its first step, scored."""
     config = parsed(*arguments)
     run = prepare(config, Accelerator(cpu=True))
-    batches = train.view_batches(run, samples, 0)
+    batches = train.view_batches(run, [DataSet(samples)], 0)
     views = [drawn.view for drawn in next(batches)]
     batches.close()
     groups = train.roll_out(run.model, views, config, run.vocabulary, 0)
@@ -278,6 +280,8 @@ OPTIONS = [
     ["--kl", "k3", "--kl_clamp", "10", "--clip_low", "0.2"],
     ["--beta_time", "0", "--clip_high", "0.28"],
     ["--paired_frames", "--schedule", "cosine"],
+    ["--grounding", "giou", "--tokenadv", "paper"],
+    ["--grounding", "tg", "--template", "longvtg_r1"],
     ["--train_vision", "false", "--gradient_checkpointing", "--mixed_precision", "bf16"],
     ["--gradient_checkpointing", "--system_prompt", "You see a video.", "--temperature", "0.7"],
 ]
@@ -299,7 +303,7 @@ def test_every_choice_is_tried():
     tried = {(o[i], o[i + 1]) for o in OPTIONS for i in range(len(o) - 1)}
     usual = {"--zoom_judge": "policy", "--invalid_span": "zero", "--zoom_answer": "letters", "--kl": "exact"}
     usual |= {"--tokenadv": "code", "--std": "population", "--normalise": "sequence", "--schedule": "constant"}
-    usual |= {"--mixed_precision": "no"}
+    usual |= {"--mixed_precision": "no", "--grounding": "iou"}
     for name, field in configuration.Config.__dataclass_fields__.items():
         for choice in field.metadata["choices"] or ():
             pair = (f"--{name}", choice)
@@ -358,8 +362,9 @@ class FakeRun:
         self.accelerator = type("Ranked", (), {"process_index": rank, "num_processes": processes})
 
 
-def drawn_ids(config, samples, step, processes=1) -> list[list[str]]:
-    return [[c[0].id for c in draw(FakeRun(config, rank, processes), samples, step)] for rank in range(processes)]
+def drawn_ids(config, samples, step, processes=1, sets=None) -> list[list[str]]:
+    sets = sets or [DataSet(samples)]
+    return [[c[0].id for c in draw(FakeRun(config, rank, processes), sets, step)] for rank in range(processes)]
 
 
 def test_every_sample_comes_once_per_epoch(parsed, samples):
@@ -375,6 +380,118 @@ def test_each_update_sees_the_same_prompts_on_any_number_of_processes(parsed, sa
     (alone,) = drawn_ids(config, samples, 3)
     first, second = drawn_ids(config, samples, 3, processes=2)
     assert first[:2] + second[:2] == alone[:4] and first[2:] + second[2:] == alone[4:]
+
+
+def test_samples_of_a_mixture_come_as_often_as_their_weight_says(parsed, samples):
+    config = parsed("--prompts_per_step", "1")
+    first, second = samples[:4], samples[4:9]
+    sets = [DataSet(first, 2.0), DataSet(second, 0.4)]
+    length = 4 * 2 + 2
+    epochs = []
+    for e in range(12):
+        ids = [drawn_ids(config, samples, step, sets=sets)[0][0] for step in range(e * length, (e + 1) * length)]
+        assert all(ids.count(s.id) == 2 for s in first)
+        chosen = [name for name in ids if name in {s.id for s in second}]
+        assert len(chosen) == len(set(chosen)) == 2
+        epochs.append((ids, set(chosen)))
+    assert set.union(*(chosen for _, chosen in epochs)) == {s.id for s in second}
+    assert epochs[0][0] != epochs[1][0]
+    assert len({len(DataSet(samples, 1.3).once(k)) for k in range(5)}) == 1
+
+
+# ---------------------------------------------------------------- facets that do not apply
+
+
+def bare_group(talker, sample, replies: Sequence[str]):
+    """A group whose responses say this."""
+    _, tokenizer = load(str(talker))
+    vocabulary = Vocabulary.of(tokenizer)
+    responses = [read_response(torch.tensor(vocabulary.ids(reply)), vocabulary) for reply in replies]
+    return Group(SimpleNamespace(sample=sample, info=SimpleNamespace(duration=20.0)), None, responses)
+
+
+REPLIES = [
+    "<think>a</think><answer>B</answer><timestamp>2.0 to 6.0</timestamp>",
+    "<think>a</think><answer>A</answer><timestamp>4.0 to 9.0</timestamp>",
+    "<think>a</think><answer>B</answer><timestamp>15.0 to 18.0</timestamp>",
+    "nothing",
+]
+
+
+def longvtg(parsed, *arguments: str):
+    return parsed("--template", "longvtg_r1", "--zoom_reward", "false", "--tokenadv", "off", *arguments)
+
+
+def test_rewards_of_spans_are_those_that_are_named(parsed, samples, talker):
+    """Evidence [2, 6] of 20 s: hulls, unions and centres by hand."""
+    group = bare_group(talker, replace(samples[0], answer="B", spans=((2.0, 6.0),)), REPLIES)
+    expected = {
+        "iou": [1.0, 2 / 7, 0.0, 0.0],
+        "giou": [1.0, 2 / 7, -9 / 16, -1.0],
+        "tg": [1.0, 0.8 * 2 / 7 + 0.2 * (1 - 2.5 / 20), 0.2 * (1 - 12.5 / 20), 0.0],
+    }
+    for name, values in expected.items():
+        score([group], longvtg(parsed, "--grounding", name))
+        assert list(group.rewards) == ["format", "accuracy", name]
+        assert group.rewards[name] == pytest.approx(values), name
+    score([group], longvtg(parsed, "--grounding", "tg", "--alpha", "0.5"))
+    assert group.rewards["tg"][2] == pytest.approx(0.5 * (1 - 12.5 / 20))
+
+
+@pytest.mark.parametrize(
+    ("options", "answer", "spans", "facets"),
+    [
+        (("a", "b"), "B", ((2.0, 6.0),), ["format", "accuracy", "tg"]),
+        ((), None, ((2.0, 6.0),), ["format", "tg"]),
+        ((), "B", ((2.0, 6.0),), ["format", "tg"]),  # a letter of no option
+        (("a", "b"), "B", (), ["format", "accuracy"]),
+    ],
+)
+def test_a_facet_that_does_not_apply_takes_no_part(parsed, samples, talker, options, answer, spans, facets):
+    config = longvtg(parsed, "--grounding", "tg")
+    group = bare_group(talker, replace(samples[0], options=options, answer=answer, spans=spans), REPLIES)
+    score([group], config)
+    assert list(group.rewards) == facets
+    total = torch.tensor([group.rewards[name] for name in facets]).sum(0)
+    found = train.advantages(group, config)
+    wanted = (total - total.mean()) / total.std(unbiased=False)
+    torch.testing.assert_close(found[:, 0], wanted, atol=1e-6, rtol=0)
+    assert found.std(0)[0] > 0.5
+
+
+def test_eq_5_credits_any_reward_of_spans_to_the_tokens_that_write_them(parsed, samples, talker):
+    """All responses of the group are right and well-formed, so that only spans earn anything."""
+    group = bare_group(talker, replace(samples[0], answer="B", spans=((2.0, 6.0),)), [REPLIES[0], REPLIES[2]])
+    config = longvtg(parsed, "--grounding", "giou", "--tokenadv", "paper")
+    score([group], config)
+    found = train.advantages(group, config)
+    glue = train.SEGMENTS.index("glue")
+    for g, response in enumerate(group.responses):
+        segments = train.segment_ids(response.text, response.offsets)
+        sign = 1 if g == 0 else -1
+        assert torch.equal(found[g, : len(segments)] * sign > 0, segments == glue)
+
+
+def test_a_mixture_with_and_without_options_trains(recipe, tmp_path, samples):
+    closed = [replace(s, video=str(Path(s.video).resolve())) for s in samples[:4]]
+    data.save(tmp_path / "closed.jsonl", closed)
+    data.save(tmp_path / "open.jsonl", [replace(s, id=f"{s.id}-open", options=(), answer=None) for s in closed])
+    (tmp_path / "mixture.yaml").write_text(
+        f"- data: {tmp_path / 'closed.jsonl'}\n- {{data: {tmp_path / 'open.jsonl'}, weight: 3}}\n"
+    )
+    arguments = ["--template", "longvtg_r1", "--grounding", "tg", "--tokenadv", "off", "--beta", "0"]
+    arguments += ["--train_data", str(tmp_path / "mixture.yaml"), "--prompts_per_step", "16", "--n_episodes", "16"]
+    main(["--config", str(recipe), *arguments])
+    first, second = read_metrics(tmp_path / "run")
+    assert first["applies/accuracy"] == first["applies/zoom"] == 0.25 and first["applies/tg"] == 1
+    assert second["kl/text"] > 0 and second["kl/penalty"] == 0
+    assert "<html" in (tmp_path / "run" / "episodes.html").read_text()
+
+
+def test_a_sample_with_nothing_to_reward_is_named(recipe, tmp_path, samples):
+    data.save(tmp_path / "a.jsonl", [replace(samples[0], options=(), answer=None, spans=())])
+    with pytest.raises(data.DataError, match=r"a\.jsonl: row 1 \(.*neither evidence nor an answer"):
+        main(["--config", str(recipe), "--template", "longvtg_r1", "--train_data", str(tmp_path / "a.jsonl")])
 
 
 # ---------------------------------------------------------------- bad input
