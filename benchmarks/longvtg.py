@@ -1,0 +1,155 @@
+"""LongVTG-R1's Tables 3 and 4 on the built-in world, where videos are ten times as long as their events.
+
+    python benchmarks/longvtg.py             # 15 runs of recipes/cpu_longvtg.yaml, two at a time, and their evaluations
+
+Table 4: five variants, three seeds each, from the same start. "No signal" is the share of groups whose responses all
+got the same grounding reward, over the first ten steps. In-domain is the test split of the videos trained on;
+out-of-domain are videos of other lengths with other numbers of events. Answers come from the zoomed frames (zooming is
+not trained here: what accuracy falls by is forgotten, or due to other spans).
+
+Table 3: direct (the coarse pass answers), ground-then-answer (a trained policy finds the spans, the start answers from
+them) and unified (the trained policy does both).
+
+Runs go to runs/longvtg/VARIANT-SEED; what is finished is not repeated. Writes benchmarks/results/longvtg.md.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from benchmarks.main_job import finished_run, spread  # noqa: E402
+
+RECIPE = ["--config", "recipes/cpu_longvtg.yaml"]
+START = "checkpoints/tiny-long"
+RUNS = ROOT / "runs" / "longvtg"
+TOKEN_AWARE = ["--beta", "0.04", "--beta_time", "0"]
+VARIANTS = {
+    "iou": ("IoU", "token-aware", ["--grounding", "iou", *TOKEN_AWARE]),
+    "giou": ("GIoU", "token-aware", ["--grounding", "giou", *TOKEN_AWARE]),
+    "cendist": ("IoU + CenDist", "token-aware", ["--grounding", "tg", *TOKEN_AWARE]),
+    "uniform": ("IoU", "uniform", ["--grounding", "iou", "--beta", "0.04", "--beta_time", "-1"]),
+    "none": ("IoU", "none", ["--grounding", "iou", "--beta", "0", "--beta_time", "-1"]),
+}
+ELSEWHERE = {
+    "20 s, 4 events": ["--world_duration", "20", "--world_events", "4"],
+    "36 s, 2 events": ["--world_duration", "36", "--world_events", "2"],
+}
+EARLY = 10  # steps
+
+
+def run(variant: str, seed: int) -> dict:
+    """The evaluation of a finished run, with its metrics and its scores elsewhere."""
+    out = RUNS / f"{variant}-{seed}"
+    options = [*RECIPE, *VARIANTS[variant][2], "--threads", "1"]
+    result = finished_run(out, seed, options)
+    result["steps"] = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    result["elsewhere"] = {name: evaluated(out / "checkpoint", out, name) for name in ELSEWHERE}
+    return result
+
+
+def evaluated(model: Path | str, folder: Path, where: str) -> dict:
+    """Scores of a model on videos unlike those it was trained on."""
+    out = folder / where.replace(", ", "-").replace(" ", "-")
+    if not (out / "evaluation.json").exists():
+        command = [sys.executable, "evaluate.py", *RECIPE, "--model", str(model), "--out", str(out), "--threads", "1"]
+        subprocess.run([*command, *ELSEWHERE[where]], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+    return json.loads((out / "evaluation.json").read_text())["policy"]["all"]
+
+
+def table_4(results: dict[str, list[dict]], start: dict, start_elsewhere: dict[str, dict]) -> str:
+    """The ablation, one line per variant; scores before training in the first line."""
+    names = [f"{score}, {where}" for where in ("in-domain", *ELSEWHERE) for score in ("mIoU", "accuracy")]
+    lines = [
+        "| reward | KL | no signal | " + " | ".join(names) + " | KL on time | KL on text |",
+        "|---" * (5 + len(names)) + "|",
+    ]
+
+    def scores(found: dict, elsewhere: dict[str, dict]) -> list[float]:
+        return [part[name] for part in (found, *elsewhere.values()) for name in ("mIoU", "zoom_accuracy")]
+
+    before = " | ".join(f"{value:.3f}" for value in scores(start, start_elsewhere))
+    lines.append(f"| before training | | | {before} | | |")
+    for variant, runs in results.items():
+        reward, kl, options = VARIANTS[variant]
+        facet = options[1]
+        early = [statistics.mean(row[f"zero_variance/{facet}"] for row in run["steps"][:EARLY]) for run in runs]
+        columns = zip(*(scores(run["after"]["all"], run["elsewhere"]) for run in runs), strict=True)
+        kls = [
+            [statistics.mean(row[f"kl/{part}"] for row in run["steps"][-EARLY:]) for run in runs]
+            for part in ("time", "text")
+        ]
+        cells = [spread(early), *map(spread, map(list, columns)), *map(spread, kls)]
+        lines.append(f"| {reward} | {kl} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def answered(strategy: str, model: Path | str, out: Path, ground_model: Path | str | None = None) -> float:
+    """Accuracy of a strategy on the test split."""
+    command = [sys.executable, "infer.py", *RECIPE, "--strategy", strategy, "--model", str(model), "--out", str(out)]
+    command += ["--threads", "1", *(["--ground_model", str(ground_model)] if ground_model else [])]
+    subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    return statistics.mean(row["predicted_answer"] == row["answer"] for row in rows)
+
+
+def table_3(seeds: list[int], pool: ThreadPoolExecutor) -> str:
+    """Three settings; the grounding policy is the one of IoU + CenDist with the token-aware KL."""
+    trained = [RUNS / f"cendist-{seed}" / "checkpoint" for seed in seeds]
+    start = ROOT / START
+    folder = RUNS / "answers"
+    folder.mkdir(parents=True, exist_ok=True)
+    settings = [
+        ("direct", "-", "start", [("one-stage", start, None)]),
+        ("direct", "-", "trained", [("one-stage", model, None) for model in trained]),
+        ("ground-then-answer", "start", "start", [("ground-then-answer", start, None)]),
+        ("ground-then-answer", "trained", "start", [("ground-then-answer", start, model) for model in trained]),
+        ("unified", "trained", "trained", [("ground-then-answer", model, None) for model in trained]),
+    ]
+    lines = ["| setting | finds the spans | answers | accuracy |", "|---|---|---|---|"]
+    for setting, finder, answerer, jobs in settings:
+        files = [folder / f"{setting}-{finder}-{answerer}-{k}.jsonl" for k in range(len(jobs))]
+        values = [
+            pool.submit(answered, strategy, model, file, finder)
+            for (strategy, model, finder), file in zip(jobs, files, strict=True)
+        ]
+        lines.append(f"| {setting} | {finder} | {answerer} | {spread([value.result() for value in values])} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time, each with one thread")
+    given = parser.parse_args()
+    RUNS.mkdir(parents=True, exist_ok=True)
+    with ThreadPoolExecutor(given.jobs) as pool:
+        elsewhere = {name: evaluated(ROOT / START, RUNS / "start", name) for name in ELSEWHERE}
+        jobs = [(seed, variant) for seed in given.seeds for variant in VARIANTS]
+        done = {job: pool.submit(run, job[1], job[0]) for job in jobs}
+        results = {variant: [done[seed, variant].result() for seed in given.seeds] for variant in VARIANTS}
+        direct = table_3(given.seeds, pool)
+    before = results["iou"][0]["before"]["all"]
+    text = "\n\n".join(
+        [
+            "# LongVTG-R1's ablations on the built-in world",
+            f"`{' '.join(['python', 'benchmarks/longvtg.py', *sys.argv[1:]])}`: seeds {given.seeds}, mean ± standard "
+            "deviation; videos of 30 s, three events of 2 to 4 s; 100 steps of 8 prompts x 8 responses.",
+            "## Rewards and KL (Table 4)",
+            table_4(results, before, elsewhere),
+            "## Direct, ground-then-answer, unified (Table 3)",
+            direct,
+        ]
+    )
+    print(text)
+    (ROOT / "benchmarks" / "results" / "longvtg.md").write_text(text + "\n")
+
+
+if __name__ == "__main__":
+    main()
