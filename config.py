@@ -323,7 +323,7 @@ POSITIVE += [
     "total_frames",
 ]
 NOT_NEGATIVE = ["warmup", "weight_decay", "beta", "clip_low", "clip_high", "zoom_budget", "n_episodes", "threads"]
-NOT_NEGATIVE += ["seed", "world_seed", "max_failed_videos", "min_frames", "max_frames", "kl_clamp"]
+NOT_NEGATIVE += ["seed", "world_seed", "max_failed_videos", "min_frames", "max_frames", "kl_clamp", "alpha"]
 
 
 def check(config: Config) -> None:
@@ -352,8 +352,8 @@ def check(config: Config) -> None:
                 f"template = {config.template} needs max_frames, and it must leave some of total_frames = "
                 f"{config.total_frames} for calls; it is {config.max_frames}"
             )
-    if not 0 <= config.alpha <= 1:
-        raise ConfigError(f"alpha is a share, from 0 to 1, not {config.alpha}")
+    if config.alpha > 1:
+        raise ConfigError(f"alpha is a share, at most 1, not {config.alpha}")
     if config.beta_time >= 0 and config.kl != "exact":
         raise ConfigError(
             f"beta_time = {config.beta_time} weighs subsets of the vocabulary, which needs kl = exact, not {config.kl}"

@@ -100,6 +100,7 @@ def test_a_misspelt_option_names_the_nearest(recipe, name):
         (["--beta_time", "0", "--kl", "k3"], "needs kl = exact, not k3"),
         (["--kl_clamp", "10"], "kl_clamp = 10.0 clamps the k3 estimate, which needs kl = k3, not exact"),
         (["--kl_clamp=-1", "--kl", "k3"], "kl_clamp must not be negative"),
+        (["--alpha", "1.2"], "alpha is a share, at most 1, not 1.2"),
         (["--updates_per_rollout", "7"], "updates_per_rollout = 7 must divide prompts_per_step = 64"),
     ],
 )
