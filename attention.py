@@ -216,15 +216,16 @@ def _packed(x: Tensor, slots: Tensor) -> Tensor:
 
 
 class GroupCache:
-    """Keys and values of B prompts, once each, and of their G responses, one token per step.
+    """Keys and values of B prompts, once each, and of their G responses, in static buffers.
 
-    Per layer: those of the prompts [B, key heads, P, d], padded on the right, and of the responses [B, key heads, G,
-    max_tokens, d]. Rows of responses that have ended can be dropped (`keep`).
+    Per layer: those of the prompts [B, key heads, P, d], and of the responses [B, key heads, G, `capacity`, d], both
+    padded on the right. Before each step, `place` says where the next token of each response goes, so that responses
+    may differ in length. `attend` reads and writes these tensors and asks the host nothing: it can be captured in a
+    CUDA graph. Rows of responses that have ended can be dropped (`keep`).
     """
 
-    def __init__(self, tree: Tree, group_size: int, max_tokens: int):
-        self.tree, self.group_size, self.max_tokens = tree, group_size, max_tokens
-        self.length = 0  # tokens that each response has
+    def __init__(self, tree: Tree, group_size: int, capacity: int):
+        self.tree, self.group_size, self.capacity = tree, group_size, capacity
         self.layers: dict[int, list[Tensor]] = {}  # prompt keys, prompt values, response keys, response values
         lengths = torch.tensor(tree.prompts)
         self.padding = torch.arange(int(lengths.max())) >= lengths[:, None]  # [B, P]
@@ -237,25 +238,34 @@ class GroupCache:
         for stored, x in zip(prompts, (k, v), strict=True):
             for b, stem in enumerate(self.tree.stems):
                 stored[b, :, : stem.stop - stem.start] = x[:, stem]
-        own = [k.new_zeros(batch, heads, self.group_size, self.max_tokens, d) for _ in range(2)]
+        own = [k.new_zeros(batch, heads, self.group_size, self.capacity, d) for _ in range(2)]
         self.layers[layer] = prompts + own
         self.padding = self.padding.to(k.device)
+
+    def place(self, slots: Tensor, window: int) -> None:
+        """The next token of each response goes to `slots` int64 [B, G], and sees what is before it in its first
+        `window` slots.
+        """
+        later = torch.arange(window, device=slots.device) > slots[..., None]
+        padding = self.padding[:, None].expand(*slots.shape, -1)
+        self.unseen = torch.cat([padding, later], dim=-1)[:, None, :, None]  # [B, 1, G, 1, P + window]
+        self.slots, self.window = slots[:, None, :, None, None], window
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         """One more token per response: q [heads, B * G, d], k and v [key heads, B * G, d] -> [heads, B * G, d]."""
         prompt_k, prompt_v, own_k, own_v = self.layers[layer]
         batch, heads, size, _, d = own_k.shape
         for own, x in ((own_k, k), (own_v, v)):
-            own[:, :, :, self.length] = x.view(heads, batch, size, d).transpose(0, 1)
-        own_k, own_v = own_k[:, :, :, : self.length + 1], own_v[:, :, :, : self.length + 1]
+            own.scatter_(3, self.slots.expand(-1, heads, -1, -1, d), x.view(heads, batch, size, 1, d).transpose(0, 1))
+        own_k, own_v = own_k[:, :, :, : self.window], own_v[:, :, :, : self.window]
         grouped = q.view(heads, -1, batch, size, d).permute(2, 0, 3, 1, 4)  # [B, key heads, G, heads per key head, d]
         queries = grouped.reshape(batch, heads, -1, d)
-        to_prompt = (queries @ prompt_k.transpose(-1, -2)).masked_fill(self.padding[:, None, None], -torch.inf)
-        to_itself = (grouped @ own_k.transpose(-1, -2)).flatten(2, 3)
-        scores = torch.cat([to_prompt, to_itself], dim=-1)  # [B, key heads, G * heads per key head, P + t]
-        p = (scores.to(torch.promote_types(v.dtype, torch.float32)) * scale).softmax(-1).to(v.dtype)
-        from_prompt, from_itself = p.split([prompt_k.shape[2], self.length + 1], dim=-1)
-        out = (from_prompt @ prompt_v).view(grouped.shape) + from_itself.view(*grouped.shape[:4], -1) @ own_v
+        to_prompt = (queries @ prompt_k.transpose(-1, -2)).view(*grouped.shape[:4], -1)
+        to_itself = grouped @ own_k.transpose(-1, -2)
+        scores = torch.cat([to_prompt, to_itself], dim=-1).to(torch.promote_types(v.dtype, torch.float32)) * scale
+        p = scores.masked_fill_(self.unseen, -torch.inf).softmax(-1).to(v.dtype)
+        from_prompt, from_itself = p.split([prompt_k.shape[2], self.window], dim=-1)
+        out = (from_prompt.flatten(2, 3) @ prompt_v).view(grouped.shape) + from_itself @ own_v
         return out.permute(1, 3, 0, 2, 4).reshape(q.shape)
 
     def keep(self, prompts: Tensor, responses: Tensor) -> None:

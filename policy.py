@@ -19,7 +19,7 @@ import contextlib
 import itertools
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from math import floor
 
 import torch
@@ -530,7 +530,195 @@ def _evaluation_mode(model: nn.Module) -> Iterator[None]:
         model.train(was_training)
 
 
-@torch.no_grad()
+@dataclass(frozen=True)
+class Pace:
+    """Decoding is looked at every `check` tokens, to see which responses have ended. In between, attention is over a
+    multiple of `window` of a response's own slots, and steps are CUDA graphs if `capture`.
+    """
+
+    check: int
+    window: int
+    capture: bool
+
+
+def decoding_pace(model: nn.Module) -> Pace:
+    """On the CPU, responses leave as soon as they can. A GPU would wait for the host at each look, and for the launch
+    of each kernel. FSDP2's hooks cannot be captured.
+    """
+    if model.get_input_embeddings().weight.device.type != "cuda":
+        return Pace(1, 1, False)
+    return Pace(16, 64, not any(isinstance(module, FSDPModule) for module in model.modules()))
+
+
+class Graphs:
+    """Functions that touch static tensors alone, and ask the host nothing, as CUDA graphs.
+
+    The first call with a key is an ordinary one, on the stream of the capture: it sets up what a capture cannot
+    (cuBLAS's workspace, autocast's copies of the weights, which must stay: so graphs live within one autocast context).
+    """
+
+    def __init__(self) -> None:
+        self.stream = torch.cuda.Stream()
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget all graphs: the tensors have been replaced by others."""
+        self.captured: dict[object, torch.cuda.CUDAGraph] = {}
+        self.pool = torch.cuda.graph_pool_handle()  # graphs run one after the other, so they share memory
+
+    def run(self, key: object, function: Callable[[], None]) -> None:
+        if key in self.captured:
+            self.captured[key].replay()
+            return
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            function()
+        torch.cuda.current_stream().wait_stream(self.stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, self.pool, self.stream, capture_error_mode="thread_local"):
+            function()  # recorded, not executed
+        self.captured[key] = graph
+
+
+@dataclass
+class Turn:
+    """What a response has said: `row` is b * G + g, `ids` int64 [t] on the CPU, `hidden` [t, H] what each was chosen
+    from, if it was to be kept.
+    """
+
+    row: int
+    ids: Tensor
+    hidden: Tensor | None = None
+
+
+class Episodes:
+    """B prompts with G responses each, decoded together.
+
+    The state of all B * G rows is in tensors that are written in place: a row's `ids` [max_tokens], of which `count`
+    are there, and whether it has `ended`. What `_step` computes follows from them: a row's last token stands at the
+    position `start` + `count` - 1; a row that has ended says its last token again. `rows` [b, g] are those that are
+    still computed.
+    """
+
+    @torch.no_grad()
+    def __init__(
+        self,
+        model: Qwen2_5_VLForConditionalGeneration,
+        prompts: Sequence[Prompt],
+        group_size: int,
+        max_tokens: int,
+        eos: Sequence[int],
+        banned: Sequence[int],
+        temperature: float = 1.0,
+        seed: Callable[[int], int] | None = None,
+        stop: Callable[[list[int]], bool] | None = None,
+        keep_hidden: bool = False,
+    ):
+        """Compute the prompts, and the first token of each response."""
+        self.model, self.max_tokens, self.temperature, self.stop = model, max_tokens, temperature, stop
+        self.pace = decoding_pace(model)
+        embeds, positions = embed_prompts(model, prompts)
+        device, count = embeds.device, len(prompts) * group_size
+        self.eos = torch.tensor(eos, device=device, dtype=torch.long)
+        self.banned = torch.tensor(banned, device=device, dtype=torch.long)
+        self.ids = torch.zeros(count, max_tokens, dtype=torch.long, device=device)
+        self.count = torch.zeros(count, dtype=torch.long, device=device)
+        self.ended = torch.zeros(count, dtype=torch.bool, device=device)
+        starts = [prompt.next_position for prompt in prompts for _ in range(group_size)]
+        self.start = torch.tensor(starts, device=device)
+        self.uniform = None
+        if seed is not None:
+            draws = [torch.rand(max_tokens, generator=torch.Generator().manual_seed(seed(row))) for row in range(count)]
+            self.uniform = torch.stack(draws).double().to(device)
+        self.rows = torch.arange(count).view(len(prompts), group_size)
+        self.index = self.rows.flatten().to(device)
+        self.speaking = set(range(count))
+        self.heard = [0] * count  # tokens that `stop` has seen
+
+        tree = Tree(tuple(map(len, prompts)))
+        self.cache = GroupCache(tree, group_size, -(-max_tokens // self.pace.window) * self.pace.window)
+        self.graphs = Graphs() if self.pace.capture else None
+        with _evaluation_mode(model):
+            hidden = _language_model(model, embeds, positions, tree, self.cache)[_last(prompts)]
+        self.states = hidden.new_zeros(count, max_tokens, hidden.shape[-1]) if keep_hidden else None
+        self._choose(hidden.repeat_interleave(group_size, 0), self.index)
+
+    @torch.no_grad()
+    def sample(self) -> list[Turn]:
+        """Decode until at least one response has ended; returns those that have, [] if none was left."""
+        with _evaluation_mode(self.model):
+            while self.speaking:
+                count = self.count.tolist()
+                turns = self._ended(count)
+                if turns:
+                    return turns
+                self._leave()
+                steps = min(self.pace.check, self.max_tokens - min(count[row] for row in self.speaking))
+                furthest = max(count[row] for row in self.speaking) + steps - 1
+                window = min(-(-furthest // self.pace.window) * self.pace.window, self.cache.capacity)
+                for _ in range(steps):
+                    if self.graphs is None:
+                        self._step(window)
+                    else:
+                        self.graphs.run(window, partial(self._step, window))
+        return []
+
+    def _step(self, window: int) -> None:
+        """The next token of every row."""
+        rows, fed = self.index, self.count[self.index] - 1
+        self.cache.place(fed.view(self.rows.shape), window)
+        embeds = self.model.get_input_embeddings()(self.ids[rows, fed])
+        positions = (self.start[rows] + fed).expand(3, -1)
+        self._choose(_language_model(self.model, embeds, positions, None, self.cache), rows)
+
+    def _choose(self, hidden: Tensor, rows: Tensor) -> None:
+        """Write the token that follows these states [n, H] of these rows [n]."""
+        ended = self.ended[rows]
+        place = self.count[rows] - ended.long()
+        uniform = None if self.uniform is None else self.uniform[rows, place]
+        chosen = choose_tokens(self.model.lm_head(hidden), uniform, self.temperature, self.banned)
+        self.ids[rows, place] = torch.where(ended, self.ids[rows, place], chosen)
+        if self.states is not None:
+            self.states[rows, place] = torch.where(ended[:, None], self.states[rows, place], hidden)
+        self.count[rows] = place + 1
+        self.ended[rows] = ended | (chosen[:, None] == self.eos).any(1) | (place + 1 == self.max_tokens)
+
+    def _ended(self, count: list[int]) -> list[Turn]:
+        """The turns that have ended, after cutting off what was said beyond a stop string; corrects `count`."""
+        ended = self.ended.tolist()
+        if self.stop is not None:
+            ids = self.ids.tolist()
+            for row in self.speaking:
+                for n in range(self.heard[row] + 1, count[row] + 1):
+                    if self.stop(ids[row][:n]):
+                        count[row], ended[row] = n, True
+                        break
+                self.heard[row] = count[row]
+            self.count.copy_(torch.tensor(count))
+            self.ended.copy_(torch.tensor(ended))
+        rows = [row for row in sorted(self.speaking) if ended[row]]
+        self.speaking.difference_update(rows)
+        hidden = [None if self.states is None else self.states[row, : count[row]].clone() for row in rows]
+        ids = [self.ids[row, : count[row]].to("cpu", copy=True) for row in rows]
+        return [Turn(*turn) for turn in zip(rows, ids, hidden, strict=True)]
+
+    def _leave(self) -> None:
+        """Stop computing rows that have ended, if that makes the batch smaller by a quarter: of each prompt, the same
+        number stays.
+        """
+        going = torch.tensor([[row in self.speaking for row in group] for group in self.rows.tolist()])
+        prompts = going.any(1).nonzero().flatten()
+        widest = int(going.sum(1).max())
+        if len(prompts) * widest > 0.75 * going.numel():
+            return
+        left = (~going)[prompts].int().argsort(dim=1, stable=True)[:, :widest]  # those that go on come first
+        self.cache.keep(prompts.to(self.index.device), left.to(self.index.device))
+        self.rows = self.rows[prompts].gather(1, left)
+        self.index = self.rows.flatten().to(self.index.device)
+        if self.graphs is not None:
+            self.graphs.clear()
+
+
 def sample(
     model: Qwen2_5_VLForConditionalGeneration,
     prompts: Sequence[Prompt],
@@ -549,50 +737,17 @@ def sample(
     seeds [B][G]: one per response, so that a response does not depend on the batch it is in; None decodes greedily.
     `banned` ids are never sampled (vision tokens). A response ends with, and includes, its first `eos` token, or the
     first token after which `stop` (see `stops_at`) says so of its ids. `states`: a list that gets, for each of the T
-    steps, the hidden states [B, G, H] that its tokens were chosen from (zeros for responses that had left). Returns
-    ids int64 [B, G, T] and mask bool [B, G, T].
+    steps, the hidden states [B, G, H] that its tokens were chosen from (where `mask` is True). Returns ids int64
+    [B, G, T] and mask bool [B, G, T].
     """
-    B, G = len(prompts), group_size
-    embeds, positions = embed_prompts(model, prompts)
-    device = embeds.device
-    uniform = None
-    if seeds is not None:
-        draws = [[torch.rand(max_tokens, generator=torch.Generator().manual_seed(s)) for s in row] for row in seeds]
-        uniform = torch.stack([torch.stack(row) for row in draws]).view(B * G, max_tokens).double().to(device)
-    eos_ids, banned_ids = torch.tensor(eos, device=device), torch.tensor(banned, device=device, dtype=torch.long)
-    tree = Tree(tuple(map(len, prompts)))
-    cache = GroupCache(tree, G, max_tokens)
-    ids = torch.zeros(B * G, max_tokens, dtype=torch.long, device=device)
-    mask = torch.zeros(B * G, max_tokens, dtype=torch.bool, device=device)
-    # Of each row that is still computed: which response it is, where its next token is, and whether it has ended.
-    rows = torch.arange(B * G, device=device).view(B, G)
-    position = torch.tensor([p.next_position for p in prompts], device=device)[:, None].expand(B, G)
-    ended = torch.zeros(B, G, dtype=torch.bool, device=device)
-    with _evaluation_mode(model):
-        hidden = _language_model(model, embeds, positions, tree, cache)[_last(prompts)].repeat_interleave(G, 0)
-        for t in range(max_tokens):
-            index = rows.flatten()
-            if states is not None:
-                states.append(hidden.new_zeros(B * G, hidden.shape[-1]).index_copy(0, index, hidden).view(B, G, -1))
-            draw = None if uniform is None else uniform[index, t]
-            token = choose_tokens(model.lm_head(hidden), draw, temperature, banned_ids).view(rows.shape)
-            # A row that has ended is still there if others of its prompt or of the batch are longer.
-            ids[index, t] = token.masked_fill(ended, 0).flatten()
-            mask[index, t] = ~ended.flatten()
-            ended = ended | torch.isin(token, eos_ids)
-            if stop is not None:
-                said = [stop(row) for row in ids[index, : t + 1].tolist()]
-                ended = ended | torch.tensor(said, device=device).view(ended.shape)
-            if t == max_tokens - 1 or ended.all():
-                break
-            prompts_left = (~ended).any(1).nonzero().flatten()
-            widest = int((~ended).sum(1).max())
-            if len(prompts_left) * widest <= 0.75 * ended.numel():
-                left = ended[prompts_left].int().argsort(dim=1, stable=True)[:, :widest]  # those that go on come first
-                cache.keep(prompts_left, left)
-                rows, token, position, ended = (x[prompts_left].gather(1, left) for x in (rows, token, position, ended))
-            embeds = model.get_input_embeddings()(token.flatten())
-            hidden = _language_model(model, embeds, (position + t).flatten().expand(3, -1), None, cache)
-            cache.length += 1
-    longest = int(mask.sum(1).max())
-    return ids[:, :longest].view(B, G, -1), mask[:, :longest].view(B, G, -1)
+    shape = (len(prompts), group_size, -1)
+    seed = None if seeds is None else [s for row in seeds for s in row].__getitem__
+    keep = states is not None
+    episodes = Episodes(model, prompts, group_size, max_tokens, eos, banned, temperature, seed, stop, keep)
+    while episodes.sample():
+        pass  # none goes on
+    longest = int(episodes.count.max())
+    mask = torch.arange(longest, device=episodes.ids.device) < episodes.count[:, None]
+    if states is not None:
+        states += [state.view(shape) for state in episodes.states[:, :longest].unbind(1)]
+    return episodes.ids[:, :longest].masked_fill(~mask, 0).view(shape), mask.view(shape)

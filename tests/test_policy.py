@@ -20,7 +20,9 @@ import tiny
 from attention import Tree
 from policy import (
     BANNED_TOKENS,
+    Episodes,
     ModelError,
+    Pace,
     Policy,
     Prompt,
     Video,
@@ -219,6 +221,16 @@ def scene(vocabulary, model64):
     return prompts, ids, mask
 
 
+@pytest.fixture
+def exact_norm(monkeypatch):
+    """transformers computes this norm in float32 whatever the type, which rounds states and gradients too."""
+
+    def norm(self, x):
+        return self.weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.variance_epsilon)
+
+    monkeypatch.setattr(Qwen2_5_VLRMSNorm, "forward", norm)
+
+
 def separate_logp(model, prompt: Prompt, response: torch.Tensor) -> torch.Tensor:
     """Log-probabilities of one response by a plain causal pass of transformers' own model, with our positions: [T]."""
     ids = torch.cat([prompt.ids, response])[None]
@@ -264,13 +276,8 @@ def test_group_equals_separate_passes(model64, scene):
 
 
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-9), (torch.float32, 1e-4)])
-def test_a_group_equals_groups_of_one(model64, scene, monkeypatch, dtype, bound):
+def test_a_group_equals_groups_of_one(model64, scene, exact_norm, dtype, bound):
     """The same, with our own pass for each response alone: equal to rounding."""
-
-    def norm(self, x):  # transformers computes it in float32 whatever the type, which rounds gradients too
-        return self.weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.variance_epsilon)
-
-    monkeypatch.setattr(Qwen2_5_VLRMSNorm, "forward", norm)
     prompts, ids, mask = scene
     weight = torch.linspace(-1, 1, int(mask.sum()), dtype=dtype)
     shared, apart = copy.deepcopy(model64).to(dtype), copy.deepcopy(model64).to(dtype)
@@ -381,6 +388,68 @@ def test_sampled_tokens_follow_the_distribution_of_a_full_pass(model64, vocabula
     uniform = torch.stack([torch.stack(row) for row in draws])[..., : ids.shape[2]].double()
     again = choose_tokens(logits, uniform[mask], 1.3, torch.tensor(vocabulary.banned))
     assert torch.equal(again, ids[mask])
+
+
+@pytest.mark.parametrize("pace", [Pace(16, 64, False), Pace(3, 4, False), Pace(5, 1, False)])
+@pytest.mark.parametrize("stops", [False, True])
+def test_the_pace_changes_nothing(model64, vocabulary, scene, monkeypatch, exact_norm, pace, stops):
+    """As on a GPU, but for the capture: rounded windows, looked at from time to time, a stop string seen too late."""
+    prompts, _, _ = scene
+    stop = stops_at(vocabulary.tokenizer, ["e", "1"]) if stops else None
+    seeds = [[100 * b + g for g in range(3)] for b in range(2)]
+
+    def run():
+        states: list[torch.Tensor] = []
+        eos, banned = ends(vocabulary), vocabulary.banned
+        ids, mask = sample(model64, prompts, 3, 24, eos, banned, 1.0, seeds, stop, states)
+        return ids, mask, torch.stack(states, dim=2)
+
+    ids, mask, states = run()
+    assert mask.sum(-1).unique().numel() > 2
+    monkeypatch.setattr("policy.decoding_pace", lambda _: pace)
+    again = run()
+    assert torch.equal(again[0], ids) and torch.equal(again[1], mask)
+    torch.testing.assert_close(again[2][mask], states[mask], atol=1e-9, rtol=1e-9)
+    torch.testing.assert_close(states[mask], group_hidden(model64, prompts, ids, mask), atol=1e-9, rtol=1e-9)
+
+
+def test_a_step_asks_nothing_of_the_host(tokenizer, vocabulary, scene):
+    """With tensors that have a shape but no data, what needs a value on the host, has a shape that depends on one, or
+    takes a tensor from the host raises: none of it could be captured.
+    """
+    eos, banned = ends(vocabulary), vocabulary.banned
+    episodes = Episodes(loud_model(tokenizer), scene[0], 3, 24, eos, banned, 1.0, int, keep_hidden=True)
+
+    def empty(x):
+        if isinstance(x, list):
+            return [empty(y) for y in x]
+        return x.to("meta") if isinstance(x, torch.Tensor) else x
+
+    for place in (episodes, episodes.cache):
+        vars(place).update({name: empty(x) for name, x in vars(place).items()})
+    episodes.cache.layers = {layer: empty(tensors) for layer, tensors in episodes.cache.layers.items()}
+    episodes.model.to("meta")
+    with torch.no_grad():
+        episodes._step(8)
+    with pytest.raises(RuntimeError, match="meta"):  # the power of this test
+        int(episodes.count[0])
+    with pytest.raises(RuntimeError, match="meta"):
+        episodes.ids[0] + torch.arange(24)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU: CUDA graphs are captured on one only")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_captured_steps_are_the_eager_ones(model64, vocabulary, scene, monkeypatch, dtype, autocast):
+    prompts, _, _ = scene
+    model = copy.deepcopy(model64).to("cuda", torch.float32 if autocast else dtype)
+    found = []
+    for pace in (Pace(16, 64, False), Pace(16, 64, True), Pace(4, 8, True)):
+        monkeypatch.setattr("policy.decoding_pace", lambda _, pace=pace: pace)
+        with torch.autocast("cuda", dtype, enabled=autocast):
+            found.append([x.cpu() for x in decode(model, vocabulary, prompts, T=40)])
+    for ids, mask in found[1:]:
+        assert torch.equal(ids, found[0][0]) and torch.equal(mask, found[0][1])
 
 
 def test_a_response_does_not_depend_on_its_batch(model64, vocabulary, scene):
