@@ -190,6 +190,12 @@ class Config:
     weight_decay: float = option(0.01, "AdamW's weight decay.")
     max_grad_norm: float = option(1.0, "Gradients are clipped to this norm.")
     train_vision: bool = option(True, "Train the vision tower too.")
+    reference_device: str = option(
+        "same",
+        "Where the reference's decoder layers are kept: on the policy's device, or in the CPU's memory, and each is "
+        "copied whenever it computes.",
+        ("same", "cpu"),
+    )
     gradient_checkpointing: bool = option(True, "Recompute activations in the backward pass.")
     mixed_precision: str = option("bf16", "Compute precision; weights and optimiser stay float32.", ("no", "bf16"))
     threads: int = option(0, "CPU threads per process; 0 leaves torch's own choice.")
@@ -360,6 +366,11 @@ def check(config: Config) -> None:
         )
     if config.kl_clamp and config.kl != "k3":
         raise ConfigError(f"kl_clamp = {config.kl_clamp} clamps the k3 estimate, which needs kl = k3, not {config.kl}")
+    if config.reference_device == "cpu" and config.zoom_judge == "reference" and config.zoom_answer == "decode":
+        raise ConfigError(
+            "reference_device = cpu copies all layers for every token that the reference decodes: with zoom_judge = "
+            "reference it needs zoom_answer = letters"
+        )
     if config.prompts_per_step % config.updates_per_rollout:
         raise ConfigError(
             f"updates_per_rollout = {config.updates_per_rollout} must divide "

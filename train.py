@@ -1,7 +1,7 @@
 """The training loop of Zoom-Zero and LongVTG-R1: sample, roll out, zoom, score, advantages, update, log.
 
     accelerate launch train.py                                             # the built-in world, on a laptop
-    accelerate launch train.py --config recipes/zoom_zero_stage1.yaml      # Qwen2.5-VL-7B
+    accelerate launch --config_file recipes/accelerate_fsdp2.yaml train.py --config recipes/zoom_zero_stage1.yaml  # 7B
     accelerate launch train.py --config runs/NAME/config.yaml --resume     # go on with a run that was stopped
 
 What differs from the paper, and why, is named option by option in config.py; recipes/ has the paper's values. Two
@@ -50,7 +50,7 @@ from data import Sample
 from decode import VideoError, prefetch
 from grpo import grpo_loss, loss_count
 from metrics import write_results
-from policy import ModelError, Policy, Prompt, Vocabulary, group_hidden, keep_tokens, load, whole_weights
+from policy import ModelError, Policy, Prompt, Vocabulary, group_hidden, keep_tokens, load, stream_layers, whole_weights
 from rollout import Group, Spans, View, check_samples, response_seed, roll_out, view_video, zoom_pass
 
 log = logging.getLogger("zoomgrpo")
@@ -619,6 +619,8 @@ def prepare(config: Config, accelerator: Accelerator) -> Run:
         # Read as half precision, not cast afterwards: that would round the rotary frequencies too.
         reference, _ = load(config.model, torch.bfloat16 if config.mixed_precision == "bf16" else torch.float32)
         reference.requires_grad_(False).eval().to(accelerator.device)
+        if config.reference_device == "cpu":
+            stream_layers(reference)
     model, tokenizer = load(config.model)
     vocabulary = Vocabulary.of(tokenizer)
     model.model.visual.requires_grad_(config.train_vision)
@@ -626,7 +628,9 @@ def prepare(config: Config, accelerator: Accelerator) -> Run:
     if config.gradient_checkpointing:
         policy.checkpoint_activations()
     trainable = [p for p in policy.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trainable, lr=config.lr, weight_decay=config.weight_decay)
+    # Otherwise a step on a GPU holds the square roots of all second moments, 4 bytes per parameter.
+    fused = True if accelerator.device.type == "cuda" else None
+    optimizer = torch.optim.AdamW(trainable, lr=config.lr, weight_decay=config.weight_decay, fused=fused)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, partial(learning_rate, config))
     if accelerator.is_fsdp2 and config.mixed_precision == "bf16":
         # accelerate's choice would round the loss, its statistics and the sums of gradients to bfloat16.

@@ -16,7 +16,7 @@ from __future__ import annotations
 import argparse
 import sys
 from dataclasses import dataclass
-from math import ceil
+from math import ceil, log2
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -233,11 +233,15 @@ def weights(model: Qwen2_5_VLConfig, recipe: Config, gpus: int, fsdp: bool, widt
     found = [
         Part("policy: weights, float32", 4 * n.total // shards, PHASES),
         Part("policy: AdamW's two moments, float32", 8 * trained // shards, PHASES),
-        Part("policy: AdamW's square roots, float32", 4 * trained // shards, ("optimiser",)),
         Part("policy: gradients, float32", 4 * trained // shards, PHASES if ddp else (*UPDATE, "optimiser")),
     ]
     if recipe.kl != "none" or recipe.zoom_judge == "reference":
-        found.append(Part(f"reference: weights, {8 * width} bits", width * n.total, PHASES))
+        resident = n.total
+        if recipe.reference_device == "cpu":
+            resident -= model.text_config.num_hidden_layers * n.layer
+            at_work = ("reference", "zoom") if recipe.zoom_judge == "reference" else ("reference",)
+            found.append(Part("reference: a layer, copied from the CPU", width * n.layer, at_work))
+        found.append(Part(f"reference: weights, {8 * width} bits", width * resident, PHASES))
     if fsdp:
         found.append(Part(f"policy: whole weights to sample with, {8 * width} bits", width * n.total, sampling))
         # Vision tower, embedding and projection are one unit; decoder layers come and go, the next one early.
@@ -250,6 +254,12 @@ def weights(model: Qwen2_5_VLConfig, recipe: Config, gpus: int, fsdp: bool, widt
         cast = n.total - (0 if model.text_config.tie_word_embeddings else n.embedding)
         found.append(Part("policy: copies that autocast keeps, 16 bits", 2 * cast, (*sampling, "reference", "KL")))
     return found
+
+
+def pinned_bytes(model: Qwen2_5_VLConfig, recipe: Config) -> int:
+    """What the CPU's memory holds of a reference whose layers are kept there: torch rounds up to a power of two."""
+    layer = Parameters.of(model).layer * (2 if recipe.mixed_precision == "bf16" else 4)
+    return model.text_config.num_hidden_layers * 2 ** ceil(log2(layer))
 
 
 def totals(found: list[Part]) -> dict[str, int]:
@@ -304,6 +314,10 @@ def main(arguments: list[str] | None = None) -> None:
         f"{naive * (recipe.group_size * prompt + tokens) / GIB:.1f} GiB; of the responses alone, "
         f"{naive * tokens / GIB:.1f} GiB per copy."
     )
+    if recipe.reference_device == "cpu":
+        print(
+            f"The reference's layers take {pinned_bytes(model, recipe) / GIB:.1f} GiB of the CPU's memory per process."
+        )
     phase, needed = max(totals(found).items(), key=lambda item: item[1])
     verdict = "fits" if needed <= given.gib * GIB else "does not fit"
     print(f"The most is {needed / GIB:.1f} GiB ({phase}); {verdict} into {given.gib:g} GiB.")

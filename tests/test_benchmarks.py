@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -77,6 +79,10 @@ def test_weights_by_number_of_devices():
         name = f"policy: {name}, float32"
         assert one[name] == ddp[name] == each * n and fsdp[name] == each * n // 8
     assert one["reference: weights, 16 bits"] == fsdp["reference: weights, 16 bits"] == 2 * n
+    streamed = named(memory.parts(model, replace(recipe, reference_device="cpu")))
+    layer = Parameters.of(model).layer
+    assert streamed["reference: a layer, copied from the CPU"] == 2 * layer
+    assert streamed["reference: weights, 16 bits"] == 2 * (n - 28 * layer)
     frozen = named(memory.parts(model, Config(train_vision=False)))
     assert frozen["policy: gradients, float32"] == 4 * (n - Parameters.of(model).vision)
 
@@ -97,7 +103,11 @@ def test_seven_billion_need_sharding(capsys):
     memory.main(["--model", "7b"])
     assert "does not fit into 139 GiB" in capsys.readouterr().out
     memory.main(["--model", "7b", "--gpus", "8", "--fsdp"])
-    assert "; fits into 139 GiB" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "; fits into 139 GiB" in out and "CPU" not in out
+    memory.main(["--model", "7b", "--gpus", "8", "--fsdp", "--reference_device", "cpu"])
+    # A layer has 233,057,792 parameters: 445 MiB in 16 bits, for which 512 are pinned.
+    assert "The reference's layers take 14.0 GiB of the CPU's memory per process." in capsys.readouterr().out
 
 
 def allocated(job) -> tuple[int, int]:

@@ -102,6 +102,10 @@ def test_a_misspelt_option_names_the_nearest(recipe, name):
         (["--kl_clamp=-1", "--kl", "k3"], "kl_clamp must not be negative"),
         (["--alpha", "1.2"], "alpha is a share, at most 1, not 1.2"),
         (["--updates_per_rollout", "7"], "updates_per_rollout = 7 must divide prompts_per_step = 64"),
+        (
+            ["--reference_device", "cpu", "--zoom_judge", "reference", "--zoom_answer", "decode"],
+            "reference_device = cpu copies all layers for every token .* needs zoom_answer = letters",
+        ),
     ],
 )
 def test_mistakes_on_the_command_line(recipe, arguments, expected):

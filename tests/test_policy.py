@@ -39,6 +39,7 @@ from policy import (
     mrope_positions,
     sample,
     stops_at,
+    stream_layers,
     window_layout,
 )
 from video import normalise_patches
@@ -320,6 +321,26 @@ def test_a_token_changes_only_what_follows_it_in_its_own_response(model64, scene
     expected = torch.zeros_like(mask)
     expected[0, 2, 4:] = True  # entry t is the state before token t
     assert torch.equal(moved, expected[mask])
+
+
+def test_streamed_layers_are_there_one_at_a_time(model64, scene):
+    prompts, responses, mask = scene
+    model = copy.deepcopy(model64).requires_grad_(False)
+    expected = group_hidden(model, prompts, responses, mask)
+    stream_layers(model)
+    layers = model.model.language_model.layers
+    home = [[weight.data_ptr() for weight in layer.parameters()] for layer in layers]
+
+    def away(module, *_) -> None:
+        at_work.append([[w.data_ptr() for w in layer.parameters()] != h for layer, h in zip(layers, home, strict=True)])
+
+    at_work: list[list[bool]] = []
+    for layer in layers:
+        layer.mlp.register_forward_hook(away)
+    for _ in range(2):
+        assert torch.equal(group_hidden(model, prompts, responses, mask), expected)
+    assert at_work == 2 * [[i == k for i in range(len(layers))] for k in range(len(layers))]
+    assert [[weight.data_ptr() for weight in layer.parameters()] for layer in layers] == home
 
 
 def test_padding_has_no_influence(model64, scene):

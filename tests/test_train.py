@@ -263,6 +263,15 @@ def test_sharded_weights_in_bfloat16_leave_sums_unrounded(recipe, tmp_path, smal
     assert {weight.dtype for weight in weights(tmp_path / "run").values()} == {torch.float32}
 
 
+def test_a_reference_in_the_cpu_s_memory_changes_nothing(recipe, tmp_path):
+    """In the KL and as the judge, in bfloat16: to the last bit."""
+    common = ["--config", str(recipe), "--mixed_precision", "bf16", "--beta", "0.05", "--zoom_judge", "reference"]
+    for place in ("same", "cpu"):
+        main([*common, "--reference_device", place, "--out", str(tmp_path / place)])
+    assert read_metrics(tmp_path / "same")[1]["kl/text"] > 0
+    assert_same_run(tmp_path / "same", tmp_path / "cpu")
+
+
 def weights_of_vision(recipe) -> dict[str, torch.Tensor]:
     model, _ = load(configuration.parse(["--config", str(recipe)]).model)
     return {name: weight for name, weight in model.state_dict().items() if ".visual." in name}
@@ -272,7 +281,7 @@ OPTIONS = [
     ["--tokenadv", "paper"],
     ["--tokenadv", "off", "--std", "sample"],
     ["--zoom_judge", "reference", "--kl", "none"],
-    ["--zoom_reward", "false"],
+    ["--zoom_reward", "false", "--reference_device", "cpu"],
     ["--zoom_sees_think", "--invalid_span", "uniform"],
     ["--zoom_answer", "decode", "--zoom_budget", "88"],
     ["--kl", "k1", "--normalise", "token"],
@@ -303,7 +312,7 @@ def test_every_choice_is_tried():
     tried = {(o[i], o[i + 1]) for o in OPTIONS for i in range(len(o) - 1)}
     usual = {"--zoom_judge": "policy", "--invalid_span": "zero", "--zoom_answer": "letters", "--kl": "exact"}
     usual |= {"--tokenadv": "code", "--std": "population", "--normalise": "sequence", "--schedule": "constant"}
-    usual |= {"--mixed_precision": "no", "--grounding": "iou"}
+    usual |= {"--mixed_precision": "no", "--grounding": "iou", "--reference_device": "same"}
     for name, field in configuration.Config.__dataclass_fields__.items():
         for choice in field.metadata["choices"] or ():
             pair = (f"--{name}", choice)
