@@ -304,10 +304,12 @@ def parse_with(
 
 
 def parse_for_model(
-    own: argparse.ArgumentParser, arguments: list[str] | None = None
+    own: argparse.ArgumentParser,
+    arguments: list[str] | None = None,
+    recipe: Callable[[argparse.Namespace], str | Path] = lambda given: suiting_recipe(given.model),
 ) -> tuple[argparse.Namespace, Config]:
     """`parse_with` for a script that asks a model: --model, else that of --config, else the built-in one."""
-    given, config = parse_with(own, arguments, lambda given: suiting_recipe(given.model))
+    given, config = parse_with(own, arguments, recipe)
     if not given.model and not given.config:
         config.model = str(BUILT_IN)
     return given, config

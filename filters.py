@@ -4,11 +4,11 @@
     accelerate launch filters.py plm_video --model CHECKPOINT --train_data plm.jsonl --out DIR
     python filters.py qvhighlights --data_format qvhighlights --train_data highlight_train_release.jsonl --out DIR
 
-| filter       | what is measured                               | `paper` (Appendix A): drop a sample if              |
-|--------------|------------------------------------------------|-----------------------------------------------------|
+| filter       | what is measured                               | `paper` (Appendix A): drop a sample if               |
+|--------------|------------------------------------------------|------------------------------------------------------|
 | stage2       | accuracy and IoU of G sampled responses        | all are correct, or max IoU - mean IoU < 0.1 (Eq. 6) |
-| plm_video    | the answer from the whole video, from the clue | only the one from the clue is correct               |
-| qvhighlights | the video's length                             | it is not above 120 s                               |
+| plm_video    | the answer from the whole video, from the clue | only the one from the clue is correct                |
+| qvhighlights | the video's length                             | it is not above 120 s                                |
 
 Other rules, by `--rule`:
 
@@ -17,13 +17,13 @@ Other rules, by `--rule`:
   that the clue duration indeed provides sufficient information", but the rule it prints keeps what is answered from
   neither, and drops what is answered from the clue alone.
 
-The paper does not say who answers in plm_video. Here it is `--model`, twice with the prompt of the zoom pass: from the
-frames of the coarse pass, and from those of a zoom on the true spans.
+The paper does not say who answers in plm_video. Here it is `--model`, or `--judge_model` at a chat `--endpoint`, twice
+with the prompt of the zoom pass: from the frames of the coarse pass, and from those of a zoom on the true spans.
 
 `--out` gets verdicts.jsonl, a line per sample with its numbers, "kept" and "reason", and train.jsonl, the kept samples.
-What has a line is not measured again: an interrupted run goes on, and a finished one applies another `--rule` or
-`--threshold` without a model. Samples are measured in batches that depend on the data alone, and sampling is seeded per
-sample, so neither the number of processes nor an interruption changes a result.
+What has a line is not measured again (until it is deleted): an interrupted run goes on, and a finished one applies
+another `--rule` or `--threshold` without a model. Samples are measured in batches that depend on the data alone, and
+sampling is seeded per sample, so neither the number of processes nor an interruption changes a result.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -49,8 +50,10 @@ import config as configuration
 import data
 import evaluate
 import journal
+import prompts
 import world
-from config import Config, ConfigError
+from chat import Cached, Chat, ChatError, Message, RequestError, Shown, connect
+from config import Config, ConfigError, suiting_recipe
 from data import DataError, Sample
 from decode import VideoError, prefetch, probe
 from evaluate import view_all
@@ -58,8 +61,10 @@ from infer import DECISIVE, Agent, load_agent
 from policy import ModelError
 from rewards import accuracy_reward, iou_reward, merge
 from rollout import View, answer_clips, check_samples, roll_out, zoom_clips
+from video import Clip
 
-UNREADABLE = "unreadable video"
+AT_ONCE = 8  # requests to an endpoint
+NOT_MEASURED = "not measured"  # the line's "error" says why
 
 
 # ---------------------------------------------------------------- the rules
@@ -119,23 +124,56 @@ def measure_responses(policy: Agent, views: Sequence[View]) -> list[dict]:
     return rows
 
 
-def measure_clues(policy: Agent, views: Sequence[View]) -> list[dict]:
+@dataclass(frozen=True)
+class Judge:
+    """Whoever answers in the policy's place, and how it is shown videos."""
+
+    chat: Chat
+    config: Config
+
+
+def measure_clues(asked: Agent | Judge, views: Sequence[View]) -> list[dict]:
     """The letters answered from the whole video and from its true spans alone."""
-    rows: list[dict] = []
-    jobs = []
+    clues: list[Clip | VideoError] = []
     for view in views:
         try:
-            clue = zoom_clips(view, [list(view.sample.spans)], policy.config)[0]
+            clues += zoom_clips(view, [list(view.sample.spans)], asked.config)
         except VideoError as error:
-            rows.append({"error": str(error)})
-            continue
-        rows.append({"answer": view.sample.answer})
-        jobs += [(view.sample, view.clip, None), (view.sample, clue, None)]
-    zooms = iter(answer_clips(policy.model, jobs, policy.config, policy.vocabulary))
-    for row in rows:
-        if "answer" in row:
-            row["whole_answer"], row["clue_answer"] = next(zooms).answer, next(zooms).answer
+            clues.append(error)
+    shown = [
+        (v, clip) for v, clue in zip(views, clues, strict=True) if isinstance(clue, Clip) for clip in (v.clip, clue)
+    ]
+    letters = iter(ask_judge(asked, shown) if isinstance(asked, Judge) else ask_policy(asked, shown))
+    rows = []
+    for view, clue in zip(views, clues, strict=True):
+        said = [next(letters), next(letters)] if isinstance(clue, Clip) else [clue]
+        errors = [str(one) for one in said if isinstance(one, Exception)]
+        names = ("whole_answer", "clue_answer")
+        answered = {"answer": view.sample.answer, **dict(zip(names, said, strict=False))}
+        rows.append({"error": errors[0]} if errors else answered)
     return rows
+
+
+def ask_policy(agent: Agent, shown: Sequence[tuple[View, Clip]]) -> list[str | None]:
+    """The letter that the policy answers to each view's question, shown a clip; None is unreadable."""
+    jobs = [(view.sample, clip, None) for view, clip in shown]
+    return [zoom.answer for zoom in answer_clips(agent.model, jobs, agent.config, agent.vocabulary)]
+
+
+def ask_judge(judge: Judge, shown: Sequence[tuple[View, Clip]]) -> list[str | RequestError | None]:
+    """The same of a judge, who may refuse a request. Raises ChatError if there is no use in going on."""
+
+    def ask(view: View, clip: Clip) -> str | RequestError | None:
+        sample = view.sample
+        words = prompts.zoom_text("zoom_zero", sample.question, list(sample.options))
+        frames = Shown(sample.video, (0.0, view.info.duration), clip)
+        try:
+            return prompts.parse_answer(judge.chat.reply([Message("user", (frames, words))]).text, bare=True)
+        except RequestError as error:
+            return error
+
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        return list(pool.map(lambda one: ask(*one), shown))
 
 
 def with_durations(samples: Sequence[Sample], config: Config) -> tuple[list[Sample], dict[str, VideoError]]:
@@ -146,10 +184,11 @@ def with_durations(samples: Sequence[Sample], config: Config) -> tuple[list[Samp
             known.append(replace(sample, duration=sample.duration or probe(sample.video).duration))
         except VideoError as error:
             unreadable[sample.video] = error
-    return known, unreadable
+    return [sample for sample in known if sample.video not in unreadable], unreadable
 
 
-def measure_durations(policy: None, samples: Sequence[Sample]) -> list[dict]:
+def measure_durations(_: None, samples: Sequence[Sample]) -> list[dict]:
+    """Durations in seconds."""
     return [{"duration": sample.duration} for sample in samples]
 
 
@@ -158,10 +197,10 @@ class Filter:
     """One filter: what a sample must have, how samples are measured, and its rules with their threshold's default."""
 
     needed: tuple[str, ...]
-    measure: Callable[[Agent | None, list], list[dict]]
+    measure: Callable[[Agent | Judge | None, list], list[dict]]
     rules: dict[str, Callable[[Mapping, float | None], str | None]]
     threshold: float | None
-    asks: bool  # needs a policy
+    asks: bool  # a model or a judge is needed
 
 
 FILTERS = {
@@ -194,8 +233,10 @@ def measure_all(
     made_with: dict,
     config: Config,
     accelerator: Accelerator,
+    load: Callable[[], Agent | Judge],
 ) -> None:
-    """Add a line to the journal `path` for each sample that is not done. Split over processes by batches.
+    """Add a line to the journal `path` for each sample that is not done, asking what `load` returns. Split over
+    processes by batches.
 
     A batch is always measured whole: rounding, and with it the last digit of a probability, depends on its company.
     """
@@ -204,7 +245,7 @@ def measure_all(
     rest = [batch for batch in batches if any(sample.id not in done for sample in batch)]
     if not rest:
         return
-    policy = load_agent(config, accelerator.device) if chosen.asks else None
+    asked = load() if chosen.asks else None
     read = view_all if chosen.asks else with_durations
     mine = rest[accelerator.process_index :: accelerator.num_processes]
     shown = {"desc": f"{path}: {len(done)} done", "disable": None if accelerator.is_main_process else True}
@@ -214,7 +255,7 @@ def measure_all(
     ):
         for batch, (readable, unreadable) in zip(mine, ahead, strict=True):
             with torch.no_grad(), accelerator.autocast():
-                measured = iter(chosen.measure(policy, readable))
+                measured = iter(chosen.measure(asked, readable))
             for sample in batch:
                 error = unreadable.get(sample.video)
                 numbers = next(measured) if error is None else {"error": str(error)}
@@ -250,7 +291,7 @@ def finished(
 
 def verdict(row: Mapping, chosen: Filter, rule: str, threshold: float | None) -> dict:
     """The line with "kept" and "reason" by a rule."""
-    reason = UNREADABLE if "error" in row else chosen.rules[rule](row, threshold)
+    reason = NOT_MEASURED if "error" in row else chosen.rules[rule](row, threshold)
     return {**row, "kept": reason is None, "reason": reason}
 
 
@@ -270,40 +311,50 @@ def summary(samples: Sequence[Sample], rows: Sequence[Mapping]) -> str:
         evidence = [sum(end - start for start, end in merge(list(s.spans))) for s in some if s.spans]
         lines.append((name, str(len(some)), *(f"{fmean(v):.1f}" if v else "-" for v in (durations, evidence))))
     lines += [(f"dropped: {reason}", str(n)) for reason, n in Counter(r["reason"] for r in rows).items() if reason]
-    errors = [f"the first unreadable video: {row['error']}" for row in rows if "error" in row][:1]
+    errors = [f"the first error: {row['error']}" for row in rows if "error" in row][:1]
     return "\n".join([evaluate.aligned(lines), *errors])
 
 
-def run(
-    name: str, rule: str, threshold: float | None, out: Path, config: Config, accelerator: Accelerator, skip: bool
-) -> None:
-    """Measure what is not measured yet; write verdicts and the kept samples. `skip`: without those whose video is
-    missing. Raises DataError.
-    """
-    chosen = FILTERS[name]
+def run(given: argparse.Namespace, rule: str, threshold: float | None, config: Config) -> None:
+    """Measure what is not measured yet, write verdicts and kept samples. Raises DataError, ModelError, ChatError."""
+    chosen, out = FILTERS[given.filter], Path(given.out or f"runs/filters/{given.filter}")
+    accelerator = evaluate.patient_accelerator(config)
     with accelerator.main_process_first():
         samples = world.load_samples(config.train_data, "train", config)
     check_samples(samples, chosen.needed, config.train_data)
-    settings = {n: getattr(config, n) for n in (*DECISIVE, "model", "seed", "group_size", "temperature")}
-    made_with = {"filter": name, **(settings if chosen.asks else {})}
+    settings = {name: getattr(config, name) for name in (*DECISIVE, "model", "seed", "group_size", "temperature")}
+    if given.judge_model:
+        settings["model"] = f"{given.judge_model} at an endpoint"
+    made_with = {"filter": given.filter, **(settings if chosen.asks else {})}
     path, training = out / "verdicts.jsonl", out / "train.jsonl"
     done = finished(path, samples, made_with, config, accelerator)
     rest = [sample for sample in samples if sample.id not in done]
     if chosen.asks and rest:
-        there = {sample.id for sample in data.check_videos(rest, skip)}
+        there = {sample.id for sample in data.check_videos(rest, given.skip_missing)}
         samples = [sample for sample in samples if sample.id in done or sample.id in there]
-    measure_all(chosen, samples, done, path, made_with, config, accelerator)
+    load = (
+        partial(load_judge, given, out, config)
+        if given.judge_model
+        else partial(load_agent, config, accelerator.device)
+    )
+    measure_all(chosen, samples, done, path, made_with, config, accelerator, load)
     done = finished(path, samples, made_with, config, accelerator)
     if accelerator.is_main_process:
         rows = [verdict(done[sample.id], chosen, rule, threshold) for sample in samples]
-        save(path, lambda part: part.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows)))
+        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        save(path, lambda part: part.write_text(lines, encoding="utf-8"))
         training.unlink(missing_ok=True)
-        print(f"{name}, {rule}:\n{summary(samples, rows)}")
+        print(f"{given.filter}, {rule}:\n{summary(samples, rows)}")
         kept = [sample for sample, row in zip(samples, rows, strict=True) if row["kept"]]
         if not kept:
             raise DataError(f"{training}: not written, since no sample is kept; {path} has the reasons")
         save(training, partial(data.save, samples=[replace(s, video=identity(s, config)["video"]) for s in kept]))
         print(f"{training}: the kept samples; {path}: a line for each")
+
+
+def load_judge(given: argparse.Namespace, out: Path, config: Config) -> Judge:
+    """Who answers at the endpoint; the replies are kept in the folder. Raises ChatError naming what is missing."""
+    return Judge(Cached(connect(given.endpoint, given.judge_model), out / "replies"), config)
 
 
 # ---------------------------------------------------------------- command line
@@ -316,12 +367,19 @@ def parser() -> argparse.ArgumentParser:
     own.add_argument("--rule", help="the rule by which samples are dropped (default: paper)")
     own.add_argument("--threshold", type=float, help="stage2: Eq. 6's delta (default 0.1); qvhighlights: seconds (120)")
     own.add_argument("--out", help="folder of what is left behind (default: runs/filters/FILTER)")
+    own.add_argument("--judge_model", help="plm_video: the model at --endpoint that answers, instead of --model")
+    own.add_argument("--endpoint", help="address of a chat endpoint (default: that of OPENAI_BASE_URL)")
     own.add_argument("--skip_missing", action="store_true", help="leave out samples whose video file is missing")
     return own
 
 
+def recipe(given: argparse.Namespace) -> Path:
+    """A judge is shown videos by the paper's values for long videos, the policy as suits it."""
+    return configuration.RECIPES / "long_video.yaml" if given.judge_model else suiting_recipe(given.model)
+
+
 def main(arguments: list[str] | None = None) -> None:
-    given, config = configuration.parse_for_model(parser(), arguments)
+    given, config = configuration.parse_for_model(parser(), arguments, recipe)
     if given.filter is None:
         raise ConfigError(f"which filter? {', '.join(FILTERS)}")
     chosen = FILTERS[given.filter]
@@ -330,17 +388,17 @@ def main(arguments: list[str] | None = None) -> None:
         raise ConfigError(f"--rule of {given.filter} is one of {', '.join(chosen.rules)}, not {rule!r}")
     if given.threshold is not None and (chosen.threshold is None or not given.threshold >= 0):
         raise ConfigError(f"--threshold {given.threshold}: stage2 and qvhighlights take one, not negative")
-    threshold = chosen.threshold if given.threshold is None else given.threshold
+    if (given.endpoint or given.judge_model) and not (given.filter == "plm_video" and given.judge_model):
+        raise ConfigError("--judge_model, at an --endpoint, is for plm_video; an endpoint needs a model's name")
     disable_progress_bar()  # of loading weights
     if config.threads:
         torch.set_num_threads(config.threads)
-    out = Path(given.out or f"runs/filters/{given.filter}")
-    run(given.filter, rule, threshold, out, config, evaluate.patient_accelerator(config), given.skip_missing)
+    run(given, rule, chosen.threshold if given.threshold is None else given.threshold, config)
 
 
 if __name__ == "__main__":
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     try:
         main()
-    except (ConfigError, DataError, ModelError, OSError) as error:
+    except (ConfigError, DataError, ModelError, ChatError, OSError) as error:
         sys.exit(f"error: {error}")

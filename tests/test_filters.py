@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from test_metrics import REAL, real
 import config as configuration
 import data
 import filters
+from chat import ChatError, Reply, RequestError
 from config import ConfigError
 from data import DataError
 from evaluate import view_all
@@ -141,6 +143,48 @@ def test_the_clue_and_the_whole_video_get_the_same_question(agent, samples):
         assert row == {"answer": view.sample.answer, "whole_answer": whole.answer, "clue_answer": part.answer}
 
 
+class Judge:
+    """An endpoint's stand-in: it knows an answer from up to 12 frames, refuses one question, and breaks down once."""
+
+    name = "judge"
+
+    def __init__(self, samples, refused: str, breaks_after: int):
+        self.right = {sample.question: sample.answer for sample in samples}
+        self.refused, self.left, self.answered, self.lock = refused, breaks_after, [], threading.Lock()
+
+    def reply(self, messages) -> Reply:
+        [message] = messages
+        frames, words = message.parts
+        question, _, rest = words.partition("\n")
+        if question == self.refused:
+            raise RequestError("endpoint: status 400: too long")
+        with self.lock:
+            self.left -= 1
+            if not self.left:
+                raise ChatError("endpoint: status 500")
+            self.answered.append((words, frames.clip.frames.numpy().tobytes()))
+        assert message.role == "user" and rest.endswith("Respond with only the letter of the option.")
+        return Reply(f"({self.right[question]})" if len(frames.clip.frames) <= 12 else "I cannot tell.")
+
+
+def test_a_judge_answers_in_the_policys_place(samples, recipe, tmp_path, monkeypatch):
+    single = [replace(s, question=f"{s.id}: {s.question}") for s in samples if len(s.spans) == 1][:5]
+    data.save(tmp_path / "data.jsonl", single)
+    judge = Judge(single, refused=single[-1].question, breaks_after=5)
+    monkeypatch.setattr(filters, "connect", lambda endpoint, model: judge)
+    monkeypatch.setattr(filters, "load_agent", lambda *_: pytest.fail("a model was loaded"))
+    command = ["plm_video", "--config", str(recipe), "--rollout_batch", "2", "--judge_model", "large"]
+    command += ["--train_data", str(tmp_path / "data.jsonl"), "--out", str(tmp_path), "--rule", "sufficient"]
+    with pytest.raises(ChatError, match="status 500"):
+        filters.main(command)
+    assert len((tmp_path / "verdicts.jsonl").read_text().splitlines()) == 2  # the first batch's
+    filters.main(command)
+    *rows, last = read_lines(tmp_path)
+    assert [(row["whole_answer"], row["clue_answer"]) for row in rows] == [(None, s.answer) for s in single[:4]]
+    assert all(row["kept"] for row in rows) and last["reason"] == "not measured" and "status 400" in last["error"]
+    assert len(judge.answered) == len(set(judge.answered)) == 2 * len(rows)
+
+
 # ---------------------------------------------------------------- the command
 
 
@@ -207,11 +251,11 @@ def damaged(samples, tmp_path):
 def test_an_unreadable_video_is_a_counted_skip(name, asking, damaged, tmp_path, capsys):
     filters.main([name, *asking[1:], "--train_data", damaged, "--out", str(tmp_path / "out")])
     rows = read_lines(tmp_path / "out")
-    assert [row["reason"] == "unreadable video" for row in rows] == [True] * 2 + [False] * (len(rows) - 2)
+    assert [row["reason"] == "not measured" for row in rows] == [True] * 2 + [False] * (len(rows) - 2)
     assert "broken.mp4" in rows[0]["error"] and not rows[1]["kept"]
     printed = capsys.readouterr().out.splitlines()
-    assert any(line.split() == ["dropped:", "unreadable", "video", "2"] for line in printed)
-    assert any(line.startswith("the first unreadable video: ") and "broken.mp4" in line for line in printed)
+    assert any(line.split() == ["dropped:", "not", "measured", "2"] for line in printed)
+    assert any(line.startswith("the first error: ") and "broken.mp4" in line for line in printed)
 
 
 # ---------------------------------------------------------------- what is refused
@@ -226,6 +270,8 @@ def test_an_unreadable_video_is_a_counted_skip(name, asking, damaged, tmp_path, 
         (["plm_video", "--threshold", "0.1"], "stage2 and qvhighlights take one"),
         (["stage2", "--threshold", "-1"], "not negative"),
         (["stage2", "--threshold", "nan"], "not negative"),
+        (["stage2", "--judge_model", "m"], "--judge_model, at an --endpoint, is for plm_video"),
+        (["plm_video", "--endpoint", "http://localhost"], "an endpoint needs a model's name"),
         (["stage2", "--thresold", "1"], "the nearest is 'threshold'"),
     ],
 )
