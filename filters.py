@@ -89,7 +89,7 @@ def stage2_released(row: Mapping, threshold: float) -> str | None:
 
 def reasons(row: Mapping, signal: bool, otherwise: str) -> str | None:
     """All that speaks against a sample: only correct answers, and no signal in the spans."""
-    found = ["all correct"] if min(row["accuracies"]) == 1 else []
+    found = ["all correct"] if min(row["accuracies"], default=0) == 1 else []
     found += [] if signal else [otherwise]
     return ", ".join(found) or None
 
@@ -114,12 +114,13 @@ def too_short(row: Mapping, threshold: float) -> str | None:
 
 
 def measure_responses(policy: Agent, views: Sequence[View]) -> list[dict]:
-    """Accuracy and IoU of G responses to each question, and Eq. 6."""
+    """Accuracy (none without options and answer) and IoU of G responses to each question, and Eq. 6."""
     rows = []
     for group in roll_out(policy.model, views, policy.config, policy.vocabulary, step=0):
         sample = group.view.sample
         ious = [iou_reward(response.spans, list(sample.spans)) for response in group.responses]
-        accuracies = [accuracy_reward(response.answer, sample.answer) for response in group.responses]
+        answers = [response.answer for response in group.responses] if sample.options and sample.answer else []
+        accuracies = [accuracy_reward(answer, sample.answer) for answer in answers]
         rows.append({"accuracies": accuracies, "ious": ious, "delta": iou_delta(ious)})
     return rows
 
@@ -321,7 +322,8 @@ def run(given: argparse.Namespace, rule: str, threshold: float | None, config: C
     accelerator = evaluate.patient_accelerator(config)
     with accelerator.main_process_first():
         samples = world.load_samples(config.train_data, "train", config)
-    check_samples(samples, chosen.needed, config.train_data)
+    events = given.filter == "stage2" and config.template == "longvtg_r1"  # its template asks for events too
+    check_samples(samples, ("spans",) if events else chosen.needed, config.train_data)
     settings = {name: getattr(config, name) for name in (*DECISIVE, "model", "seed", "group_size", "temperature")}
     if given.judge_model:
         settings["model"] = f"{given.judge_model} at an endpoint"

@@ -130,6 +130,18 @@ def test_responses_are_scored_as_in_training(agent, samples, monkeypatch):
     assert len(rows) == 3 and any(len(set(row["ious"])) > 1 for row in rows)
 
 
+def test_events_without_options_are_judged_by_their_spans(agent, samples, recipe, tmp_path):
+    event = replace(samples[0], options=(), answer=None, question="red shows a pattern")
+    agent = replace(agent, config=replace(agent.config, template="longvtg_r1"))
+    [row] = measure_responses(agent, view_all([event], agent.config)[0])
+    assert row["accuracies"] == [] and len(row["ious"]) == agent.config.group_size
+    assert verdict({**row, "delta": 0.2}, FILTERS["stage2"], "paper", 0.1)["kept"]
+    data.save(tmp_path / "data.jsonl", [event])
+    arguments = ["stage2", "--config", str(recipe), "--train_data", str(tmp_path / "data.jsonl")]
+    with pytest.raises(DataError, match=r"row 1 .* options, answer needed"):
+        filters.main(arguments)
+
+
 def test_the_clue_and_the_whole_video_get_the_same_question(agent, samples):
     outside = replace(samples[1], spans=((900.0, 901.0),))
     views, _ = view_all([samples[0], outside, samples[2]], agent.config)
