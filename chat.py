@@ -29,8 +29,9 @@ import threading
 import time
 import urllib.error
 import urllib.request
+import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Protocol
@@ -83,7 +84,7 @@ class Reply:
 
 
 class Chat(Protocol):
-    """Whoever can be asked. `name` tells apart what may answer differently: model, address, options."""
+    """Whoever can be asked. `name` tells apart what may answer differently: model and options, not the address."""
 
     name: str
 
@@ -129,7 +130,7 @@ class Endpoint:
         if not self.model:
             raise ChatError(f"endpoint {self.url}: which model? Give --judge_model NAME")
         self.url = self.url.rstrip("/").removesuffix("/chat/completions")
-        self.name = f"{self.url} {self.model} {self.max_tokens} {self.temperature}"
+        self.name = f"{self.model} {self.max_tokens} {self.temperature}"
 
     def reply(self, messages: Sequence[Message]) -> Reply:
         """Ask, and ask again where that may help. Raises RequestError, and ChatError for all other failures."""
@@ -267,7 +268,7 @@ class Local:
 # ---------------------------------------------------------------- replies that are kept
 
 
-@dataclass
+@dataclass(frozen=True)
 class Usage:
     """What was asked and what was known already: requests and tokens. Prices are per million tokens."""
 
@@ -275,6 +276,9 @@ class Usage:
     known: int = 0
     prompt_tokens: int = 0
     completion_tokens: int = 0
+
+    def __add__(self, other: Usage) -> Usage:
+        return Usage(*(mine + theirs for mine, theirs in zip(astuple(self), astuple(other), strict=True)))
 
     def cost(self, prompt_price: float, completion_price: float) -> float:
         return (self.prompt_tokens * prompt_price + self.completion_tokens * completion_price) / 1e6
@@ -291,21 +295,21 @@ class Cached:
     def __init__(self, chat: Chat, folder: str | Path):
         self.chat, self.folder, self.name = chat, Path(folder), chat.name
         self.usage, self.lock = Usage(), threading.Lock()
+        self.under_way: weakref.WeakValueDictionary[str, threading.Lock] = weakref.WeakValueDictionary()
 
     def reply(self, messages: Sequence[Message]) -> Reply:
         """Raises ChatError, and JournalError if the reply cannot be kept."""
         key = content_hash(self.name, messages)
         path = self.folder / key[:2] / f"{key}.json"
-        known = path.exists()
-        reply = Reply(**json.loads(path.read_text(encoding="utf-8"))) if known else self.chat.reply(messages)
-        if not known:
-            keep(path, reply)
         with self.lock:
-            self.usage.known += known
-            self.usage.asked += not known
+            asking = self.under_way.setdefault(key, threading.Lock())
+        with asking:  # who asks the same at the same time waits for the reply
+            known = path.exists()
+            reply = Reply(**json.loads(path.read_text(encoding="utf-8"))) if known else self.chat.reply(messages)
             if not known:
-                self.usage.prompt_tokens += reply.prompt_tokens
-                self.usage.completion_tokens += reply.completion_tokens
+                keep(path, reply)
+        with self.lock:
+            self.usage += Usage(known=1) if known else Usage(1, 0, reply.prompt_tokens, reply.completion_tokens)
         return reply
 
 

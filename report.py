@@ -5,6 +5,7 @@ carries.
 - `plot_by_clue`: mIoU against the duration and the proportion of the evidence, as Zoom-Zero's Figure 3. Different from
   the paper: bins hold about equally many questions, so that their error bars can be compared, and the score of simply
   answering "the whole video" is drawn as well, because it alone rises with the proportion.
+- `plot_statistics`: durations of videos and shares of the evidence, as LongVTG-R1's Figure 3.
 
 From the shell: `python report.py RUN [RUN ...] --out curves.png`, where RUN is a run's folder or its metrics.jsonl.
 """
@@ -337,6 +338,47 @@ def draw_bins(axes, values: np.ndarray, iou: Mapping[str, np.ndarray], shares: n
     ranges = [f"{short(low)}–{short(high)}" for low, high in pairwise(edges)]
     axes.set_xticks(x, [f"{name}\nn = {len(m)}" for name, m in zip(ranges, members, strict=True)])
     return [len(m) for m in members]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Statistics of a data set
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def round_edges(values: Sequence[float]) -> list[float]:
+    """Bin edges of the series ..., 0.5, 1, 2, 5, 10, ... around all values, which must be positive."""
+    powers = range(math.floor(math.log10(min(values))) - 1, math.floor(math.log10(max(values))) + 3)
+    edges = [float(f"{digit}e{power}") for power in powers for digit in (1, 2, 5)]
+    low = max(k for k, edge in enumerate(edges) if edge <= min(values))
+    high = min(k for k, edge in enumerate(edges) if edge > max(values))
+    return edges[low : high + 1]
+
+
+def plot_statistics(durations: Sequence[float], shares: Sequence[float], out: str | Path) -> None:
+    """Draw how long the videos are (left) and which share of its video each question's evidence has (right).
+
+    durations: seconds, one per video. shares: of 1, one per question. Raises ReportError if there are none, or one is
+    not positive. Source: LongVTG-R1, Figure 3.
+    """
+    for name, values in (("durations", durations), ("shares", shares)):
+        if not len(values) or not all(0 < value < math.inf for value in values):
+            raise ReportError(f"{name} must be positive, and at least one, not {list(values)[:3]}")
+    figure = Figure(figsize=(9, 3.2), dpi=150, layout="constrained")
+    panels = (
+        ("videos", "duration (s)", durations),
+        ("questions", "evidence as a share of the video (%)", [100 * share for share in shares]),
+    )
+    for axes, (title, label, values) in zip(figure.subplots(1, 2), panels, strict=True):
+        edges = round_edges(values)
+        counts, _ = np.histogram(values, edges)
+        drawn = axes.bar(range(len(counts)), counts, width=0.9, color=COLOURS[0])
+        axes.bar_label(drawn, fontsize=8, color=MUTED)
+        axes.set_title(f"{title}: {len(values)}, median {np.median(values):.3g}", loc="left", fontsize=9, color=INK)
+        axes.set_xlabel(label, fontsize=9, color=INK)
+        tidy(axes)
+        axes.yaxis.set_major_locator(MaxNLocator(5, integer=True))
+        axes.set_xticks(range(len(counts)), [f"{low:g}–{high:g}" for low, high in pairwise(edges)])
+    save_figure(figure, out)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -171,17 +171,16 @@ def drop_video_token(folder: Path) -> None:
         (folder / name).write_text((folder / name).read_text().replace("<|video_pad|>", "<|something|>"))
 
 
-# A script's main, in a process that notes which questions are passed to one of the script's functions.
+# A script's main, in a process that notes the ids of what is passed to one of the script's functions.
 SPY = """
 import os, sys
 sys.path.insert(0, {root!r})
 import {script}
-from data import Sample
 call = {script}.{function}
 def noted(*arguments):
-    given = [one for a in arguments for one in (a if isinstance(a, list) else [a]) if isinstance(one, Sample)]
+    given = [one for a in arguments for one in (a if isinstance(a, list) else [a]) if hasattr(one, "id")]
     with open({folder!r} + "/asked-" + os.environ["RANK"], "a") as file:
-        file.writelines(sample.id + chr(10) for sample in given)
+        file.writelines(one.id + chr(10) for one in given)
     return call(*arguments)
 {script}.{function} = noted
 {script}.main(sys.argv[1:])
@@ -189,7 +188,7 @@ def noted(*arguments):
 
 
 def run_in_two_processes(script: str, function: str, arguments: list[str], folder: Path) -> list[list[str]]:
-    """Run a script in two processes; the ids of the questions that each of them has passed to the function."""
+    """Run a script in two processes; the ids of what each of them has passed to the function."""
     spy = folder / "spy.py"
     spy.write_text(SPY.format(root=str(ROOT), script=script, function=function, folder=str(folder)))
     # accelerate launch --cpu starts several processes with MPI only; torch's launcher needs nothing else.

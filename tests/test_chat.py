@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import io
 import json
 import random
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
@@ -267,6 +269,22 @@ def test_nothing_is_asked_twice(tmp_path):
     assert cached.usage.cost(2.0, 8.0) == pytest.approx(0.00208)
     assert cached.usage.describe() == "1 requests, 1 known already, 1000 prompt and 10 completion tokens"
     assert cached.usage.describe(2000, 0).endswith(", cost 2.00")
+
+
+def test_what_several_ask_at_once_is_asked_once(tmp_path):
+    together = threading.Barrier(2)
+
+    class Slow(Counting):
+        def reply(self, messages) -> Reply:
+            with contextlib.suppress(threading.BrokenBarrierError):
+                together.wait(0.2)  # a second one would come in the meantime
+            return super().reply(messages)
+
+    inner = Slow()
+    cached = Cached(inner, tmp_path)
+    with ThreadPoolExecutor(4) as pool:
+        replies = list(pool.map(cached.reply, [ASKED] * 4))
+    assert len(inner.asked) == 1 and len(set(replies)) == 1 and cached.usage.known == 3
 
 
 def test_what_differs_is_asked():

@@ -255,3 +255,31 @@ def test_bins_are_never_empty(values, bins):
     edges = report.bin_edges(np.array(values, dtype=float), bins)
     counts = np.histogram(values, np.unique(edges) if len(np.unique(edges)) > 1 else 1)[0]
     assert counts.min() >= 1 and counts.sum() == len(values) and 2 <= len(edges) <= bins + 1
+
+
+# Statistics of a data set
+
+
+@deterministic
+@given(st.lists(st.floats(1e-6, 1e9), min_size=1, max_size=9))
+def test_round_edges_hold_all_values_and_no_end_is_empty(values):
+    edges = report.round_edges(values)
+    counts = np.histogram(values, edges)[0]
+    assert counts.sum() == len(values) and counts[0] > 0 and counts[-1] > 0 and max(values) < edges[-1]
+    assert {f"{edge:e}"[:8] for edge in edges} <= {"1.000000", "2.000000", "5.000000"}
+
+
+def test_statistics_count_videos_and_questions(figures):
+    report.plot_statistics([100, 150, 1200], [0.03, 0.04, 0.06, 0.5], "unused.png")
+    left, right = figures[0].axes
+    assert [bar.get_height() for bar in left.patches] == [2, 0, 0, 1]
+    assert [t.get_text() for t in left.get_xticklabels()] == ["100–200", "200–500", "500–1000", "1000–2000"]
+    assert [bar.get_height() for bar in right.patches] == [2, 1, 0, 0, 1]
+    assert [t.get_text() for t in right.get_xticklabels()] == ["2–5", "5–10", "10–20", "20–50", "50–100"]
+    assert left.get_title("left") == "videos: 3, median 150" and right.get_title("left") == "questions: 4, median 5"
+
+
+@pytest.mark.parametrize("shares", [[], [0.0, 0.1], [float("nan")]])
+def test_statistics_of_nothing_are_refused(shares):
+    with pytest.raises(ReportError, match="shares must be positive"):
+        report.plot_statistics([10.0], shares, "unused.png")
