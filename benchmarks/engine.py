@@ -1,6 +1,7 @@
 """One computation of a prompt for its whole group, against the naive way and against TRL: seconds and memory per phase.
 
     python benchmarks/engine.py --quick                # a minute, printed only
+    python benchmarks/engine.py --short                # the main job and the vision tower alone, printed only
     python benchmarks/engine.py                        # benchmarks/results/engine.md and .png, 25 minutes on two cores
 
 All engines run in one process, in turn, with the same weights, prompts and responses. Ratios are medians over repeats.
@@ -16,6 +17,10 @@ The policy is Qwen2.5-VL scaled down to 19 million random parameters (`20m` in `
 gradient checkpointing. Videos are noise of 224x224 pixels: 64 visual tokens per pair of frames. All responses have the
 same length, so nothing is padded in the naive way, and it projects only response tokens. The zoom pass answers G
 different clips, each as long as the prompt's. An update ends with AdamW's step, at learning rate 0.
+
+The main job's step is measured with the architecture and the sizes of `recipes/cpu_world.yaml`: 8 prompts at once, 64
+clips of the zoom pass in batches of 32, no checkpointing. And the vision tower alone: transformers' loop over the
+windows of its attention against ours, in which windows of equal length are one batch.
 
 Seconds are wall-clock. Memory is the most that torch has allocated beyond what it had before the phase; what the system
 gives to the process is more, for both, and depends on malloc. With a GPU, the exact 7B and 3B shapes run too, in
@@ -56,7 +61,7 @@ from benchmarks.kl import processor  # noqa: E402
 from benchmarks.memory import GIB, Parameters, cache_bytes_per_token, head_size, shape  # noqa: E402
 from grpo import grpo_loss  # noqa: E402
 from kl import chunked_weighted_kl  # noqa: E402
-from policy import Policy, Prompt, Video, build_prompt, group_hidden, last_hidden, sample  # noqa: E402
+from policy import Policy, Prompt, Video, build_prompt, encode_clips, group_hidden, last_hidden, sample  # noqa: E402
 from train import KL_CHUNK  # noqa: E402
 from video import normalise_patches  # noqa: E402
 
@@ -64,6 +69,7 @@ PHASES = ("rollout", "reference", "update", "zoom")
 STEP = PHASES[:3]  # what every engine does
 GRID = (16, 16)  # patches of a pair of frames: 64 visual tokens
 TEXT = (16, 48)  # other tokens of a prompt, before and after the video
+ORDINARY = (16, 400)  # ids of text
 LETTERS = (10, 11, 12, 13)  # ids of the options' letters
 BETA = 0.01
 ZOOM_BATCH = 4
@@ -72,24 +78,48 @@ NAIVE_MOST = 20_000  # tokens of a problem that the naive way is still measured 
 LIMITS = {"H200": (790e12, 4.3e12), "A100": (312e12, 1.8e12)}
 
 
+# The main job's: 20 frames of 56x56 pixels, a short question, responses as long as the policy's, 11 zoomed frames of
+# 112x112 pixels (Eq. 3 with a budget of 176), and the batches of recipes/cpu_world.yaml.
+MAIN_JOB = {"visual": 40, "group": 8, "length": 32, "batch": 8, "grid": (4, 4), "text": (22, 2)}
+MAIN_JOB |= {"zoom": (96, (8, 8)), "per_pass": 8, "zoom_batch": 32}
+
+
 @dataclass
 class Problem:
-    """B prompts with G responses each: ids [B, G, R], mask bool, advantages [B, G, R]; and the clips to zoom on."""
+    """B prompts with G responses each: ids [B, G, R], mask bool, advantages [B, G, R]; and the clips to zoom on.
+
+    `per_pass` prompts with their groups go through the models together, and `zoom_batch` clips.
+    """
 
     prompts: list[Prompt]
     responses: Tensor
     mask: Tensor
     advantages: Tensor
     zooms: list[Prompt]
+    per_pass: int
+    zoom_batch: int
+
+    def passes(self) -> list[slice]:
+        return [slice(start, start + self.per_pass) for start in range(0, len(self.prompts), self.per_pass)]
+
+    def zoom_passes(self) -> list[list[Prompt]]:
+        return [self.zooms[k : k + self.zoom_batch] for k in range(0, len(self.zooms), self.zoom_batch)]
 
 
-def random_prompt(model: Qwen2_5_VLConfig, visual: int, generator: torch.Generator, text_only: bool = False) -> Prompt:
+def random_prompt(
+    model: Qwen2_5_VLConfig,
+    visual: int,
+    generator: torch.Generator,
+    text_only: bool = False,
+    grid: tuple[int, int] = GRID,
+    text: tuple[int, int] = TEXT,
+) -> Prompt:
     """A prompt with `visual` visual tokens, or as long and of text alone."""
-    before, after = (torch.randint(16, 3000, (n,), generator=generator).tolist() for n in TEXT)
+    before, after = (torch.randint(*ORDINARY, (n,), generator=generator).tolist() for n in text)
     if text_only:
-        between = torch.randint(16, 3000, (visual,), generator=generator).tolist()
+        between = torch.randint(*ORDINARY, (visual,), generator=generator).tolist()
         return build_prompt(before + between + after, [], model)
-    h, w = GRID
+    h, w = grid
     grid = (visual * 4 // (h * w), h, w)
     patches = torch.randint(0, 256, (visual * 4, 1176), generator=generator, dtype=torch.uint8)
     return build_prompt([*before, model.video_token_id, *after], [Video(patches, grid, 1.0)], model)
@@ -103,13 +133,21 @@ def make_problem(
     seed: int = 0,
     batch: int = 1,
     text_only: bool = False,
+    grid: tuple[int, int] = GRID,
+    text: tuple[int, int] = TEXT,
+    zoom: tuple[int, tuple[int, int]] | None = None,
+    per_pass: int = 1,
+    zoom_batch: int = ZOOM_BATCH,
 ) -> Problem:
+    """`visual` tokens per prompt, from frames of `grid` patches; `zoom`: the same of zoomed clips, if it differs."""
     generator = torch.Generator().manual_seed(seed)
-    prompts = [random_prompt(model, visual, generator, text_only) for _ in range(batch)]
-    zooms = [] if text_only else [random_prompt(model, visual, generator) for _ in range(batch * group)]
-    responses = torch.randint(16, 3000, (batch, group, length), generator=generator)
+    prompts = [random_prompt(model, visual, generator, text_only, grid, text) for _ in range(batch)]
+    zoomed, zoom_grid = zoom or (visual, grid)
+    zooms = [random_prompt(model, zoomed, generator, grid=zoom_grid, text=text) for _ in range(batch * group)]
+    responses = torch.randint(*ORDINARY, (batch, group, length), generator=generator)
     advantages = torch.randn(batch, group, 1, generator=generator).expand(responses.shape)
-    return Problem(prompts, responses, torch.ones_like(responses, dtype=torch.bool), advantages, zooms)
+    mask = torch.ones_like(responses, dtype=torch.bool)
+    return Problem(prompts, responses, mask, advantages, [] if text_only else zooms, per_pass, zoom_batch)
 
 
 # ---------------------------------------------------------------- the engines
@@ -118,9 +156,12 @@ def make_problem(
 class Engine:
     """A policy, a frozen reference, and what both ways of computing with them share."""
 
-    def __init__(self, model: torch.nn.Module, reference: torch.nn.Module, optimise: bool = True):
+    def __init__(
+        self, model: torch.nn.Module, reference: torch.nn.Module, optimise: bool = True, checkpoint: bool = True
+    ):
         self.model, self.reference = model.train(), reference
-        Policy(model).checkpoint_activations()
+        if checkpoint:
+            Policy(model).checkpoint_activations()
         self.device = next(model.parameters()).device
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=0.0) if optimise else None
 
@@ -150,31 +191,31 @@ class Ours(Engine):
 
     @torch.no_grad()
     def reference_states(self, problem: Problem) -> list[Tensor]:
-        """The reference's hidden states [N, H], per prompt."""
-        return [self.hidden(self.reference, problem, b) for b in range(len(problem.prompts))]
+        """The reference's hidden states [N, H], per pass."""
+        return [self.hidden(self.reference, problem, part) for part in problem.passes()]
 
     @staticmethod
-    def hidden(model: torch.nn.Module, problem: Problem, b: int) -> Tensor:
-        return group_hidden(model, [problem.prompts[b]], problem.responses[b : b + 1], problem.mask[b : b + 1])
+    def hidden(model: torch.nn.Module, problem: Problem, part: slice) -> Tensor:
+        return group_hidden(model, problem.prompts[part], problem.responses[part], problem.mask[part])
 
     def backward(self, problem: Problem, states: Sequence[Tensor]) -> float:
-        total, batch = 0.0, len(problem.prompts)
+        total, (batch, group, _) = 0.0, problem.responses.shape
         weights = torch.full((self.model.lm_head.out_features,), BETA, device=self.device)
-        for b, state in enumerate(states):
-            mask = problem.mask[b].to(self.device)
+        for part, state in zip(problem.passes(), states, strict=True):
+            mask, responses, advantages = (
+                x[part].flatten(0, 1).to(self.device) for x in (problem.mask, problem.responses, problem.advantages)
+            )
             tokens = chunked_weighted_kl(
-                self.hidden(self.model, problem, b),
+                self.hidden(self.model, problem, part),
                 state,
                 self.model.lm_head.weight,
                 weights,
                 KL_CHUNK,
-                problem.responses[b].to(self.device)[mask],
+                responses[mask],
                 lm_head_q=self.reference.lm_head.weight,
             )
             logp, penalty = (x.new_zeros(mask.shape).masked_scatter(mask, x) for x in (tokens.logp, tokens.kl))
-            advantages = problem.advantages[b].to(self.device)
-            count = mask.shape[0] * batch
-            loss, _ = grpo_loss(logp, logp.detach(), advantages, mask, penalty, None, None, "sequence", count)
+            loss, _ = grpo_loss(logp, logp.detach(), advantages, mask, penalty, None, None, "sequence", batch * group)
             loss.backward()
             total += loss.item()
         return total
@@ -183,8 +224,8 @@ class Ours(Engine):
     def zoom(self, problem: Problem) -> Tensor:
         """Log-probabilities of the letters, [clips, letters]."""
         answers = []
-        for start in range(0, len(problem.zooms), ZOOM_BATCH):
-            logits = self.model.lm_head(last_hidden(self.model, problem.zooms[start : start + ZOOM_BATCH]))
+        for prompts in problem.zoom_passes():
+            logits = self.model.lm_head(last_hidden(self.model, prompts))
             answers.append(logits[:, LETTERS].float().log_softmax(-1))
         return torch.cat(answers)
 
@@ -196,53 +237,60 @@ class Ours(Engine):
 
 
 class Naive(Engine):
-    def inputs(self, prompt: Prompt, responses: Tensor | None = None, mask: Tensor | None = None) -> dict[str, Tensor]:
-        """What transformers takes for one prompt, or for a copy of it before each response [G, R]."""
-        copies = 1 if responses is None else len(responses)
-        ids, positions = prompt.ids.repeat(copies, 1), prompt.positions[:, None].repeat(1, copies, 1)
+    def inputs(
+        self, prompts: Sequence[Prompt], responses: Tensor | None = None, mask: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """What transformers takes for prompts of one length, or for a copy of them before each response [b, G, R]."""
+        copies = 1 if responses is None else responses.shape[1]
+        ids = torch.stack([p.ids for p in prompts]).repeat_interleave(copies, 0)
+        positions = torch.stack([p.positions for p in prompts], 1).repeat_interleave(copies, 1)
         real = torch.ones_like(ids)
         if responses is not None:
-            times = prompt.next_position + torch.arange(responses.shape[1])
-            ids, real = torch.cat([ids, responses], 1), torch.cat([real, mask.long()], 1)
-            positions = torch.cat([positions, times.expand(3, copies, -1)], 2)
+            starts = torch.tensor([p.next_position for p in prompts]).repeat_interleave(copies)
+            times = starts[:, None] + torch.arange(responses.shape[2])
+            ids, real = torch.cat([ids, responses.flatten(0, 1)], 1), torch.cat([real, mask.flatten(0, 1).long()], 1)
+            positions = torch.cat([positions, times.expand(3, -1, -1)], 2)
         fields = {"input_ids": ids, "attention_mask": real, "position_ids": positions}
-        for video in prompt.videos:
-            fields["pixel_values_videos"] = normalise_patches(video.patches).repeat(copies, 1)
-            fields["video_grid_thw"] = torch.tensor([video.grid]).repeat(copies, 1)
+        videos = [video for prompt in prompts for video in prompt.videos * copies]
+        if videos:
+            fields["pixel_values_videos"] = normalise_patches(torch.cat([video.patches for video in videos]))
+            fields["video_grid_thw"] = torch.tensor([video.grid for video in videos])
         return fields
 
     @torch.no_grad()
     def roll_out(self, problem: Problem, greedy: bool = False) -> Tensor:
         """Ids [B, G, R]."""
-        _, group, length = problem.responses.shape
-        how = {"do_sample": False} if greedy else {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
+        batch, group, length = problem.responses.shape
+        how = {"do_sample": True, "temperature": 1.0, "top_k": 1 if greedy else 0, "top_p": 1.0}
         how |= {"num_return_sequences": group, "max_new_tokens": length, "eos_token_id": None, "pad_token_id": 0}
         self.model.eval()  # in training mode with checkpointing, transformers would not use the cache
         torch.manual_seed(0)
-        ids = [self.model.generate(**self.inputs(prompt), **how)[:, len(prompt) :] for prompt in problem.prompts]
+        ids = [self.model.generate(**self.inputs(problem.prompts[part]), **how) for part in problem.passes()]
         self.model.train()
-        return torch.stack(ids)
+        return torch.cat(ids)[:, -length:].view(batch, group, length)
 
-    def logits(self, model: torch.nn.Module, problem: Problem, b: int) -> Tensor:
-        """[G, R, V] that predict the responses to prompt b."""
-        responses = problem.responses[b]
-        fields = self.inputs(problem.prompts[b], responses, problem.mask[b])
-        return model(**fields, use_cache=False, logits_to_keep=responses.shape[1] + 1).logits[:, :-1]
+    def logits(self, model: torch.nn.Module, problem: Problem, part: slice) -> Tensor:
+        """[b * G, R, V] that predict the responses to some of the prompts."""
+        responses = problem.responses[part]
+        fields = self.inputs(problem.prompts[part], responses, problem.mask[part])
+        return model(**fields, use_cache=False, logits_to_keep=responses.shape[2] + 1).logits[:, :-1]
 
     @torch.no_grad()
     def reference_states(self, problem: Problem) -> list[Tensor]:
-        """The reference's log-probabilities [G, R, V], per prompt."""
-        return [self.logits(self.reference, problem, b).log_softmax(-1) for b in range(len(problem.prompts))]
+        """The reference's log-probabilities [b * G, R, V], per pass."""
+        return [self.logits(self.reference, problem, part).log_softmax(-1) for part in problem.passes()]
 
     def backward(self, problem: Problem, states: Sequence[Tensor]) -> float:
         total, (batch, group, _) = 0.0, problem.responses.shape
-        for b, logq in enumerate(states):
-            logp = self.logits(self.model, problem, b).log_softmax(-1)
-            kl = (logp.exp() * (logp - logq)).sum(-1)  # [G, R]
-            target = logp.gather(-1, problem.responses[b][..., None])[..., 0]
+        for part, logq in zip(problem.passes(), states, strict=True):
+            mask, responses, advantages = (
+                x[part].flatten(0, 1) for x in (problem.mask, problem.responses, problem.advantages)
+            )
+            logp = self.logits(self.model, problem, part).log_softmax(-1)
+            kl = (logp.exp() * (logp - logq)).sum(-1)  # [b * G, R]
+            target = logp.gather(-1, responses[..., None])[..., 0]
             ratio = (target - target.detach()).exp()
-            mask = problem.mask[b]
-            per_token = (BETA * kl - ratio * problem.advantages[b]) * mask
+            per_token = (BETA * kl - ratio * advantages) * mask
             loss = (per_token.sum(-1) / mask.sum(-1)).sum() / (batch * group)
             loss.backward()
             total += loss.item()
@@ -252,22 +300,23 @@ class Naive(Engine):
     def zoom(self, problem: Problem) -> Tensor:
         """Log-probabilities of the letters, [clips, letters]; all clips have the same length."""
         answers = []
-        for start in range(0, len(problem.zooms), ZOOM_BATCH):
-            rows = [self.inputs(prompt) for prompt in problem.zooms[start : start + ZOOM_BATCH]]
-            fields = {name: torch.cat([row[name] for row in rows], int(name == "position_ids")) for name in rows[0]}
-            logits = self.model(**fields, use_cache=False, logits_to_keep=1).logits[:, -1]
+        for prompts in problem.zoom_passes():
+            logits = self.model(**self.inputs(prompts), use_cache=False, logits_to_keep=1).logits[:, -1]
             answers.append(logits[:, LETTERS].log_softmax(-1))
         return torch.cat(answers)
 
     @torch.no_grad()
     def log_probabilities(self, problem: Problem, states: Sequence[Tensor]) -> Tensor:
         """Of the real tokens under the reference, from its log-probabilities."""
-        return torch.stack(list(states)).gather(-1, problem.responses[..., None])[..., 0][problem.mask]
+        logp = torch.cat(list(states)).view(*problem.responses.shape, -1)
+        return logp.gather(-1, problem.responses[..., None])[..., 0][problem.mask]
 
 
-def engines(seed: int = 0) -> tuple[Naive, Ours]:
-    """Both, with the same weights, which are as large as trained ones; the references are a little different."""
-    model = AutoModelForImageTextToText.from_config(shape("20m"), attn_implementation="sdpa")
+def engines(name: str = "20m", checkpoint: bool = True, seed: int = 0) -> tuple[Naive, Ours]:
+    """Both, of a shape in `benchmarks/memory.py`, with the same weights, which are as large as trained ones; the
+    references are a little different.
+    """
+    model = AutoModelForImageTextToText.from_config(shape(name), attn_implementation="sdpa")
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for p in model.parameters():
@@ -276,13 +325,16 @@ def engines(seed: int = 0) -> tuple[Naive, Ours]:
         reference = copy.deepcopy(model).eval().requires_grad_(False)
         for p in reference.parameters():
             p.mul_(1 + 0.05 * torch.randn(p.shape, generator=generator))
-    return Naive(copy.deepcopy(model), copy.deepcopy(reference)), Ours(model, reference)
+    theirs = Naive(copy.deepcopy(model), copy.deepcopy(reference), checkpoint=checkpoint)
+    return theirs, Ours(model, reference, checkpoint=checkpoint)
 
 
-def differences(naive: Naive, ours: Ours, visual: int = 256, group: int = 4, length: int = 24) -> dict[str, float]:
+def differences(
+    naive: Naive, ours: Ours, visual: int = 256, group: int = 4, length: int = 24, batch: int = 1, per_pass: int = 1
+) -> dict[str, float]:
     """The largest differences between the two on a problem with responses of unequal lengths."""
-    problem = make_problem(ours.model.config, visual, group, length, seed=1)
-    problem.mask = (torch.arange(length) < torch.linspace(1, length, group).long()[:, None])[None]
+    problem = make_problem(ours.model.config, visual, group, length, seed=1, batch=batch, per_pass=per_pass)
+    problem.mask = (torch.arange(length) < torch.linspace(1, length, group).long()[:, None]).repeat(batch, 1, 1)
     found, gradients = {}, []
     states = [engine.reference_states(problem) for engine in (naive, ours)]
     logp = [engine.log_probabilities(problem, s) for engine, s in zip((naive, ours), states, strict=True)]
@@ -296,8 +348,8 @@ def differences(naive: Naive, ours: Ours, visual: int = 256, group: int = 4, len
     pairs = zip(*gradients, strict=True)
     found["gradients, relative to the largest"] = max(float((a - b).abs().max()) for a, b in pairs) / norm
     found["log-probabilities of the letters"] = float((naive.zoom(problem) - ours.zoom(problem)).abs().max())
-    alone = make_problem(ours.model.config, visual, 1, length, seed=2)
-    tokens = [engine.roll_out(alone, greedy=True) for engine in (naive, ours)]
+    again = make_problem(ours.model.config, visual, 2, length, seed=2, batch=batch, per_pass=per_pass)
+    tokens = [engine.roll_out(again, greedy=True) for engine in (naive, ours)]
     found["greedy tokens"] = float((tokens[0] != tokens[1]).sum())
     return found
 
@@ -419,6 +471,62 @@ def comparison(
         lines.append(row([name, *seconds, f"{faster:.2f}", *memory, f"{smaller:.2f}"]))
         ratios[name] = faster, smaller
     return lines, ratios
+
+
+# ---------------------------------------------------------------- the vision tower alone
+
+# Clips: visual tokens, and patches of a pair of frames. 224x224 pixels are whole windows, 252x448 are not.
+CLIPS = [(1024, GRID), (4096, GRID), (1008, (18, 32))]
+
+
+@torch.no_grad()
+def windows(visual: torch.nn.Module, clips: Sequence[tuple[int, tuple[int, int]]], repeats: int) -> list[str]:
+    """A table of the same tower on the same clip, as transformers computes it and as we do, in turn."""
+    heads = ["visual tokens", "windows", "transformers, s", "ours, s", "times", "largest difference"]
+    lines = [row(heads), "|" + "---|" * len(heads)]
+    side = visual.config.window_size // visual.config.patch_size
+    generator = torch.Generator().manual_seed(0)
+    for tokens, (h, w) in clips:
+        grid = (4 * tokens // (h * w), h, w)
+        patches = normalise_patches(torch.randint(0, 256, (4 * tokens, 1176), generator=generator, dtype=torch.uint8))
+        jobs = (
+            lambda patches=patches, grid=grid: visual(patches, grid_thw=torch.tensor([grid])),
+            lambda patches=patches, grid=grid: encode_clips(visual, patches, [grid]),
+        )
+        seconds, found = ([], []), [None, None]
+        for _ in range(repeats + 1):
+            for k, job in enumerate(jobs):
+                start = time.perf_counter()
+                found[k] = job()
+                seconds[k].append(time.perf_counter() - start)
+        theirs, ours = (times[1:] for times in seconds)  # the first is not counted
+        expected = found[0] if isinstance(found[0], Tensor) else found[0].pooler_output
+        cells = [f"{tokens:,}", f"{grid[0] * -(-h // side) * -(-w // side):,}"]
+        cells += [f"{statistics.median(times):.3f}" for times in (theirs, ours)]
+        cells.append(f"{statistics.median(a / b for a, b in zip(theirs, ours, strict=True)):.2f}")
+        lines.append(row([*cells, f"{float((expected - found[1]).abs().max()):.1e}"]))
+    return lines
+
+
+def short_sections(tower: torch.nn.Module, repeats: int) -> list[str]:
+    """The main job's step, and the vision tower alone."""
+    naive, ours = engines("tiny", checkpoint=False)
+    problem = make_problem(ours.model.config, **MAIN_JOB)
+    table, ratios = comparison(side_by_side(naive, ours, problem, repeats), "naive", ALONE + WHOLE)
+    prompt = len(problem.prompts[0])
+    return [
+        "",
+        f"## The main job: 8 prompts of {prompt} tokens, G = 8, R = {MAIN_JOB['length']}, 64 zoomed clips of "
+        f"{len(problem.zooms[0])} tokens; medians of {repeats}",
+        "",
+        *table,
+        "",
+        f"The update is {ratios['update'][0]:.1f} times faster, the step {ratios['step'][0]:.1f} times.",
+        "",
+        f"## The vision tower alone: windows as one batch; medians of {repeats}",
+        "",
+        *windows(tower, CLIPS, repeats),
+    ]
 
 
 # ---------------------------------------------------------------- growth
@@ -670,6 +778,7 @@ def versions() -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="small problems, once; the result is only printed")
+    parser.add_argument("--short", action="store_true", help="the main job and the vision tower alone; only printed")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--minutes", type=float, default=25, help="nothing new is begun after so long")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "engine.md")
@@ -681,9 +790,13 @@ def main() -> None:
         lines.extend(new)
         print(*new, sep="\n", flush=True)
 
-    say("# The engine: seconds and memory", "", f"`python benchmarks/engine.py{' --quick' * given.quick}`", "")
+    flags = " --quick" * given.quick + " --short" * given.short
+    say("# The engine: seconds and memory", "", f"`python benchmarks/engine.py{flags}`", "")
     say(f"{datetime.date.today()}; {processor()}, {torch.get_num_threads()} threads; {versions()}.", "")
     naive, ours = engines()
+    if given.short:
+        say(*short_sections(ours.model.model.visual, 5 * given.repeats))
+        return
     say("## Both compute the same", "")
     found = differences(naive, ours, *((256, 4, 24) if given.quick else (1024, 8, 64)))
     say(row(["largest difference", ""]), "|---|---|", *(row([name, f"{x:.1e}"]) for name, x in found.items()))
@@ -704,6 +817,7 @@ def main() -> None:
             f"The update is {ratios['update'][0]:.1f} times faster; the step with its zoom pass is {faster:.1f} times "
             f"faster than the naive step without, in 1/{smaller:.1f} of its peak memory."
         )
+    say(*short_sections(ours.model.model.visual, 1 if given.quick else 5 * repeats))
     try:
         import trl  # noqa: F401
     except ImportError as error:

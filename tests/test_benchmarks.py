@@ -132,7 +132,7 @@ def test_an_update_takes_what_is_planned():
     inputs = found["update: activations kept by the language model"]
     inputs -= 4 * (memory.TEXT_TOKENS - text) * 448 * 4
     kept = inputs + found["update: activations kept by the vision tower"]
-    _, held = allocated(lambda: Ours.hidden(ours.model, problem, 0))
+    _, held = allocated(lambda: Ours.hidden(ours.model, problem, slice(0, 1)))
     assert held == pytest.approx(kept, rel=0.1)
 
     most, _ = allocated(lambda: ours.reference_states(problem))
@@ -145,9 +145,29 @@ def test_an_update_takes_what_is_planned():
 
 
 def test_naive_and_ours_compute_the_same():
-    found = engine.differences(*engine.engines(), visual=64, group=3, length=6)
+    found = engine.differences(*engine.engines(), visual=64, group=3, length=6, batch=3, per_pass=2)
     assert found.pop("greedy tokens") == 0
     assert max(found.values()) < 1e-4
+
+
+def test_both_take_the_main_job_s_sizes():
+    """Prompts in one pass, clips of the zoom pass in batches, other frames there than in the prompt."""
+    naive, ours = engine.engines("tiny", checkpoint=False)
+    sizes = engine.MAIN_JOB | {"batch": 3, "group": 2, "length": 3, "zoom_batch": 4}
+    problem = engine.make_problem(ours.model.config, **sizes)
+    assert [len(part) for part in problem.zoom_passes()] == [4, 2]
+    assert {prompt.videos[0].n_tokens for prompt in problem.zooms} == {96}
+    losses = [e.update(problem, e.reference_states(problem)) for e in (naive, ours)]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+    assert (naive.zoom(problem) - ours.zoom(problem)).abs().max() < 1e-4
+
+
+def test_the_vision_tower_is_compared_on_whole_and_on_cut_windows():
+    _, ours = engine.engines()
+    lines = engine.windows(ours.model.model.visual, [(64, (16, 16)), (36, (12, 12))], repeats=1)
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines[2:]]
+    assert [row[:2] for row in cells] == [["64", "4"], ["36", "4"]]
+    assert all(float(row[-1]) < 1e-4 for row in cells)
 
 
 def test_operations_and_traffic():
