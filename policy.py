@@ -285,17 +285,24 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return (x * cos + half * sin).to(x.dtype)
 
 
-def _vision_block(block: nn.Module, x: Tensor, cos: Tensor, sin: Tensor, groups: tuple[tuple[int, int], ...]) -> Tensor:
-    """One block of the tower on patches in a layout's order: x [N, D] -> [N, D]."""
-    heads = block.attn.num_heads
-    q, k, v = block.attn.qkv(block.norm1(x)).view(len(x), 3, heads, -1).unbind(1)  # [N, heads, d] each
+def _vision_attention(
+    attn: nn.Module, x: Tensor, cos: Tensor, sin: Tensor, groups: tuple[tuple[int, int], ...]
+) -> Tensor:
+    """Attention within the windows of a layout, on patches in its order: x [N, D] -> [N, D]."""
+    heads = attn.num_heads
+    q, k, v = attn.qkv(x).view(len(x), 3, heads, -1).unbind(1)  # [N, heads, d] each
     q, k = _rotate(q, cos, sin), _rotate(k, cos, sin)
     parts, start = [], 0
     for n, length in groups:
         window = [z[start : start + n * length].view(n, length, heads, -1).transpose(1, 2) for z in (q, k, v)]
         parts.append(F.scaled_dot_product_attention(*window).transpose(1, 2).reshape(n * length, -1))
         start += n * length
-    x = x + block.attn.proj(torch.cat(parts))
+    return attn.proj(torch.cat(parts))
+
+
+def _vision_block(block: nn.Module, x: Tensor, cos: Tensor, sin: Tensor, groups: tuple[tuple[int, int], ...]) -> Tensor:
+    """One block of the tower on patches in a layout's order: x [N, D] -> [N, D]."""
+    x = x + _vision_attention(block.attn, block.norm1(x), cos, sin, groups)
     return x + block.mlp(block.norm2(x))
 
 

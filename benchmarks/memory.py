@@ -176,8 +176,9 @@ def parts(model: Qwen2_5_VLConfig, recipe: Config, gpus: int = 1, fsdp: bool = F
     pixels = v.in_channels * v.temporal_patch_size * v.patch_size**2  # of a patch
 
     def at_work(work: Work, tokens: int, visual: int) -> int:
-        """The most that a layer, a block of the tower, or the pixels' way from uint8 to computation takes."""
-        return max(tokens * work.forward, min(VISION_CHUNK, 4 * visual) * max(block.forward, (8 + 2 * width) * pixels))
+        """The most that a layer takes, or a block of the tower beside the pixels and five tables of angles."""
+        patch = block.forward + 4 * pixels + 4 * 5 * v.hidden_size // v.num_heads
+        return max(tokens * work.forward, min(VISION_CHUNK, 4 * visual) * patch)
 
     visual = visual_tokens(recipe, recipe.budget)
     zoomed = visual_tokens(recipe, recipe.zoom_budget or recipe.budget)
