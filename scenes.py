@@ -1,7 +1,7 @@
 """Shots and scenes: where a video cuts, and at which cuts a new scene begins (LongVTG-R1, section 3.4).
 
-- `find_shots`: the shots, by PySceneDetect, an optional package; known ones are read from a file (`read_shots`).
-- `shot_features`: what the policy's vision tower makes of a few frames of each shot, averaged, kept on disk.
+- `find_shots`: the shots, by PySceneDetect, an optional package.
+- `shot_features`: what the policy's vision tower makes of a few frames of each shot, pooled, kept on disk.
 - `Detector`: an encoder that is trained without labels to find each shot's most similar neighbour (`info_nce`), and a
   head that is trained with labels to give each cut the probability that a scene begins there, from a window of shots
   around it. ShotCoL, Chen et al. 2021.
@@ -86,12 +86,6 @@ def find_shots(path: str | Path) -> list[Shot]:
     return list(itertools.pairwise([0.0, *cuts, duration]))
 
 
-def read_shots(path: str | Path) -> dict[str, list[Shot]]:
-    """Known shots by video path, from JSON lines with "video" (relative to the file) and "shots". Raises DataError."""
-    path = Path(path)
-    return {video_path(row.text("video"), path.parent): spans_of(row, "shots") for row in read_rows(path)}
-
-
 def spans_of(row: Row, name: str) -> list[Shot]:
     """The field's [start, end] pairs: in order, without overlap, none empty. Raises DataError."""
     spans = list(row.spans(name, Report(row.file, name)))
@@ -162,13 +156,13 @@ def shot_frames(path: str | Path, shots: Sequence[Shot], tokens: int) -> Tensor:
 def shot_features(
     model: nn.Module, path: str | Path, shots: Sequence[Shot], tokens: int, folder: str | Path | None = None
 ) -> Tensor:
-    """The mean of the visual tokens of each shot's frames: float32 [n, H], on the CPU.
+    """Mean and deviation of the visual tokens of each shot's frames: float32 [n, 2 H], on the CPU.
 
     tokens: per frame. folder: where features are kept; they are taken from there while video, shots and tower are the
     same. Raises VideoError.
     """
     if not shots:
-        return torch.zeros(0, model.config.text_config.hidden_size)
+        return torch.zeros(0, 2 * model.config.text_config.hidden_size)
     kept = None
     if folder is not None:
         key = (*_identity(path), [list(map(float, shot)) for shot in shots], tower_name(model), tokens, FRAMES)
@@ -179,7 +173,7 @@ def shot_features(
     for first in range(0, len(shots), SHOTS_AT_ONCE):
         frames = shot_frames(path, shots[first : first + SHOTS_AT_ONCE], tokens)
         seen = encode_videos(model, [Video.from_frames(shot, 1.0) for shot in frames])
-        features += [visual.float().mean(0).cpu() for visual in seen]
+        features += [torch.cat(torch.std_mean(visual.float(), 0, correction=0)[::-1]).cpu() for visual in seen]
     stacked = torch.stack(features)
     if kept is not None:
         kept.parent.mkdir(parents=True, exist_ok=True)
@@ -227,7 +221,7 @@ def info_nce(queries: Tensor, positives: Tensor, negatives: Tensor, allowed: Ten
 
 
 class Encoder(nn.Module):
-    """Features [n, H], standardised by those of the training videos -> embeddings of unit length [n, d]."""
+    """Features [n, D], standardised by those of the training videos -> embeddings of unit length [n, d]."""
 
     def __init__(self, width: int, hidden: int = 128, size: int = 64):
         super().__init__()
@@ -245,22 +239,22 @@ class Encoder(nn.Module):
 def train_encoder(
     videos: Sequence[Tensor],
     seed: int = 0,
-    steps: int = 600,
+    steps: int = 300,
     batch: int = 8,
-    reach: int = 8,
+    reach: int = 4,
     momentum: float = 0.99,
     temperature: float = 0.1,
     lr: float = 1e-3,
 ) -> Encoder:
-    """Train an encoder on the features of some videos, [n, H] each, without labels. ShotCoL, section 3.1.
+    """Train an encoder on the features of some videos, [n, D] each, without labels. ShotCoL, section 3.1.
 
     A step takes `batch` videos. Each shot's positive is its most similar neighbour, within `reach` shots, for the key
-    encoder: a moving average of the trained one. Its negatives are the shots of the other videos. Raises ValueError
+    encoder: a moving average of the trained one. Its negatives are the shots of the other videos. Raises SceneError
     unless two videos have more than one shot.
     """
     videos = [features for features in videos if len(features) > 1]
     if len(videos) < 2:
-        raise ValueError(f"{len(videos)} videos of more than one shot, at least 2 are needed")
+        raise SceneError(f"training takes at least 2 videos of more than one shot, there are {len(videos)}")
     torch.manual_seed(seed)
     encoder = Encoder(videos[0].shape[1])
     every = torch.cat(list(videos))
@@ -331,7 +325,7 @@ class Detector(nn.Module):
 
     @torch.no_grad()
     def forward(self, features: Tensor) -> list[float]:
-        """The probability of each boundary between shots: features [n, H] -> n - 1 numbers."""
+        """The probability of each boundary between shots: features [n, D] -> n - 1 numbers."""
         return self.head(window_similarities(self.encoder(features), self.window))[:, 0].sigmoid().tolist()
 
     def save(self, path: str | Path) -> None:
@@ -357,9 +351,7 @@ class Detector(nn.Module):
         except (OSError, SafetensorError, KeyError, ValueError, RuntimeError) as error:
             raise SceneError(f"{path}: not a scene detector ({error}); make one: python scenes.py --train") from error
         if model is not None and tower_name(model) != detector.tower:
-            raise SceneError(
-                f"{path}: was trained with another policy's vision tower; python scenes.py --train makes one"
-            )
+            raise SceneError(f"{path}: made for another vision tower; make one for this: python scenes.py --train")
         return detector.requires_grad_(False)
 
 

@@ -184,7 +184,7 @@ def draw_film(rng: np.random.Generator, n_scenes: int) -> Film:
     """
     n_settings = max(2, -(-n_scenes // 3))
     angles = np.pi * (rng.random() + np.arange(n_settings)) / n_settings
-    periods = rng.uniform(10, 24, n_settings)
+    periods = rng.uniform(20, 50, n_settings)
     tints = [[TINTS[k] for k in rng.permutation(len(TINTS))[:2]] for _ in range(n_settings)]
     film: list[Scene] = []
     start, setting = 0, int(rng.integers(n_settings))
