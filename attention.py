@@ -13,7 +13,7 @@ nothing is masked, and its attention to itself is an ordinary causal one. Neithe
 and no key is copied per response. In the backward pass exp(s_i - l) are the final probabilities, so each set's
 gradients follow from the joint o and l alone, with the same fast kernels.
 
-`GroupCache` is the same tree, grown by one token per response and step.
+`GroupCache` is the same tree while it grows: by one token per response and step, or by what a response is shown.
 """
 
 from __future__ import annotations
@@ -137,6 +137,12 @@ def attend_backward_plainly(
     return dq.view(q.shape).to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
 
 
+def join(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Attention [..., d] to two sets of keys, and the log-sum-exp [...] of all scores, from those of each set."""
+    lse = torch.logaddexp(one[1], other[1])
+    return (one[1] - lse).exp()[..., None] * one[0] + (other[1] - lse).exp()[..., None] * other[0], lse
+
+
 # ---------------------------------------------------------------- the tree
 
 
@@ -160,10 +166,8 @@ class TreeAttention(torch.autograd.Function):
                     continue
                 o, log = attend(q[None, :, group], k[None, :, stem], v[None, :, stem], False, scale)
                 here = slice(group.start - start, group.stop - start)
-                lse[:, group] = torch.logaddexp(log[0], own_lse[:, here])
-                from_prompt = (log[0] - lse[:, group]).exp()[..., None]
-                from_itself = (own_lse[:, here] - lse[:, group]).exp()[..., None]
-                out[:, group] = (from_prompt * o[0] + from_itself * own[:, here]).to(out.dtype)
+                joint, lse[:, group] = join((o[0], log[0]), (own[:, here], own_lse[:, here]))
+                out[:, group] = joint.to(out.dtype)
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.tree, ctx.scale = tree, scale
         return out
@@ -215,13 +219,26 @@ def _packed(x: Tensor, slots: Tensor) -> Tensor:
 # ---------------------------------------------------------------- token by token
 
 
+@dataclass(frozen=True)
+class Stretch:
+    """Tokens of one response that are computed together: response `g` of prompt `b`, which has `stem` tokens, has
+    `start` tokens itself and gets `length` more.
+    """
+
+    b: int
+    g: int
+    stem: int
+    start: int
+    length: int
+
+
 class GroupCache:
     """Keys and values of B prompts, once each, and of their G responses, in static buffers.
 
     Per layer: those of the prompts [B, key heads, P, d], and of the responses [B, key heads, G, `capacity`, d], both
     padded on the right. Before each step, `place` says where the next token of each response goes, so that responses
     may differ in length. `attend` reads and writes these tensors and asks the host nothing: it can be captured in a
-    CUDA graph. Rows of responses that have ended can be dropped (`keep`).
+    CUDA graph. `extend` adds many tokens to some responses. Rows of responses that have ended can be dropped (`keep`).
     """
 
     def __init__(self, tree: Tree, group_size: int, capacity: int):
@@ -268,6 +285,30 @@ class GroupCache:
         out = (from_prompt.flatten(2, 3) @ prompt_v).view(grouped.shape) + from_itself @ own_v
         return out.permute(1, 3, 0, 2, 4).reshape(q.shape)
 
+    def extend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, stretches: Sequence[Stretch], scale: float) -> Tensor:
+        """More tokens of some responses, one stretch after the other in a row: q [heads, N, d], k and v [key heads, N,
+        d] -> [heads, N, d].
+        """
+        prompt_k, prompt_v, own_k, own_v = self.layers[layer]
+        out, first = torch.empty_like(q), 0
+        for s in stretches:
+            here = slice(first, first + s.length)
+            queries, keys, values = _part((q, k, v), here)
+            past = []
+            for stem, own, x in ((prompt_k, own_k, keys), (prompt_v, own_v, values)):
+                past.append(torch.cat([stem[s.b, :, : s.stem], own[s.b, :, s.g, : s.start]], dim=1)[None])
+                own[s.b, :, s.g, s.start : s.start + s.length] = x[0]
+            joint, _ = join(attend(queries, *past, False, scale), attend(queries, keys, values, True, scale))
+            out[:, here] = joint[0].to(out.dtype)
+            first = here.stop
+        return out
+
+    def reserve(self, capacity: int) -> None:
+        """Make room for so many tokens per response."""
+        for tensors in self.layers.values():
+            tensors[2:] = [nn.functional.pad(own, (0, 0, 0, capacity - self.capacity)) for own in tensors[2:]]
+        self.capacity = capacity
+
     def keep(self, prompts: Tensor, responses: Tensor) -> None:
         """Keep these of the prompts [b] and, for each, these of its responses [b, g]; indices into the current ones."""
         self.padding = self.padding[prompts]
@@ -284,19 +325,22 @@ def tree_attention(
     value: Tensor,
     attention_mask: Tensor | None,
     scaling: float,
-    tree: Tree | None = None,
+    tree: Tree | Sequence[Stretch] | None = None,
     cache: GroupCache | None = None,
     **kwargs,
 ) -> tuple[Tensor, None]:
     """What the language model's layers call: query [1, heads, N, d], key and value [1, key heads, N, d] -> [1, N,
-    heads, d]. With `tree` the row is attended to as one, and kept if there is a `cache`; with a cache alone, the row is
-    one more token of each response. With neither, it is transformers' own attention.
+    heads, d]. With a `Tree` the row is attended to as one, and kept if there is a `cache`. With a cache, the row can be
+    stretches of some of its responses, or, by itself, one more token of each. With neither, it is transformers' own
+    attention.
     """
     if tree is None and cache is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     q, k, v = (x[0].to(value.dtype) for x in (query, key, value))
     if tree is None:
         out = cache.attend(module.layer_idx, q, k, v, scaling)
+    elif not isinstance(tree, Tree):
+        out = cache.extend(module.layer_idx, q, k, v, tree, scaling)
     else:
         if cache is not None:
             cache.prefill(module.layer_idx, k, v)

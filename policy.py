@@ -7,7 +7,8 @@ for its whole group.
   in Python).
 - `group_hidden`: prompts and their responses are one row without padding; each response sees its prompt and itself
   (`attention.py`), at the positions it would have alone. Log-probabilities and gradients are those of G passes.
-- `sample`: the same tree, token by token: the prompt's keys and values are computed once and shared by its G responses.
+- `Episodes`: the same tree, token by token: the prompt's keys and values are computed once and shared by its G
+  responses; these can be shown more text and clips on the way. `sample`: responses of one turn.
 
 Shapes: B prompts, G responses per prompt, T response tokens, N tokens in a row, H hidden size. Responses come padded on
 the right; masks say what is real.
@@ -31,7 +32,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase, Qwen2_5_VLForConditionalGeneration
 
 import attention
-from attention import GroupCache, Tree
+from attention import GroupCache, Stretch, Tree
 from prompts import LETTERS
 from video import normalise_patches, patchify_uint8
 
@@ -176,6 +177,14 @@ class Prompt:
         return len(self.ids)
 
 
+@dataclass
+class Observation:
+    """What a response is shown after `after` of its own tokens: ids, clips, and positions that go on where it was."""
+
+    after: int
+    prompt: Prompt
+
+
 def mrope_positions(
     segments: Sequence[int | tuple[int, int, int, float]], tokens_per_second: float, start: int = 0
 ) -> tuple[Tensor, int]:
@@ -201,9 +210,9 @@ def mrope_positions(
     return torch.cat(parts, dim=1) if parts else torch.zeros(3, 0, dtype=torch.long), p
 
 
-def build_prompt(ids: Sequence[int], videos: Sequence[Video], config) -> Prompt:
+def build_prompt(ids: Sequence[int], videos: Sequence[Video], config, start: int = 0) -> Prompt:
     """A prompt from token ids in which each `<|video_pad|>` stands for one of the clips, in order, and becomes one
-    token per 28x28 patch.
+    token per 28x28 patch; positions begin at `start`.
     """
     pad = config.video_token_id
     if ids.count(pad) != len(videos):
@@ -220,8 +229,8 @@ def build_prompt(ids: Sequence[int], videos: Sequence[Video], config) -> Prompt:
         else:
             full.append(token)
             segments.append(1)
-    positions, next_position = mrope_positions(segments, config.vision_config.tokens_per_second)
-    return Prompt(torch.tensor(full), positions, list(videos), next_position)
+    positions, next_position = mrope_positions(segments, config.vision_config.tokens_per_second, start)
+    return Prompt(torch.tensor(full, dtype=torch.long), positions, list(videos), next_position)
 
 
 # ---------------------------------------------------------------- vision
@@ -382,23 +391,26 @@ def keep_tokens(model: Qwen2_5_VLForConditionalGeneration, videos: Sequence[Vide
         video.tokens = tokens
 
 
-def embed_prompts(model: Qwen2_5_VLForConditionalGeneration, prompts: Sequence[Prompt]) -> tuple[Tensor, Tensor]:
-    """All prompts in one row, with their clips: embeddings [N, H] and positions int64 [3, N]."""
+def embed_prompts(
+    model: Qwen2_5_VLForConditionalGeneration, prompts: Sequence[Prompt], following: Sequence[Prompt] = ()
+) -> tuple[Tensor, Tensor]:
+    """All prompts, and pieces of text and clips that follow, in one row: embeddings [N, H], positions int64 [3, N]."""
     table = model.get_input_embeddings()
-    ids = torch.cat([prompt.ids for prompt in prompts]).to(table.weight.device)
-    embeds = table(ids)
-    videos = [video for prompt in prompts for video in prompt.videos]
+    pieces = [*prompts, *following]
+    rows = [torch.cat([p.ids for p in part]).to(table.weight.device) for part in (prompts, following) if part]
+    embeds, ids = torch.cat([table(row) for row in rows]), torch.cat(rows)
+    videos = [video for piece in pieces for video in piece.videos]
     if videos:
         features = torch.cat(encode_videos(model, videos)).to(embeds)
         embeds = embeds.masked_scatter((ids == model.config.video_token_id)[:, None], features)
-    return embeds, torch.cat([prompt.positions for prompt in prompts], dim=1).to(ids.device)
+    return embeds, torch.cat([piece.positions for piece in pieces], dim=1).to(ids.device)
 
 
 def _language_model(
     model: Qwen2_5_VLForConditionalGeneration,
     embeds: Tensor,
     positions: Tensor,
-    tree: Tree | None,
+    tree: Tree | Sequence[Stretch] | None,
     cache: GroupCache | None = None,
 ) -> Tensor:
     """Hidden states [N, H] of a row, from embeddings [N, H] and positions int64 [3, N]; see `tree_attention`."""
@@ -425,33 +437,55 @@ def last_hidden(model: Qwen2_5_VLForConditionalGeneration, prompts: Sequence[Pro
     return _language_model(model, *embed_prompts(model, prompts), Tree(tuple(map(len, prompts))))[_last(prompts)]
 
 
+def _text(ids: Tensor, start: int) -> Prompt:
+    """Tokens of text from a position on."""
+    return Prompt(ids, (start + torch.arange(len(ids))).expand(3, -1), [], start + len(ids))
+
+
+def _fed(prompt: Prompt, ids: Tensor, observations: Sequence[Observation]) -> tuple[list[Prompt], Tensor]:
+    """What is computed of a response with these ids [T], in pieces, and where in it the token before each id is: int64
+    [T], -1 for the prompt's last one. Nothing is predicted from the last id, so it is not computed, nor what the
+    response was shown after it.
+    """
+    pieces, before = [], torch.arange(-1, len(ids) - 1)
+    said, position = 0, prompt.next_position
+    for shown in observations:
+        if shown.after < len(ids):
+            pieces += [_text(ids[said : shown.after], position), shown.prompt]
+            before[shown.after :] += len(shown.prompt)
+            said, position = shown.after, shown.prompt.next_position
+    return [*pieces, _text(ids[said:-1], position)], before
+
+
 def group_hidden(
-    model: Qwen2_5_VLForConditionalGeneration, prompts: Sequence[Prompt], responses: Tensor, mask: Tensor
+    model: Qwen2_5_VLForConditionalGeneration,
+    prompts: Sequence[Prompt],
+    responses: Tensor,
+    mask: Tensor,
+    observations: Sequence[Sequence[Sequence[Observation]]] | None = None,
 ) -> Tensor:
     """The hidden states that predict each response token, with each prompt computed once for its G responses.
 
-    prompts: B of them; responses: int64 [B, G, T] padded on the right; mask: bool [B, G, T], real tokens. Returns the
-    states before the real tokens, [N, H], in the order of `responses[mask]` (before a first token: the state after the
-    prompt).
+    prompts: B of them; responses: int64 [B, G, T] padded on the right; mask: bool [B, G, T], real tokens. In episodes
+    of several turns, responses are the sampled tokens alone, and `observations` [B][G] say, in order, what stood
+    between them. Returns the states before the real tokens, [N, H], in the order of `responses[mask]` (before a first
+    token: the state after the prompt, or after the observation).
     """
-    embeds, positions = embed_prompts(model, prompts)
-    device = embeds.device
-    lengths = mask.sum(-1).cpu()  # [B, G]
-    # Nothing is predicted from a response's last token, so it is not computed.
-    fed = torch.arange(mask.shape[-1]) < (lengths - 1)[..., None]  # [B, G, T]
-    starts = torch.tensor([prompt.next_position for prompt in prompts])
-    times = (starts[:, None, None] + torch.arange(mask.shape[-1])).expand(fed.shape)[fed].to(device)
-
-    embeds = torch.cat([embeds, model.get_input_embeddings()(responses.cpu()[fed].to(device))])
-    positions = torch.cat([positions, times.expand(3, -1)], dim=1)
-    tree = Tree(tuple(map(len, prompts)), tuple(tuple(row) for row in (lengths - 1).clamp(min=0).tolist()))
-    hidden = _language_model(model, embeds, positions, tree)
-
-    # Before the first token of each response is the end of its prompt, before the others the token that was fed.
-    before = torch.empty(mask.shape, dtype=torch.long)
-    before[..., 1:] = sum(tree.prompts) + fed.flatten().cumsum(0).view(fed.shape)[..., :-1] - 1
-    before[..., 0] = torch.tensor(_last(prompts))[:, None]
-    return hidden[before[mask.cpu()].to(device)]
+    rows, real = responses.cpu(), mask.cpu()
+    fed, lengths, before = [], [], []
+    offset = sum(map(len, prompts))
+    for b, (prompt, last) in enumerate(zip(prompts, _last(prompts), strict=True)):
+        lengths.append([])
+        for g in range(mask.shape[1]):
+            shown = () if observations is None else observations[b][g]
+            pieces, places = _fed(prompt, rows[b, g][real[b, g]], shown)
+            fed += pieces
+            before.append(torch.where(places < 0, last, offset + places))
+            lengths[-1].append(sum(map(len, pieces)))
+            offset += lengths[-1][-1]
+    embeds, positions = embed_prompts(model, prompts, fed)
+    hidden = _language_model(model, embeds, positions, Tree(tuple(map(len, prompts)), tuple(map(tuple, lengths))))
+    return hidden[torch.cat(before).to(hidden.device)]
 
 
 class Policy(nn.Module):
@@ -470,12 +504,18 @@ class Policy(nn.Module):
         enable({"use_reentrant": False})
 
     def forward(
-        self, prompts: Sequence[Prompt], responses: Tensor, mask: Tensor, objective: Callable[[Tensor, Tensor], object]
+        self,
+        prompts: Sequence[Prompt],
+        responses: Tensor,
+        mask: Tensor,
+        objective: Callable[[Tensor, Tensor], object],
+        observations: Sequence[Sequence[Sequence[Observation]]] | None = None,
     ) -> object:
         """`objective(hidden [N, H] of the real response tokens, output projection [V, H])`; None without prompts."""
         if not prompts:
             return None
-        return objective(group_hidden(self.model, prompts, responses, mask), self.model.lm_head.weight)
+        hidden = group_hidden(self.model, prompts, responses, mask, observations)
+        return objective(hidden, self.model.lm_head.weight)
 
 
 @contextlib.contextmanager
@@ -615,22 +655,27 @@ class Graphs:
 
 @dataclass
 class Turn:
-    """What a response has said: `row` is b * G + g, `ids` int64 [t] on the CPU, `hidden` [t, H] what each was chosen
-    from, if it was to be kept.
+    """What a response has said until it stopped: `row` is b * G + g, `number` counts its turns from 0, `ids` int64 [t]
+    on the CPU, `hidden` [t, H] what each was chosen from, if it was to be kept.
     """
 
     row: int
+    number: int
     ids: Tensor
     hidden: Tensor | None = None
 
 
 class Episodes:
-    """B prompts with G responses each, decoded together.
+    """B prompts with G responses each, decoded together; a response can be shown something after each of its turns.
 
-    The state of all B * G rows is in tensors that are written in place: a row's `ids` [max_tokens], of which `count`
-    are there, and whether it has `ended`. What `_step` computes follows from them: a row's last token stands at the
-    position `start` + `count` - 1; a row that has ended says its last token again. `rows` [b, g] are those that are
-    still computed.
+        episodes = Episodes(...)
+        while turns := episodes.sample():
+            episodes.observe({turn.row: (ids, clips), ...})  # for those that go on
+
+    The state of all B * G rows is in tensors that are written in place: a row's `ids` [max_tokens] in this turn, of
+    which `count` are there, and whether it has `ended`. What `_step` computes follows from them: a row's last token
+    stands at the position `start` + `count` - 1, and has `held` + `count` - 1 tokens before it beside the prompt's; a
+    row that has ended says its last token again. `rows` [b, g] are those that are still computed.
     """
 
     @torch.no_grad()
@@ -643,33 +688,36 @@ class Episodes:
         eos: Sequence[int],
         banned: Sequence[int],
         temperature: float = 1.0,
-        seed: Callable[[int], int] | None = None,
+        seed: Callable[[int, int], int] | None = None,
         stop: Callable[[list[int]], bool] | None = None,
         keep_hidden: bool = False,
     ):
-        """Compute the prompts, and the first token of each response."""
+        """Compute the prompts, once each, and the first token of each response; arguments are those of `sample`.
+
+        max_tokens: of a turn; seed(row, number of the turn): None decodes greedily.
+        """
         self.model, self.max_tokens, self.temperature, self.stop = model, max_tokens, temperature, stop
-        self.pace = decoding_pace(model)
+        self.seed, self.pace = seed, decoding_pace(model)
         embeds, positions = embed_prompts(model, prompts)
         device, count = embeds.device, len(prompts) * group_size
         self.eos = torch.tensor(eos, device=device, dtype=torch.long)
         self.banned = torch.tensor(banned, device=device, dtype=torch.long)
         self.ids = torch.zeros(count, max_tokens, dtype=torch.long, device=device)
-        self.count = torch.zeros(count, dtype=torch.long, device=device)
+        self.count, self.held = (torch.zeros(count, dtype=torch.long, device=device) for _ in range(2))
         self.ended = torch.zeros(count, dtype=torch.bool, device=device)
         starts = [prompt.next_position for prompt in prompts for _ in range(group_size)]
         self.start = torch.tensor(starts, device=device)
-        self.uniform = None
-        if seed is not None:
-            draws = [torch.rand(max_tokens, generator=torch.Generator().manual_seed(seed(row))) for row in range(count)]
-            self.uniform = torch.stack(draws).double().to(device)
+        self.stems = [len(prompt) for prompt in prompts for _ in range(group_size)]
         self.rows = torch.arange(count).view(len(prompts), group_size)
         self.index = self.rows.flatten().to(device)
-        self.speaking = set(range(count))
-        self.heard = [0] * count  # tokens that `stop` has seen
+        self.speaking, self.listening = set(range(count)), set()  # in a turn; having just ended one
+        self.number = [0] * count  # of the turn
+        self.said = [0] * count  # tokens, in earlier turns
+        self.heard = [0] * count  # tokens of this turn that `stop` has seen
+        self.uniform = None if seed is None else torch.stack(list(map(self._draws, range(count)))).to(device)
 
         tree = Tree(tuple(map(len, prompts)))
-        self.cache = GroupCache(tree, group_size, -(-max_tokens // self.pace.window) * self.pace.window)
+        self.cache = GroupCache(tree, group_size, self._rounded(max_tokens))
         self.graphs = Graphs() if self.pace.capture else None
         with _evaluation_mode(model):
             hidden = _language_model(model, embeds, positions, tree, self.cache)[_last(prompts)]
@@ -678,17 +726,21 @@ class Episodes:
 
     @torch.no_grad()
     def sample(self) -> list[Turn]:
-        """Decode until at least one response has ended; returns those that have, [] if none was left."""
+        """Decode until at least one turn has ended; returns those that have, [] if none was left. A response that is
+        shown nothing before the next call is over.
+        """
+        self.listening.clear()
         with _evaluation_mode(self.model):
             while self.speaking:
-                count = self.count.tolist()
+                count, held = self.count.tolist(), self.held.tolist()
                 turns = self._ended(count)
                 if turns:
+                    self.listening.update(turn.row for turn in turns)
                     return turns
                 self._leave()
                 steps = min(self.pace.check, self.max_tokens - min(count[row] for row in self.speaking))
-                furthest = max(count[row] for row in self.speaking) + steps - 1
-                window = min(-(-furthest // self.pace.window) * self.pace.window, self.cache.capacity)
+                furthest = max(held[row] + count[row] for row in self.speaking) + steps - 1
+                window = min(self._rounded(furthest), self.cache.capacity)
                 for _ in range(steps):
                     if self.graphs is None:
                         self._step(window)
@@ -696,10 +748,68 @@ class Episodes:
                         self.graphs.run(window, partial(self._step, window))
         return []
 
+    @torch.no_grad()
+    def observe(self, observations: dict[int, tuple[Sequence[int], Sequence[Video]]]) -> dict[int, Observation]:
+        """Show something to rows whose turn has just ended: ids with one `<|video_pad|>` per clip, and the clips. Their
+        next turn begins.
+
+        Only these tokens are computed, in one pass; each sees its prompt, and all of its response before it. Returns,
+        per row, what `group_hidden` needs. Raises ValueError for another row.
+        """
+        if not observations:
+            return {}
+        rows, shown, pieces, stretches = sorted(observations), {}, [], []
+        count, start, held = (x.tolist() for x in (self.count, self.start, self.held))
+        for row in rows:
+            if row not in self.listening:
+                raise ValueError(f"row {row} cannot be shown anything: its turn has not just ended")
+            ids, videos = observations[row]
+            position = start[row] + count[row]
+            prompt = build_prompt(ids, videos, self.model.config, position)
+            self.said[row] += count[row]
+            shown[row] = Observation(self.said[row], prompt)
+            # The turn's last token has been chosen, but not computed.
+            last = _text(self.ids[row, count[row] - 1 : count[row]].cpu(), position - 1)
+            pieces += [last, prompt]
+            ((b, g),) = (self.rows == row).nonzero().tolist()
+            stretches.append(Stretch(b, g, self.stems[row], held[row] + count[row] - 1, 1 + len(prompt)))
+        self._begin(shown, {row: s.start + s.length for row, s in zip(rows, stretches, strict=True)})
+        embeds, positions = embed_prompts(self.model, pieces)
+        with _evaluation_mode(self.model):
+            hidden = _language_model(self.model, embeds, positions, stretches, self.cache)
+        ends = [end - 1 for end in itertools.accumulate(s.length for s in stretches)]
+        self._choose(hidden[ends], torch.tensor(rows, device=self.index.device))
+        return shown
+
+    def _begin(self, shown: dict[int, Observation], held: dict[int, int]) -> None:
+        """The next turn of these rows, after what they are shown; `held`: tokens that they have then."""
+        capacity = max(held.values()) + self.max_tokens
+        if capacity > self.cache.capacity:  # by a quarter at least, so that it is not done for each row
+            self.cache.reserve(self._rounded(max(capacity, self.cache.capacity * 5 // 4)))
+            if self.graphs is not None:
+                self.graphs.clear()
+        for row, observation in shown.items():
+            self.number[row], self.heard[row] = self.number[row] + 1, 0
+            self.start[row], self.held[row] = observation.prompt.next_position, held[row]
+            self.count[row], self.ended[row] = 0, False
+            if self.uniform is not None:
+                self.uniform[row] = self._draws(row)
+        self.speaking.update(shown)
+        self.listening.difference_update(shown)
+
+    def _draws(self, row: int) -> Tensor:
+        """A row's random numbers for a turn, [max_tokens]."""
+        generator = torch.Generator().manual_seed(self.seed(row, self.number[row]))
+        return torch.rand(self.max_tokens, generator=generator).double()
+
+    def _rounded(self, length: int) -> int:
+        """Up to a multiple of a window."""
+        return -(-length // self.pace.window) * self.pace.window
+
     def _step(self, window: int) -> None:
         """The next token of every row."""
         rows, fed = self.index, self.count[self.index] - 1
-        self.cache.place(fed.view(self.rows.shape), window)
+        self.cache.place((self.held[rows] + fed).view(self.rows.shape), window)
         embeds = self.model.get_input_embeddings()(self.ids[rows, fed])
         positions = (self.start[rows] + fed).expand(3, -1)
         self._choose(_language_model(self.model, embeds, positions, None, self.cache), rows)
@@ -733,7 +843,8 @@ class Episodes:
         self.speaking.difference_update(rows)
         hidden = [None if self.states is None else self.states[row, : count[row]].clone() for row in rows]
         ids = [self.ids[row, : count[row]].to("cpu", copy=True) for row in rows]
-        return [Turn(*turn) for turn in zip(rows, ids, hidden, strict=True)]
+        numbers = [self.number[row] for row in rows]
+        return [Turn(*turn) for turn in zip(rows, numbers, ids, hidden, strict=True)]
 
     def _leave(self) -> None:
         """Stop computing rows that have ended, if that makes the batch smaller by a quarter: of each prompt, the same
@@ -774,7 +885,7 @@ def sample(
     [B, G, T] and mask bool [B, G, T].
     """
     shape = (len(prompts), group_size, -1)
-    seed = None if seeds is None else [s for row in seeds for s in row].__getitem__
+    seed = None if seeds is None else lambda row, _: seeds[row // group_size][row % group_size]
     keep = states is not None
     episodes = Episodes(model, prompts, group_size, max_tokens, eos, banned, temperature, seed, stop, keep)
     while episodes.sample():

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import shutil
 import warnings
+from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
@@ -22,6 +24,7 @@ from policy import (
     BANNED_TOKENS,
     Episodes,
     ModelError,
+    Observation,
     Pace,
     Policy,
     Prompt,
@@ -232,11 +235,15 @@ def exact_norm(monkeypatch):
     monkeypatch.setattr(Qwen2_5_VLRMSNorm, "forward", norm)
 
 
-def separate_logp(model, prompt: Prompt, response: torch.Tensor) -> torch.Tensor:
-    """Log-probabilities of one response by a plain causal pass of transformers' own model, with our positions: [T]."""
+def separate_logp(model, prompt: Prompt, response: torch.Tensor, after: torch.Tensor | None = None) -> torch.Tensor:
+    """Log-probabilities of one response by a plain causal pass of transformers' own model, with our positions: [T].
+
+    `after`: positions [3, T] of a response that is not plain text.
+    """
     ids = torch.cat([prompt.ids, response])[None]
-    after = torch.arange(len(response)) + prompt.next_position
-    positions = torch.cat([prompt.positions, after.expand(3, -1)], dim=1)[:, None]
+    if after is None:
+        after = (torch.arange(len(response)) + prompt.next_position).expand(3, -1)
+    positions = torch.cat([prompt.positions, after], dim=1)[:, None]
     patches = normalise_patches(torch.cat([video.patches for video in prompt.videos])).double()
     logits = model(
         input_ids=ids,
@@ -439,7 +446,8 @@ def test_a_step_asks_nothing_of_the_host(tokenizer, vocabulary, scene):
     takes a tensor from the host raises: none of it could be captured.
     """
     eos, banned = ends(vocabulary), vocabulary.banned
-    episodes = Episodes(loud_model(tokenizer), scene[0], 3, 24, eos, banned, 1.0, int, keep_hidden=True)
+    seed = partial(max, 7)
+    episodes = Episodes(loud_model(tokenizer), scene[0], 3, 24, eos, banned, 1.0, seed, keep_hidden=True)
 
     def empty(x):
         if isinstance(x, list):
@@ -471,6 +479,227 @@ def test_captured_steps_are_the_eager_ones(model64, vocabulary, scene, monkeypat
             found.append([x.cpu() for x in decode(model, vocabulary, prompts, T=40)])
     for ids, mask in found[1:]:
         assert torch.equal(ids, found[0][0]) and torch.equal(mask, found[0][1])
+
+
+# ---------------------------------------------------------------- episodes of several turns
+
+
+@dataclass
+class Episode:
+    """What one row said and was shown."""
+
+    turns: list[torch.Tensor] = field(default_factory=list)
+    hidden: list[torch.Tensor] = field(default_factory=list)
+    observations: list[Observation] = field(default_factory=list)
+    when: list[int] = field(default_factory=list)  # how many turns of any row had ended before each of its own
+
+
+def shown_to(name: int, number: int, vocabulary, clips) -> tuple[list[int], list[Video]] | None:
+    """What an environment answers to a turn of the row of this name: nothing, text, a clip, or two with their times."""
+    words = [None, "not in the video", f"1.0{CLIP} go on", f"1.0{CLIP}2.0{CLIP} go on"][(name + 2 * number) % 4]
+    if number == 3 or words is None:
+        return None
+    return vocabulary.ids(words), clips[: words.count(CLIP)]
+
+
+CLIPS = [random_video(5, 4, 56, 28, 0.5), random_video(6, 2, 28, 84, 2.0)]
+
+
+def play(model, vocabulary, prompts, names, max_tokens=12) -> list[Episode]:
+    """Episodes of up to four turns; the rows' names [B][G] decide their seeds and what they are shown."""
+    flat = [name for row in names for name in row]
+    episodes = Episodes(
+        model,
+        prompts,
+        len(names[0]),
+        max_tokens,
+        ends(vocabulary),
+        vocabulary.banned,
+        seed=lambda row, number: 10 * flat[row] + number,
+        stop=stops_at(vocabulary.tokenizer, ["9"]),
+        keep_hidden=True,
+    )
+    record, ended = [Episode() for _ in flat], itertools.count()
+    while turns := episodes.sample():
+        shown = {}
+        for turn in turns:
+            assert turn.number == len(record[turn.row].turns)
+            record[turn.row].turns.append(turn.ids)
+            record[turn.row].hidden.append(turn.hidden)
+            record[turn.row].when.append(next(ended))
+            answer = shown_to(flat[turn.row], turn.number, vocabulary, CLIPS)
+            if answer is not None:
+                shown[turn.row] = answer
+        for row, observation in episodes.observe(shown).items():
+            record[row].observations.append(observation)
+    return record
+
+
+NAMES = [[0, 1, 2], [5, 7, 6]]
+
+
+def as_group(record: list[Episode], batch: int):
+    """Ids [B, G, T], mask and observations [B][G] of episodes."""
+    rows = [torch.cat(episode.turns) for episode in record]
+    ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    mask = torch.arange(ids.shape[1]) < torch.tensor([len(row) for row in rows])[:, None]
+    size = len(record) // batch
+    observations = [[episode.observations for episode in record[b * size : (b + 1) * size]] for b in range(batch)]
+    return ids.view(batch, size, -1), mask.view(batch, size, -1), observations
+
+
+def whole(prompt: Prompt, episode: Episode, config) -> tuple[Prompt, torch.Tensor]:
+    """A prompt and an episode as one prompt, built anew from its ids and clips, and what of it was sampled."""
+    parts, videos = [(prompt.ids, False)], list(prompt.videos)
+    for turn, observation in itertools.zip_longest(episode.turns, episode.observations):
+        parts.append((turn, True))
+        if observation is not None:
+            parts.append((observation.prompt.ids, False))
+            videos += observation.prompt.videos
+    ids = torch.cat([ids for ids, _ in parts])
+    sampled = torch.cat([torch.full(ids.shape, said) for ids, said in parts])
+    first = (ids != config.video_token_id) | (ids.roll(1) != config.video_token_id)  # one <|video_pad|> per clip
+    return build_prompt(ids[first].tolist(), videos, config), sampled
+
+
+@pytest.fixture
+def played(model64, vocabulary, scene, exact_norm):
+    return play(model64, vocabulary, scene[0], NAMES)
+
+
+def test_episodes_of_one_batch_are_at_different_turns(played):
+    assert [len(episode.turns) for episode in played] == [1, 4, 2, 4, 4, 2]
+    assert min(episode.when[1] for episode in played[1:]) < max(episode.when[0] for episode in played)
+
+
+@pytest.mark.parametrize("pace", [Pace(1, 1, False), Pace(5, 4, False)])
+def test_states_of_episodes_are_those_of_one_pass(model64, vocabulary, scene, exact_norm, monkeypatch, pace):
+    """The cache that survives across turns, against [prompt, episodes] computed at once."""
+    monkeypatch.setattr("policy.decoding_pace", lambda _: pace)
+    record = play(model64, vocabulary, scene[0], NAMES)
+    ids, mask, observations = as_group(record, 2)
+    hidden = group_hidden(model64, scene[0], ids, mask, observations)
+    cached = torch.cat([state for episode in record for state in episode.hidden])
+    torch.testing.assert_close(cached, hidden, atol=1e-9, rtol=1e-9)
+    assert (group_hidden(model64, scene[0], ids, mask) - hidden).abs().max() > 0.1  # what was shown matters
+
+
+def test_the_pace_changes_no_episode(model64, vocabulary, scene, played, monkeypatch):
+    monkeypatch.setattr("policy.decoding_pace", lambda _: Pace(5, 4, False))
+    for ours, theirs in zip(play(model64, vocabulary, scene[0], NAMES), played, strict=True):
+        assert [t.tolist() for t in ours.turns] == [t.tolist() for t in theirs.turns]
+
+
+def test_an_episode_does_not_depend_on_its_batch(model64, vocabulary, scene, played):
+    for k, episode in enumerate(played):
+        (alone,) = play(model64, vocabulary, [scene[0][k // 3]], [[NAMES[k // 3][k % 3]]])
+        assert [t.tolist() for t in alone.turns] == [t.tolist() for t in episode.turns]
+
+
+def test_positions_go_on_through_all_clips_of_an_episode(model64, scene, played):
+    """Those of the whole dialogue as one prompt."""
+    for k, episode in enumerate(played):
+        prompt = scene[0][k // 3]
+        rebuilt, _ = whole(prompt, episode, model64.config)
+        said, at = 0, len(prompt)
+        for turn, observation in zip(episode.turns, episode.observations, strict=False):
+            said, at = said + len(turn), at + len(turn)
+            assert observation.after == said
+            there = slice(at, at + len(observation.prompt))
+            assert torch.equal(observation.prompt.positions, rebuilt.positions[:, there])
+            at = there.stop
+
+
+def test_no_token_of_an_episode_is_computed_twice(model64, vocabulary, scene, played, monkeypatch):
+    lengths = []
+    monkeypatch.setattr(
+        "policy._language_model",
+        lambda model, embeds, positions, tree, cache=None: (
+            tree is not None and lengths.append(len(embeds)),
+            _language_model(model, embeds, positions, tree, cache),
+        )[1],
+    )
+    play(model64, vocabulary, scene[0], NAMES)
+    shown = [o.prompt for episode in played for o in episode.observations]
+    # each with the last token of the turn before it
+    assert sum(lengths) == sum(map(len, scene[0])) + sum(map(len, shown)) + len(shown)
+
+
+def test_gradients_of_episodes_equal_those_of_separate_passes(model64, vocabulary, scene, played):
+    """One pass over prompts and episodes, against our own pass for each episode as a prompt of its own."""
+    prompts = scene[0]
+    ids, mask, observations = as_group(played, 2)
+    weight = torch.linspace(-1, 1, int(mask.sum()), dtype=torch.float64)
+    shared, apart = copy.deepcopy(model64), copy.deepcopy(model64)
+    hidden = group_hidden(shared, prompts, ids, mask, observations)
+    logp = shared.lm_head(hidden).log_softmax(-1).gather(-1, ids[mask][:, None])[:, 0]
+    (logp * weight).sum().backward()
+
+    alone = []
+    for k, episode in enumerate(played):
+        joint, sampled = whole(prompts[k // 3], episode, model64.config)
+        states = _language_model(apart, *embed_prompts(apart, [joint]), Tree((len(joint),)))
+        predicted = apart.lm_head(states[:-1]).log_softmax(-1).gather(-1, joint.ids[1:, None])[:, 0]
+        alone.append(predicted[sampled[1:]])
+    (torch.cat(alone) * weight).sum().backward()
+    torch.testing.assert_close(logp, torch.cat(alone), atol=1e-9, rtol=1e-9)
+    for (name, p), q in zip(shared.named_parameters(), apart.parameters(), strict=True):
+        assert p.grad.abs().max() > 0, name
+        torch.testing.assert_close(p.grad, q.grad, atol=1e-9 * float(q.grad.abs().max()), rtol=0)
+
+
+def test_episodes_equal_transformers_own_pass(model64, scene, played):
+    ids, mask, observations = as_group(played, 2)
+    hidden = group_hidden(model64, scene[0], ids, mask, observations)
+    logp = model64.lm_head(hidden).log_softmax(-1).gather(-1, ids[mask][:, None])[:, 0]
+    alone = []
+    for k, episode in enumerate(played):
+        joint, sampled = whole(scene[0][k // 3], episode, model64.config)
+        first = Prompt(joint.ids[:1], joint.positions[:, :1], joint.videos, 0)
+        alone.append(separate_logp(model64, first, joint.ids[1:], joint.positions[:, 1:])[sampled[1:]])
+    torch.testing.assert_close(logp, torch.cat(alone), atol=1e-4, rtol=1e-5)  # rotary angles are float32
+
+
+def test_the_policy_takes_episodes(model64, scene, played):
+    ids, mask, observations = as_group(played, 2)
+    hidden, _ = Policy(model64)(scene[0], ids, mask, lambda *given: given, observations)
+    assert torch.equal(hidden, group_hidden(model64, scene[0], ids, mask, observations))
+
+
+def test_a_clip_that_several_rows_are_shown_is_encoded_once(model64, vocabulary, monkeypatch):
+    grids = []
+    monkeypatch.setattr(
+        "policy.encode_clips", lambda tower, patches, g: grids.append(g) or encode_clips(tower, patches, g)
+    )
+    prompt = build_prompt(vocabulary.ids("red"), [], model64.config)
+    episodes = Episodes(model64, [prompt], 3, 1, (), vocabulary.banned)
+    assert len(episodes.sample()) == 3
+    episodes.observe({row: (vocabulary.ids(f"{CLIP} a"), [CLIPS[0]]) for row in range(3)})
+    assert grids == [[CLIPS[0].grid]]
+    assert [turn.number for turn in episodes.sample()] == [1, 1, 1]
+
+
+def test_only_a_row_whose_turn_has_just_ended_is_shown_something(model64, vocabulary):
+    prompt = build_prompt(vocabulary.ids("red"), [], model64.config)
+    episodes = Episodes(model64, [prompt], 2, 1, (), vocabulary.banned)
+    with pytest.raises(ValueError, match="row 0 cannot be shown anything: its turn has not just ended"):
+        episodes.observe({0: (vocabulary.ids("a"), [])})
+    assert len(episodes.sample()) == 2
+    episodes.observe({0: (vocabulary.ids("a"), [])})
+    assert [(turn.row, turn.number) for turn in episodes.sample()] == [(0, 1)]  # row 1 is over
+    with pytest.raises(ValueError, match="row 1 "):
+        episodes.observe({1: (vocabulary.ids("a"), [])})
+    assert episodes.sample() == []
+
+
+def test_what_an_episode_is_shown_after_its_last_token_is_not_computed(model64, scene, played):
+    ids, mask, observations = as_group(played, 2)
+    before = group_hidden(model64, scene[0], ids, mask, observations)
+    said = int(mask[0, 0].sum())
+    nonsense = Observation(said, Prompt(torch.tensor([10**9]), torch.zeros(3, 1, dtype=torch.long), [], 0))
+    more = [[[*shown] for shown in row] for row in observations]
+    more[0][0].append(nonsense)
+    assert torch.equal(group_hidden(model64, scene[0], ids, mask, more), before)
 
 
 def test_a_response_does_not_depend_on_its_batch(model64, vocabulary, scene):
