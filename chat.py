@@ -127,6 +127,8 @@ class Endpoint:
             raise ChatError(f"endpoint {self.url!r}: an address begins with http:// or https://")
         if not self.key:
             raise ChatError(f"endpoint {self.url}: no key; set {KEY} (to any word for a server that asks for none)")
+        if not self.key.isascii() or not self.key.isprintable():
+            raise ChatError(f"endpoint {self.url}: the key in {KEY} has characters that no key has")
         if not self.model:
             raise ChatError(f"endpoint {self.url}: which model? Give --judge_model NAME")
         self.url = self.url.rstrip("/").removesuffix("/chat/completions")
@@ -356,4 +358,4 @@ def connect(
     url = endpoint or os.environ.get(ADDRESS, "")
     if not url:
         raise ChatError(f"no endpoint: give --endpoint URL or set {ADDRESS}")
-    return Endpoint(url, judge_model or "", os.environ.get(KEY, ""), max_tokens, timeout=timeout)
+    return Endpoint(url, judge_model or "", os.environ.get(KEY, "").strip(), max_tokens, timeout=timeout)

@@ -177,11 +177,11 @@ import os, sys
 sys.path.insert(0, {root!r})
 import {script}
 call = {script}.{function}
-def noted(*arguments):
+def noted(*arguments, **options):
     given = [one for a in arguments for one in (a if isinstance(a, list) else [a]) if hasattr(one, "id")]
     with open({folder!r} + "/asked-" + os.environ["RANK"], "a") as file:
         file.writelines(one.id + chr(10) for one in given)
-    return call(*arguments)
+    return call(*arguments, **options)
 {script}.{function} = noted
 {script}.main(sys.argv[1:])
 """

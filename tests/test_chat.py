@@ -205,7 +205,10 @@ def test_what_an_endpoint_needs(monkeypatch):
     monkeypatch.setenv(chat.ADDRESS, "http://127.0.0.1:9/v1/chat/completions")
     with pytest.raises(ChatError, match="no key; set OPENAI_API_KEY"):
         chat.connect(None, "judge")
-    monkeypatch.setenv(chat.KEY, "secret")
+    monkeypatch.setenv(chat.KEY, "sec\nret")
+    with pytest.raises(ChatError, match="the key in OPENAI_API_KEY has characters that no key has"):
+        chat.connect(None, "judge")
+    monkeypatch.setenv(chat.KEY, "secret\n")
     with pytest.raises(ChatError, match="which model"):
         chat.connect(None, None)
     with pytest.raises(ChatError, match="begins with http"):
