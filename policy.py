@@ -758,16 +758,15 @@ class Episodes:
         """
         if not observations:
             return {}
+        for row in observations.keys() - self.listening:
+            raise ValueError(f"row {row} cannot be shown anything: its turn has not just ended")
         rows, shown, pieces, stretches = sorted(observations), {}, [], []
         count, start, held = (x.tolist() for x in (self.count, self.start, self.held))
         for row in rows:
-            if row not in self.listening:
-                raise ValueError(f"row {row} cannot be shown anything: its turn has not just ended")
             ids, videos = observations[row]
             position = start[row] + count[row]
             prompt = build_prompt(ids, videos, self.model.config, position)
-            self.said[row] += count[row]
-            shown[row] = Observation(self.said[row], prompt)
+            shown[row] = Observation(self.said[row] + count[row], prompt)
             # The turn's last token has been chosen, but not computed.
             last = _text(self.ids[row, count[row] - 1 : count[row]].cpu(), position - 1)
             pieces += [last, prompt]
@@ -789,7 +788,7 @@ class Episodes:
             if self.graphs is not None:
                 self.graphs.clear()
         for row, observation in shown.items():
-            self.number[row], self.heard[row] = self.number[row] + 1, 0
+            self.number[row], self.said[row], self.heard[row] = self.number[row] + 1, observation.after, 0
             self.start[row], self.held[row] = observation.prompt.next_position, held[row]
             self.count[row], self.ended[row] = 0, False
             if self.uniform is not None:
@@ -830,7 +829,7 @@ class Episodes:
         """The turns that have ended, after cutting off what was said beyond a stop string; corrects `count`."""
         ended = self.ended.tolist()
         if self.stop is not None:
-            ids = self.ids.tolist()
+            ids = self.ids[:, : max(count)].tolist()
             for row in self.speaking:
                 for n in range(self.heard[row] + 1, count[row] + 1):
                     if self.stop(ids[row][:n]):

@@ -685,7 +685,9 @@ def test_only_a_row_whose_turn_has_just_ended_is_shown_something(model64, vocabu
     with pytest.raises(ValueError, match="row 0 cannot be shown anything: its turn has not just ended"):
         episodes.observe({0: (vocabulary.ids("a"), [])})
     assert len(episodes.sample()) == 2
-    episodes.observe({0: (vocabulary.ids("a"), [])})
+    with pytest.raises(ValueError, match=r"1 <\|video_pad\|> for 0 clips"):
+        episodes.observe({0: (vocabulary.ids("a"), []), 1: (vocabulary.ids(CLIP), [])})
+    assert episodes.observe({0: (vocabulary.ids("a"), [])})[0].after == 1  # what was refused left no trace
     assert [(turn.row, turn.number) for turn in episodes.sample()] == [(0, 1)]  # row 1 is over
     with pytest.raises(ValueError, match="row 1 "):
         episodes.observe({1: (vocabulary.ids("a"), [])})
