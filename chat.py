@@ -215,7 +215,7 @@ def read_completion(body: bytes) -> Reply:
         raise _PassingError(f"not a chat completion: {start!r}") from None
     if not isinstance(text, str):
         raise _PassingError(f"the reply is not a text but {one_line(repr(text))}")
-    return Reply(text, *counts)
+    return Reply(text.encode(errors="replace").decode(), *counts)  # JSON can hold halves of characters
 
 
 def asked_wait(headers: http.client.HTTPMessage) -> float:
@@ -306,9 +306,9 @@ class Cached:
         with self.lock:
             asking = self.under_way.setdefault(key, threading.Lock())
         with asking:  # who asks the same at the same time waits for the reply
-            known = path.exists()
-            reply = Reply(**json.loads(path.read_text(encoding="utf-8"))) if known else self.chat.reply(messages)
-            if not known:
+            known = kept(path)
+            reply = known or self.chat.reply(messages)
+            if known is None:
                 keep(path, reply)
         with self.lock:
             self.usage += Usage(known=1) if known else Usage(1, 0, reply.prompt_tokens, reply.completion_tokens)
@@ -327,6 +327,14 @@ def content_hash(name: str, messages: Sequence[Message]) -> str:
                 frames = part.clip.frames.contiguous().numpy()
                 parts += [frames.shape, round(part.clip.step, 6), hashlib.sha256(frames).hexdigest()]
     return hashlib.sha256(repr(parts).encode()).hexdigest()
+
+
+def kept(path: Path) -> Reply | None:
+    """The reply in a file; None if there is none, or none that can be read."""
+    try:
+        return Reply(**json.loads(path.read_text(encoding="utf-8")))
+    except (FileNotFoundError, ValueError, TypeError):
+        return None
 
 
 def keep(path: Path, reply: Reply) -> None:

@@ -160,6 +160,8 @@ def read_object(text: str, names: Sequence[str], request: str) -> dict:
         if "{" not in text and REFUSAL.search(text):
             raise ReplyError(f"it refuses: {one_line(text, 80)!r}")
         raise ReplyError(f"it is not a JSON object: {one_line(text, 80)!r}")
+    if not writable(json.dumps(value, ensure_ascii=False)):
+        raise ReplyError("it has half a character")
     if value == {"question": None}:
         raise NothingToAskError("nothing distinctive")
     for name in names:
@@ -214,6 +216,11 @@ def distinct_texts(value: dict, name: str, least: int, most: int) -> list[str]:
     return [text.strip() for text in texts]
 
 
+def writable(text: str) -> bool:
+    """Whether UTF-8 can write it: names of files and texts of JSON may have what it cannot."""
+    return text.isascii() or text.encode(errors="ignore").decode() == text
+
+
 def plain(text: str) -> str:
     """A text without case and repeated space, to be compared."""
     return " ".join(text.split()).casefold()
@@ -266,6 +273,8 @@ def shots_row(task: Task, viewer: Viewer, known: dict[str, Row] | None) -> dict:
     row = {"video": task.video, "duration": None, "shots": [], "skipped": None}
     try:
         row["duration"] = probe(viewer.path(task.video)).duration
+        if not writable(task.video):
+            return {**row, "skipped": "its name is not UTF-8"}
         if known is None:
             shots = scenes.find_shots(viewer.path(task.video))
         elif task.video in known:

@@ -28,7 +28,7 @@ class JournalError(OSError):
 
 def append(path: str | Path, row: dict) -> None:
     """Add a row as one line. Raises JournalError if it cannot be written; the file is then as it was before."""
-    line = (json.dumps(row, ensure_ascii=False) + "\n").encode()
+    line = as_line(row)
     with open_locked(path, "ab+", fcntl.LOCK_EX) as file:
         size = cut_half_line(file)
         try:
@@ -87,6 +87,14 @@ def check_made_with(rows: Iterable[Row], made_with: dict) -> None:
             name = changed[0]
             then, now = theirs.get(name), made_with.get(name)
             raise row.error("made_with", f"{name} was {then!r} and is {now!r} now; give another --out")
+
+
+def as_line(row: dict) -> bytes:
+    """A row's line. What UTF-8 cannot write, such as a file name in another encoding, is escaped."""
+    try:
+        return f"{json.dumps(row, ensure_ascii=False)}\n".encode()
+    except UnicodeEncodeError:
+        return f"{json.dumps(row)}\n".encode()
 
 
 @contextlib.contextmanager

@@ -185,6 +185,11 @@ def test_a_refusal_is_a_reply(server):
     assert endpoint(server).reply(ASKED).text == ""
 
 
+def test_half_a_character_is_replaced(server):
+    server.answers = [(200, completion("a\ud800 é"), {})]
+    assert endpoint(server).reply(ASKED).text == "a? é"
+
+
 def test_no_usage_is_no_tokens(server):
     server.answers = [(200, json.dumps({"choices": [{"message": {"content": "a"}}]}), {})]
     assert endpoint(server).reply(ASKED) == Reply("a", 0, 0)
@@ -272,6 +277,16 @@ def test_nothing_is_asked_twice(tmp_path):
     assert cached.usage.cost(2.0, 8.0) == pytest.approx(0.00208)
     assert cached.usage.describe() == "1 requests, 1 known already, 1000 prompt and 10 completion tokens"
     assert cached.usage.describe(2000, 0).endswith(", cost 2.00")
+
+
+@pytest.mark.parametrize("damage", ["", '{"text": "é', "[]", '{"said": "é"}'])
+def test_a_damaged_file_is_asked_for_again(tmp_path, damage):
+    inner = Counting()
+    Cached(inner, tmp_path).reply(ASKED)
+    [file] = tmp_path.rglob("*.json")
+    file.write_text(damage)
+    for _ in range(2):
+        assert Cached(inner, tmp_path).reply(ASKED).text == "é 2"
 
 
 def test_what_several_ask_at_once_is_asked_once(tmp_path):

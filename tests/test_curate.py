@@ -120,6 +120,8 @@ def test_questions_that_can_be_used(reply, expected):
         (json.dumps({**GOOD, "answer": None}), "answer is not the letter"),
         (json.dumps({**GOOD, "clues": []}), "0 clues, not 1 to 8"),
         (json.dumps({**GOOD, "clues": [True]}), "clues are not texts"),
+        (json.dumps({**GOOD, "question": "What\ud800?"}), "half a character"),
+        (json.dumps({**GOOD, "ans\ud800wer": "A"}), "half a character"),
     ],
 )
 def test_questions_that_cannot_be_used(reply, problem):
@@ -525,13 +527,14 @@ def test_what_cannot_work_is_named_before_the_first_shot(long_world, tmp_path, m
 
 
 def test_videos_that_give_nothing_are_counted(long_world, tmp_path, capsys):
-    """One that cannot be read, one of a single shot, one nothing is known of, one with a scene shorter than a frame."""
+    """Unreadable, of a single shot, not known, with too short a scene, with a name that cannot be written."""
     folder = tmp_path / "videos"
     folder.mkdir()
     (folder / "broken.mp4").write_bytes(b"not a video")
     first = rows_of(long_world)[0]
     for name in ("whole.mp4", "single.mp4", "unknown.mp4", "brief.mp4"):
         (folder / name).symlink_to(long_world.parent / first["video"])
+    os.symlink(long_world.parent / first["video"], os.fsencode(folder) + b"/caf\xe9.mp4")
     whole, end = [[0.0, first["duration"]]], first["duration"]
     brief = [[0.0, 10.0], [10.0, 10.01], [10.01, end]]
     rows = [
@@ -547,6 +550,7 @@ def test_videos_that_give_nothing_are_counted(long_world, tmp_path, capsys):
     assert (
         skipped.pop("broken.mp4").startswith("unreadable: ") and skipped.pop("unknown.mp4") == "its shots are not known"
     )
+    assert skipped.pop(os.fsdecode(b"caf\xe9.mp4")) == "its name is not UTF-8"
     assert set(skipped.values()) == {None}
     skipped = {row["video"]: row["skipped"] for row in rows_of(tmp_path / "out" / "scenes.jsonl")}
     assert skipped == {"brief.mp4": None, "single.mp4": "one scene: there is nothing to find in it", "whole.mp4": None}
@@ -554,7 +558,7 @@ def test_videos_that_give_nothing_are_counted(long_world, tmp_path, capsys):
     assert questions["brief.mp4:1"] == "shorter than a frame"
     assert {sample.video for sample in data.load(tmp_path / "out" / "train.jsonl")} == {"whole.mp4"}
     printed = capsys.readouterr().out
-    assert "videos     5, " in printed and "\n  1 x unreadable\n" in printed and "  1 x one scene\n" in printed
+    assert "videos     6, " in printed and "\n  1 x unreadable\n" in printed and "  1 x one scene\n" in printed
     assert "  1 x shorter than a frame\n" in printed
 
 

@@ -65,6 +65,12 @@ def test_a_complete_line_that_is_no_object_is_named(tmp_path, line):
     assert "\n" not in str(caught.value)
 
 
+def test_what_utf8_cannot_write_comes_back(tmp_path):
+    row = {"video": os.fsdecode(b"caf\xe9.mp4"), "text": "\ud800 é\u2028"}
+    journal.append(tmp_path / "rows.jsonl", row)
+    assert rows_of(tmp_path / "rows.jsonl") == [row]
+
+
 def test_other_options_are_refused(tmp_path):
     path = tmp_path / "rows.jsonl"
     journal.append(path, {"made_with": {"fps": 1, "model": "a"}})
