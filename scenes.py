@@ -67,7 +67,8 @@ class SceneError(Exception):
 def find_shots(path: str | Path) -> list[Shot]:
     """The shots of a video, one after the other from 0 to its end, by PySceneDetect's detector of cuts.
 
-    Raises VideoError for a file that is not a video, SceneError if PySceneDetect is not installed or cannot read it.
+    Raises VideoError for a file that is not a video or that PySceneDetect cannot read, SceneError if that is not
+    installed.
     """
     try:
         import scenedetect
@@ -81,7 +82,7 @@ def find_shots(path: str | Path) -> list[Shot]:
     try:
         found = scenedetect.detect(str(path), detector, backend="pyav", start_in_scene=True)
     except (scenedetect.VideoOpenFailure, OSError) as error:
-        raise SceneError(f"{path}: PySceneDetect cannot read it: {error}") from error
+        raise VideoError(path, f"PySceneDetect cannot read it: {error}", "convert it, or give its shots") from error
     cuts = [start.seconds for start, _ in found if 0 < start.seconds < duration]
     return list(itertools.pairwise([0.0, *cuts, duration]))
 
