@@ -176,6 +176,9 @@ class Config:
 
     # ---- optimisation
     steps: int = option(500, "Rollouts; each is followed by updates_per_rollout updates.")
+    epochs: float = option(
+        0.0, "Passes over the trajectories in supervised training, in place of steps; 0: steps decides."
+    )
     updates_per_rollout: int = option(
         1, "Mini-batches of a rollout, one update each (released code 8); old log-probabilities are exact."
     )
@@ -331,7 +334,7 @@ POSITIVE += [
     "total_frames",
 ]
 NOT_NEGATIVE = ["warmup", "weight_decay", "beta", "clip_low", "clip_high", "zoom_budget", "n_episodes", "threads"]
-NOT_NEGATIVE += ["seed", "world_seed", "max_failed_videos", "min_frames", "max_frames", "kl_clamp", "alpha"]
+NOT_NEGATIVE += ["seed", "world_seed", "max_failed_videos", "min_frames", "max_frames", "kl_clamp", "alpha", "epochs"]
 
 
 def check(config: Config) -> None:

@@ -169,24 +169,30 @@ def read_turn(ids: Tensor, vocabulary: Vocabulary) -> Turn:
 
 def messages(episode: Episode, view: View, config: Config) -> list[dict]:
     """The episode as alternating messages of "user" and "assistant": {"role", "text"}, and with frames "videos", for
-    each <video> of the text the file and the times of its frames in seconds.
+    each <video> of the text the file, the times of its frames in seconds, and the step between them.
 
     The first message is the prompt. `replay` needs those of the assistant only.
     """
 
-    def said(role: str, words: str, shown: Sequence[Sequence[float]] = ()) -> dict:
+    def said(role: str, words: str, shown: Sequence[Sequence[float]] = (), step: float = 1.0) -> dict:
         message = {"role": role, "text": words.replace(text.VIDEO, "<video>")}
-        videos = [{"video": view.sample.video, "times": [round(t, 3) for t in times]} for times in shown]
+        videos = [{"video": view.sample.video, "times": [round(t, 6) for t in times], "step": step} for times in shown]
         return message | ({"videos": videos} if videos else {})
 
     words = coarse_words(view, config)
     prompt = words + text.VIDEO if config.question_first else text.VIDEO + words
-    history = [said("user", prompt, [view.clip.times])]
+    history = [said("user", prompt, [view.clip.times], view.clip.step)]
     for turn in episode.turns:
         history.append(said("assistant", turn.text))
         if seen := turn.shown:
-            history.append(said("user", seen.text, [[time] for time in seen.clip.times] if seen.clip else []))
+            times, step = (seen.clip.times, seen.clip.step) if seen.clip else ([], 1.0)
+            history.append(said("user", seen.text, [[time] for time in times], step))
     return history
+
+
+def written_ids(reply: str, vocabulary: Vocabulary) -> list[int]:
+    """The ids of a turn as the policy would write it: it stops where a call ends, or with <|im_end|>."""
+    return vocabulary.ids(reply) + ([] if CALL_END in reply else [vocabulary.eos[0]])
 
 
 def replay(scene: Scene, replies: Sequence[str], vocabulary: Vocabulary) -> Episode:
@@ -198,12 +204,10 @@ def replay(scene: Scene, replies: Sequence[str], vocabulary: Vocabulary) -> Epis
     for number, reply in enumerate(replies, 1):
         if episode.over:
             raise ValueError(f"turn {number} of {len(replies)}: the episode ended with the turn before")
-        ids = vocabulary.ids(reply)
-        if special := set(ids) & {*vocabulary.eos, *vocabulary.banned}:
+        ids = written_ids(reply, vocabulary)
+        if special := set(vocabulary.ids(reply)) & {*vocabulary.eos, *vocabulary.banned}:
             name = vocabulary.tokenizer.decode(special.pop())
             raise ValueError(f"turn {number} of {len(replies)}: the text has the special token {name}")
-        if CALL_END not in reply:
-            ids.append(vocabulary.eos[0])
         episode.turns.append(read_turn(torch.tensor(ids), vocabulary))
         scene.respond(episode)
     return episode

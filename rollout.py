@@ -22,7 +22,7 @@ from advantage import token_offsets
 from config import Config
 from data import DataError, Sample
 from policy import Prompt, Video, Vocabulary, build_prompt, last_hidden, sample
-from video import Clip, FrameCache, VideoError, VideoInfo, load_clip, load_clips, plan_clip, probe
+from video import Clip, ClipPlan, FrameCache, VideoError, VideoInfo, load_clip, load_clips, plan_clip, probe
 
 Spans = list[tuple[float, float]]
 
@@ -104,12 +104,16 @@ def response_seed(*parts: object) -> int:
 def view_video(sample: Sample, config: Config, cache: FrameCache | None = None) -> View:
     """Decode what the coarse pass sees of a sample's video (Eq. 3). Raises VideoError."""
     info = probe(sample.video, cache=cache)
+    clip = load_clip(coarse_plan(info, config), sample.video, cache=cache)
+    return View(sample, info, clip, Video.from_frames(clip.frames, clip.step))
+
+
+def coarse_plan(info: VideoInfo, config: Config) -> ClipPlan:
+    """Which frames of a video the coarse pass shows. Raises VideoError."""
     fps = max(config.fps, config.min_frames / info.duration)
     if config.max_frames:
         fps = min(fps, config.max_frames / info.duration)
-    plan = plan_clip(info, None, fps, config.budget, config.v_min, config.v_max, paired=config.paired_frames)
-    clip = load_clip(plan, sample.video, cache=cache)
-    return View(sample, info, clip, Video.from_frames(clip.frames, clip.step))
+    return plan_clip(info, None, fps, config.budget, config.v_min, config.v_max, paired=config.paired_frames)
 
 
 def chat_text(words: str, config: Config) -> str:

@@ -1,319 +1,187 @@
-"""Supervised cold start of the tiny policy, before reinforcement learning.
+"""Supervised training: VideoZoomer's cold start on trajectories, and that of the built-in policy.
 
-    python sft.py            # makes checkpoints/tiny from nothing, on two CPU cores
+    accelerate launch --config_file recipes/accelerate_fsdp2.yaml sft.py --config recipes/videozoomer_sft.yaml
+    python sft.py --config recipes/cpu_world_agent_sft.yaml  # checkpoints/tiny learns to ask for clips
+    python sft.py                                            # makes checkpoints/tiny from nothing (lessons.py)
     python sft.py --config recipes/cpu_longvtg_sft.yaml      # goes on with it on longer videos, for LongVTG-R1
 
-Three kinds of examples, all from the built-in world's training split:
+`train_data` names a file of trajectories (trajectories.py, exemplars.py), or is `world` for lessons.py.
 
-- perception: "when was this colour on?" for every colour of a video, and the colour of every second. Several short
-  answers share one prompt, so many questions are asked per video, and finding the asked event is learned sooner.
-- zoom: the answer letter for the frames of the true spans, at the zoom pass' resolution and rate.
-- demonstrations: whole responses in the format that is rewarded. Those at the end have spans that are too wide on
-  purpose, each end moved outwards at random: the format, the event and the reading of clips are learned here, precise
-  spans are left to reinforcement learning.
-
-Perception comes first, then demonstrations (`CYCLES`); zooms are in both. Loss is on the answers only, averaged over
-tokens. In single trials, the asked event was still picked almost by chance after 1,000 steps without the perception
-phase, and after 2,000 steps with the question after the video instead of before it.
+Loss is the mean negative log-likelihood over the tokens that assistants wrote in the step's trajectories, all processes
+together. What stands between turns is only read. Everything else is as in train.py: signals, --resume, checkpoints.
 """
 
 from __future__ import annotations
 
-import itertools
+import contextlib
 import math
-import random
-import sys
-import time
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
-from accelerate import Accelerator
-from accelerate.utils import set_seed
 from torch import Tensor
 from tqdm import tqdm
 
 import config as configuration
-import data
 import evaluate
-import prompts as text
-import tiny
+import kl
+import lessons
+import trajectories
 import world
-from config import Config
-from data import Sample
-from policy import Policy, Prompt, Video, Vocabulary, build_prompt, load
-from rollout import chat_text, coarse_prompt, view_video, zoom_clips
-
-Spans = list[tuple[float, float]]
-RECIPE = configuration.DEFAULT_RECIPE.parent / "cpu_world_sft.yaml"
-END = "<|im_end|>"
-
-
-@dataclass
-class Scene:
-    """One training video: its questions, the coarse prompt of each, and one zoomed clip for each."""
-
-    samples: list[Sample]
-    coarse: Video
-    prompts: list[Prompt]
-    zooms: list[Video]
-
-
-# ---------------------------------------------------------------- what is demonstrated
-
-
-def asked_colour(sample: Sample) -> str:
-    """The colour that a question is about."""
-    return next(colour for colour in world.COLOURS if f" {colour} " in sample.question)
-
-
-def span_text(spans: Spans) -> str:
-    """Spans as the policy writes them: (3.0,8.0),(12.0,14.0)."""
-    return ",".join(f"({start:.1f},{end:.1f})" for start, end in spans)
-
-
-def demonstration(sample: Sample, spans: Spans) -> str:
-    """A whole response that claims these spans."""
-    times = span_text(spans)
-    think = f"<think>{asked_colour(sample)}<time>{times}</time></think>"
-    return f"{think}<answer>{sample.answer}</answer><glue>[{times}]</glue>{END}"
-
-
-def widened(spans: Sequence[tuple[float, float]], most: float, duration: float, rng: random.Random) -> Spans:
-    """Every end moved outwards by 0 to `most` seconds, in tenths, within the video."""
-    moved = [(s - rng.uniform(0, most), e + rng.uniform(0, most)) for s, e in spans]
-    return [(round(max(0.0, s), 1), round(min(duration, e), 1)) for s, e in moved]
-
-
-def locations(samples: Sequence[Sample]) -> list[str]:
-    """For each question's colour, when it is on."""
-    return [f"{asked_colour(sample)}<time>{span_text(list(sample.spans))}</time>" for sample in samples]
-
-
-def timeline(samples: Sequence[Sample], duration: int) -> str:
-    """The colour of every second."""
-    colours = ["none"] * duration
-    for sample in samples:
-        for start, end in sample.spans:
-            colours[int(start) : int(end)] = [asked_colour(sample)] * int(end - start)
-    return " ".join(colours) + END
-
-
-def corpus() -> list[str]:
-    """Everything the tiny tokenizer should have as single tokens."""
-    spans = [(3.0, 8.0), (12.5, 14.0)]
-    texts = [text.chat_text(""), text.chat_text("", system=None), "0123456789", " none"]
-    for colour, names in itertools.product(world.COLOURS, (world.PATTERNS, world.COUNTS)):
-        for question in (f"Which pattern does {colour} show?", f"How often does {colour} blink?"):
-            sample = Sample("", "", question, names, "A", tuple(spans), 20.0)
-            texts += [demonstration(sample, spans), demonstration(sample, spans[:1])]
-            texts += [text.zoom_text("world", question, list(names)), f"{colour} {colour}"]
-    return texts
-
-
-# ---------------------------------------------------------------- examples
-
-
-def load_scenes(samples: Sequence[Sample], config: Config, vocabulary: Vocabulary, model_config) -> list[Scene]:
-    """Decode every video once: the coarse clip, and for each question a clip of its spans, a little widened."""
-    rng = random.Random(config.seed)
-    scenes = []
-    grouped = [list(group) for _, group in itertools.groupby(samples, key=lambda sample: sample.video)]
-    for group in tqdm(grouped, desc="decoding", unit="video", disable=None):
-        view = view_video(group[0], config)
-        spans = [widened(s.spans, 1.0 if len(s.spans) == 1 else 0.25, view.info.duration, rng) for s in group]
-        clips = zoom_clips(view, spans, config)
-        views = [replace(view, sample=sample) for sample in group]
-        scenes.append(
-            Scene(
-                group,
-                view.video,
-                [coarse_prompt(v, config, vocabulary, model_config) for v in views],
-                [Video.from_frames(clip.frames, clip.step) for clip in clips],
-            )
-        )
-    return scenes
-
-
-@dataclass
-class Batch:
-    """Prompts with one or more answers each.
-
-    ids int64, mask (real tokens) bool, and weight (what each token's loss counts) float: [b, G, T].
-    """
-
-    prompts: list[Prompt]
-    ids: Tensor
-    mask: Tensor
-    weight: Tensor
-
-    @classmethod
-    def of(cls, prompts: list[Prompt], answers: list[list[list[int]]], kinds: list[list[int]] | None = None) -> Batch:
-        """`answers[b][g]` are token ids; the loss is the mean over tokens of each kind of answer, added up."""
-        G = max(len(group) for group in answers)
-        T = max(len(answer) for group in answers for answer in group)
-        ids = torch.zeros(len(prompts), G, T, dtype=torch.long)
-        kind = torch.full((len(prompts), G, T), -1)
-        for b, group in enumerate(answers):
-            for g, answer in enumerate(group):
-                ids[b, g, : len(answer)] = torch.tensor(answer)
-                kind[b, g, : len(answer)] = kinds[b][g] if kinds else 0
-        weight = torch.zeros(ids.shape)
-        for k in range(int(kind.max()) + 1):
-            weight[kind == k] = 1 / (kind == k).sum()
-        return cls(prompts, ids, kind >= 0, weight)
-
-
-def perception_batch(scenes: Sequence[Scene], config: Config, vocabulary: Vocabulary, model_config) -> Batch:
-    """When each colour of these videos is on, and the colour of every second, where a response has its thoughts."""
-    ids = vocabulary.ids(chat_text("", config) + "<think>")
-    prompts = [build_prompt(ids, [scene.coarse], model_config) for scene in scenes]
-    answers = [[*locations(s.samples), timeline(s.samples, config.world_duration)] for s in scenes]
-    kinds = [[0] * len(scene.samples) + [1] for scene in scenes]
-    return Batch.of(prompts, [[vocabulary.ids(answer) for answer in group] for group in answers], kinds)
-
-
-def demonstration_batch(
-    scenes: Sequence[Scene], config: Config, vocabulary: Vocabulary, widen: float, rng: random.Random
-) -> Batch:
-    """A whole response to every question about these videos, with spans up to `widen` seconds too wide at each end."""
-    prompts, answers = [], []
-    for scene in scenes:
-        for sample, prompt in zip(scene.samples, scene.prompts, strict=True):
-            spans = widened(sample.spans, widen, config.world_duration, rng)
-            prompts.append(prompt)
-            answers.append([vocabulary.ids(demonstration(sample, spans))])
-    return Batch.of(prompts, answers)
-
-
-def zoom_batch(
-    scenes: Sequence[Scene], config: Config, vocabulary: Vocabulary, model_config, rng: random.Random
-) -> Batch:
-    """The answer letter of one question per video, from the clip of its true spans."""
-    prompts, answers = [], []
-    for scene in scenes:
-        k = rng.randrange(len(scene.samples))
-        sample = scene.samples[k]
-        chat = chat_text(text.zoom_text(config.template, sample.question, list(sample.options)), config)
-        ids, letters = vocabulary.forced_letter(chat, len(sample.options))
-        prompts.append(build_prompt(ids, [scene.zooms[k]], model_config))
-        answers.append([[letters["ABCD".index(sample.answer)]]])
-    return Batch.of(prompts, answers)
-
-
-# ---------------------------------------------------------------- training
-
-
-def cross_entropy(batch: Batch, hidden: Tensor, lm_head: Tensor) -> Tensor:
-    """Weighted negative log-likelihood; hidden [N, H] are the states before the N real tokens."""
-    nll = F.cross_entropy(hidden @ lm_head.T, batch.ids[batch.mask], reduction="none")  # [N]
-    return (nll * batch.weight[batch.mask]).sum()
-
-
-@dataclass(frozen=True)
-class Phase:
-    """A stretch of training: its share of all steps, what is shown, how many seconds too wide its spans are."""
-
-    share: int
-    examples: str
-    widen: float = 0.0
-
-
-# Two cycles, each with its own optimiser and a learning rate that falls to 0 as a cosine.
-CYCLES = (
-    (Phase(17, "perception"), Phase(5, "demonstrations", widen=3.0)),
-    (Phase(9, "demonstrations"), Phase(2, "demonstrations", widen=3.0)),
+from decode import VideoError, prefetch
+from train import (
+    KL_CHUNK,
+    Run,
+    Stopped,
+    StopSignal,
+    TrainingError,
+    claim_folder,
+    generator,
+    keep_metrics,
+    log_step,
+    prepare,
+    results,
+    results_before,
+    resume,
+    run_main,
+    save_checkpoint,
+    start_processes,
+    start_tracker,
+    timed,
 )
+from trajectories import Example, Trajectory, build_example
+
+RECIPE = configuration.RECIPES / "cpu_world_sft.yaml"
 
 
-def cold_start(
-    policy: torch.nn.Module,
-    scenes: list[Scene],
-    config: Config,
-    vocabulary: Vocabulary,
-    accelerator: Accelerator,
-    cycles: Sequence[Sequence[Phase]] = CYCLES,
-) -> None:
-    """Train the policy through the cycles, zooms in every step; `config.steps` is the length of all of `CYCLES`."""
-    rng = random.Random(config.seed)
-    shares = sum(phase.share for cycle in CYCLES for phase in cycle)
-    for cycle in cycles:
-        phases = [phase for phase in cycle for _ in range(max(1, config.steps * phase.share // shares))]
-        train_cycle(policy, scenes, config, vocabulary, accelerator, phases, rng)
+def draw(run: Run, rows: Sequence[Trajectory], step: int) -> list[Trajectory]:
+    """This process' trajectories of a step, in the order of a permutation per epoch that depends on the seed alone."""
+    config, accelerator = run.config, run.accelerator
+    mine = config.prompts_per_step // accelerator.num_processes
+    first = step * config.prompts_per_step + accelerator.process_index * mine
+    places = [divmod(position, len(rows)) for position in range(first, first + mine)]
+    orders = {epoch: torch.randperm(len(rows), generator=generator(config.seed, "epoch", epoch)) for epoch, _ in places}
+    return [rows[orders[epoch][index]] for epoch, index in places]
 
 
-def train_cycle(
-    policy: torch.nn.Module,
-    scenes: list[Scene],
-    config: Config,
-    vocabulary: Vocabulary,
-    accelerator: Accelerator,
-    phases: Sequence[Phase],
-    rng: random.Random,
-) -> None:
-    """One cycle with a new optimiser; `phases` has the phase of each step."""
-    model_config = accelerator.unwrap_model(policy).model.config
-    optimizer = torch.optim.AdamW(
-        policy.parameters(), lr=config.lr, betas=(0.9, 0.98), weight_decay=config.weight_decay
-    )
-    optimizer = accelerator.prepare(optimizer)
-    bar = tqdm(phases, unit="step", disable=None)
-    smooth: dict[str, float] = {}
-    for step, phase in enumerate(bar):
-        factor = min(1.0, (step + 1) / config.warmup) * 0.5 * (1 + math.cos(math.pi * step / len(phases)))
-        for group in optimizer.param_groups:
-            group["lr"] = config.lr * factor
-        some = rng.sample(scenes, config.prompts_per_step)
-        batches = {"zoom": zoom_batch(rng.sample(scenes, config.zoom_batch), config, vocabulary, model_config, rng)}
-        if phase.examples == "perception":
-            batches["perception"] = perception_batch(some, config, vocabulary, model_config)
-        else:  # a demonstration per question takes about twice the time
-            few = some[: max(1, config.prompts_per_step // 2)]
-            batches["demonstration"] = demonstration_batch(few, config, vocabulary, phase.widen, rng)
-        for name, batch in batches.items():
-            loss = policy(batch.prompts, batch.ids, batch.mask, partial(cross_entropy, batch))
-            accelerator.backward(loss)
-            smooth[name] = 0.95 * smooth.get(name, loss.item()) + 0.05 * loss.item()
-        accelerator.clip_grad_norm_(policy.parameters(), config.max_grad_norm)
-        optimizer.step()
-        optimizer.zero_grad()
-        bar.set_postfix({name: f"{value:.3f}" for name, value in smooth.items()})
-        if step % 100 == 99 and bar.disable:
-            print(f"step {step + 1}: " + ", ".join(f"{name} {value:.3f}" for name, value in smooth.items()), flush=True)
+def examples(run: Run, rows: Sequence[Trajectory], first_step: int) -> Iterator[list[Example]]:
+    """This process' examples of each step, decoded in the background. Raises TrainingError for an unreadable video."""
+    share = run.config.prompts_per_step // run.accelerator.num_processes
+
+    def build(trajectory: Trajectory) -> Example:
+        try:
+            return build_example(trajectory, run.config, run.vocabulary, run.model.config)
+        except VideoError as error:
+            raise TrainingError(f"{trajectory.row.file}: {trajectory.row.where}: {error}") from None
+
+    jobs = (partial(build, row) for step in range(first_step, run.config.steps) for row in draw(run, rows, step))
+    with prefetch(jobs, ahead=2 * share) as ready:
+        for _ in range(first_step, run.config.steps):
+            yield [next(ready) for _ in range(share)]
 
 
-def main() -> None:
-    config = configuration.parse(recipe=RECIPE, description=__doc__.splitlines()[0])
-    if config.threads:
-        torch.set_num_threads(config.threads)
-    start = time.perf_counter()
-    accelerator = Accelerator(mixed_precision=config.mixed_precision)
-    set_seed(config.seed)
-    samples = world.load_samples("world", "train", config)
-    test = world.load_samples("world", "val", config)
-    if config.model:
-        model, tokenizer = load(config.model)
-    else:
-        tokenizer = tiny.build_tokenizer(corpus())
-        model = tiny.build_model(tokenizer, config.seed)
-    vocabulary = Vocabulary.of(tokenizer)
-    scenes = load_scenes(samples, config, vocabulary, model.config)
-    policy = accelerator.prepare(Policy(model))
-    cold_start(policy, scenes, config, vocabulary, accelerator)
+def padded(some: Sequence[Example]) -> tuple[Tensor, Tensor, Tensor]:
+    """Ids int64, mask of real tokens bool and weights float of one response per prompt: [b, 1, T]."""
+    pad = partial(torch.nn.utils.rnn.pad_sequence, batch_first=True)
+    mask = pad([torch.ones(len(example.ids), dtype=torch.bool) for example in some])
+    return pad([e.ids for e in some])[:, None], mask[:, None], pad([e.weight for e in some])[:, None]
 
+
+def loss_of(hidden: Tensor, lm_head: Tensor, ids: Tensor, weight: Tensor) -> Tensor:
+    """The sum of weighted negative log-likelihoods of ids [N], from the states before them [N, H]."""
+    learned = weight.to(hidden.device) > 0
+    logp = kl.chunked_weighted_kl(hidden[learned], None, lm_head, None, KL_CHUNK, ids.to(hidden.device)[learned]).logp
+    return -logp.sum()
+
+
+def update(run: Run, some: Sequence[Example]) -> dict[str, float]:
+    """One optimiser step on these examples (and those of the other processes); its figures."""
+    config, accelerator = run.config, run.accelerator
+    count = accelerator.reduce(torch.stack([e.weight.sum() for e in some]).sum().to(accelerator.device), "sum")
+    chunks = [some[k : k + config.prompts_per_pass] for k in range(0, len(some), config.prompts_per_pass)]
+    total = torch.zeros((), device=accelerator.device)
+    for k, chunk in enumerate(chunks):
+        ids, mask, weight = padded(chunk)
+        loss_here = partial(loss_of, ids=ids[mask], weight=weight[mask])
+        # FSDP2 reduces every micro-batch's gradients: kept for later, they would be whole on every process.
+        last = k == len(chunks) - 1
+        with contextlib.nullcontext() if last or accelerator.is_fsdp2 else accelerator.no_sync(run.policy):
+            loss = (
+                run.policy([e.prompt for e in chunk], ids, mask, loss_here, [[e.observations] for e in chunk]) / count
+            )
+            if not math.isfinite(loss.item()):
+                raise TrainingError(f"the loss of {', '.join(e.name for e in chunk)} is {loss.item()}")
+            accelerator.backward(loss * accelerator.num_processes)  # DDP averages over processes
+        total += loss.detach()
+    norm = accelerator.clip_grad_norm_(run.policy.parameters(), config.max_grad_norm)
+    if not math.isfinite(float(norm)):
+        raise TrainingError(f"the gradient of {', '.join(e.name for e in some)} is not finite")
+    figures = {"loss": accelerator.reduce(total, "sum").item(), "grad_norm": float(norm), "tokens": count.item()}
+    figures["lr"] = run.scheduler.get_last_lr()[0]
+    run.optimizer.step()
+    run.scheduler.step()
+    run.optimizer.zero_grad()
+    return figures
+
+
+def train(run: Run, rows: Sequence[Trajectory]) -> None:
+    """The loop. Raises Stopped after a signal."""
+    config, accelerator = run.config, run.accelerator
+    done = resume(run) if config.resume else 0
+    keep_metrics(Path(config.out) / "metrics.jsonl", done, accelerator)
+    with (
+        StopSignal(accelerator) as stop,
+        contextlib.closing(examples(run, rows, done)) as batches,
+        tqdm(
+            total=config.steps, initial=done, unit="step", disable=None if accelerator.is_main_process else True
+        ) as bar,
+    ):
+        while done < config.steps:
+            seconds: dict[str, float] = {}
+            with timed(seconds, "step"):
+                with timed(seconds, "decode"):
+                    some = next(batches)
+                figures = update(run, some)
+            log_step(run, bar, done, {**figures, **{f"seconds/{name}": value for name, value in seconds.items()}})
+            done += 1
+            try:
+                stop.check()
+            except Stopped:
+                save_checkpoint(run, done)
+                raise
+            if done == config.steps or done % config.save_every == 0:
+                save_checkpoint(run, done)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    config = configuration.parse(arguments, recipe=RECIPE, description=__doc__.splitlines()[0])
+    if config.train_data == "world":
+        lessons.teach(config)
+        return
+    accelerator = start_processes(config)
+    rows = trajectories.load(config.train_data, config.video_root)
+    trajectories.check_files(rows)
+    if config.epochs:
+        config = replace(config, steps=max(1, round(config.epochs * len(rows) / config.prompts_per_step)))
+    with accelerator.main_process_first():
+        test = world.load_samples(config.test_data, "test", config) if config.test_data else []
+    evaluate.check_test_samples(test, config)
+    claim_folder(config, accelerator)
+    start_tracker(config, accelerator)
+    run = prepare(replace(config, kl="none", zoom_judge="policy"), accelerator)  # there is no reference
+    before = results_before(run, test) if test else []
+    train(run, rows)
     out = Path(config.out)
-    model.save_pretrained(out)
-    tokenizer.save_pretrained(out)
-    print(f"{out}: {sum(p.numel() for p in model.parameters()):,} parameters, {time.perf_counter() - start:.0f} s")
-    rows = evaluate.evaluate(model.eval(), test, config, vocabulary, accelerator, "validation split")
-    print(evaluate.table({"cold start": rows}))
+    if test:
+        after = results(run, test, "after training")
+        if accelerator.is_main_process:
+            evaluate.save_and_print({"before": before, "after": after}, out, test, config.data_format)
+    accelerator.print(f"{out}/: config.yaml, metrics.jsonl, checkpoint/")
+    accelerator.wait_for_everyone()  # as in train.py
+    accelerator.end_training()
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (configuration.ConfigError, data.DataError) as error:
-        sys.exit(f"error: {error}")
+    run_main(main)

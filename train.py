@@ -809,8 +809,10 @@ def results(run: Run, test: list[Sample], label: str) -> list[dict]:
         return evaluate.evaluate(run.model, test, run.config, run.vocabulary, run.accelerator, label)
 
 
-def main(arguments: list[str] | None = None) -> None:
-    config = configuration.parse(arguments, description=__doc__.splitlines()[0])
+def start_processes(config: Config) -> Accelerator:
+    """This process among the others, seeded. Raises ConfigError for a tracker unheard of, or prompts that do not share
+    out.
+    """
     if config.tracker not in ("none", *map(str, LoggerType)):
         raise configuration.ConfigError(
             f"there is no tracker {config.tracker!r}; there are none, {', '.join(map(str, LoggerType))}"
@@ -829,6 +831,12 @@ def main(arguments: list[str] | None = None) -> None:
             f"x updates_per_rollout = {config.updates_per_rollout}"
         )
     set_seed(config.seed)
+    return accelerator
+
+
+def main(arguments: list[str] | None = None) -> None:
+    config = configuration.parse(arguments, description=__doc__.splitlines()[0])
+    accelerator = start_processes(config)
     with accelerator.main_process_first():  # one process writes the built-in videos, the others find them
         sets = load_training(config)
         test = world.load_samples(config.test_data, "test", config) if config.test_data else []

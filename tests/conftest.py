@@ -16,8 +16,8 @@ import torch
 from numbered import get
 from safetensors.torch import load_file, save_file
 
+import lessons
 import prompts
-import sft
 import tiny
 import world
 from policy import Policy, Video, Vocabulary, build_prompt
@@ -59,7 +59,7 @@ def _one_thread():
 
 @pytest.fixture(scope="session")
 def tokenizer():
-    return tiny.build_tokenizer(sft.corpus())
+    return tiny.build_tokenizer(lessons.corpus())
 
 
 @pytest.fixture(scope="session")
@@ -110,8 +110,8 @@ def talker(tmp_path_factory, tokenizer, vocabulary) -> Path:
         clip = Video.from_frames(grey.expand(2 + step % 3 * 9, 3, 28, 28), 1.0)
         chat = prompts.chat_text(f"Which pattern does {draw(world.COLOURS, generator)} show? A B C D", system=None)
         prompt = build_prompt(vocabulary.ids(chat), [clip], model.config)
-        batch = sft.Batch.of([prompt], [[vocabulary.ids(random_response(generator)) for _ in range(12)]])
-        loss = policy(batch.prompts, batch.ids, batch.mask, partial(sft.cross_entropy, batch))
+        batch = lessons.Batch.of([prompt], [[vocabulary.ids(random_response(generator)) for _ in range(12)]])
+        loss = policy(batch.prompts, batch.ids, batch.mask, partial(lessons.cross_entropy, batch))
         loss.backward()
         torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
         optimizer.step()
@@ -128,9 +128,9 @@ def draw(names, generator: torch.Generator) -> str:
 
 def random_response(generator: torch.Generator) -> str:
     start, end = sorted(torch.randint(0, 20, (2,), generator=generator).tolist())
-    times = sft.span_text([(start, end + 1)])
+    times = lessons.span_text([(start, end + 1)])
     think = f"<think>{draw(world.COLOURS, generator)}<time>{times}</time></think>"
-    return f"{think}<answer>{draw('ABCD', generator)}</answer><glue>[{times}]</glue>{sft.END}"
+    return f"{think}<answer>{draw('ABCD', generator)}</answer><glue>[{times}]</glue>{lessons.END}"
 
 
 @pytest.fixture

@@ -10,9 +10,9 @@ from conftest import loud_model
 
 import config as configuration
 import data
+import lessons
 import prompts as text
 import rollout
-import sft
 from policy import load
 from rollout import (
     Group,
@@ -53,7 +53,7 @@ def group_of(texts: list[str], view, vocabulary, config, model) -> Group:
 
 
 def response_with(spans: str) -> str:
-    return f"<think>red<time>{spans}</time></think><answer>B</answer><glue>[{spans}]</glue>{sft.END}"
+    return f"<think>red<time>{spans}</time></think><answer>B</answer><glue>[{spans}]</glue>{lessons.END}"
 
 
 # ---------------------------------------------------------------- the coarse pass

@@ -1,124 +1,185 @@
-"""The cold start: what is demonstrated, what is learned, and that a short run makes a loadable checkpoint."""
+"""Supervised training on trajectories: what the loss is of, which trajectory comes when, and whole runs."""
+
+from __future__ import annotations
 
 import json
-import random
-import subprocess
-import sys
-from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 import config as configuration
 import data
-import prompts
+import policy
 import sft
-import tiny
-import world
-from config import Config
-from policy import Policy, Vocabulary, load
+import trajectories
+from episodes import Scene, messages, replay
+from policy import load
+from rollout import view_video
+from train import Stopped, StopSignal
+from trajectories import Example
 
-ROOT = Path(__file__).resolve().parents[1]
-
-
-@pytest.fixture(scope="module")
-def samples(tmp_path_factory):
-    path = world.build(tmp_path_factory.mktemp("world"), "train", 6, workers=1)
-    return data.load(path, video_root=path.parent)
-
-
-@pytest.fixture(scope="module")
-def vocabulary():
-    return Vocabulary.of(tiny.build_tokenizer(sft.corpus()))
+AGENT = ["--template", "world_zoomer", "--max_frames", "20", "--zoom_budget", "256"]
+AGENT += ["--tokenadv", "off", "--zoom_reward", "false"]
+CALL = '<think>closer</think><video_zoom>{"segment": [3, 5], "fps": 2}</video_zoom>'
+ANSWER = "<think>seen</think><answer>B</answer>"
 
 
 @pytest.fixture(scope="module")
-def config():
-    return Config(**configuration.read_recipe(sft.RECIPE))
+def samples(small_world):
+    return data.load(small_world["train"], video_root=small_world["train"].parent)
 
 
-def test_demonstrations_follow_the_format_and_read_back(samples):
-    for sample in samples:
-        words = sft.demonstration(sample, list(sample.spans)).removesuffix(sft.END)
-        assert prompts.format_ok(words, "world")
-        assert prompts.parse_answer(words) == sample.answer
-        assert prompts.parse_spans(words) == list(sample.spans)
-        assert sft.asked_colour(sample) in sample.question
+@pytest.fixture
+def config(recipe):
+    return configuration.parse(["--config", str(recipe), *AGENT])
 
 
-def test_widened_spans_contain_the_evidence_and_stay_in_the_video():
-    rng = random.Random(0)
-    for _ in range(200):
-        spans = [(0.0, 2.0), (17.0, 20.0)]
-        for (start, end), (s, e) in zip(spans, sft.widened(spans, 3.0, 20.0, rng), strict=True):
-            assert 0 <= s <= start and end <= e <= 20
-            assert start - s <= 3.05 and e - end <= 3.05
+@pytest.fixture
+def rows(samples, config, vocabulary) -> list[dict]:
+    """Trajectories of one, two and three turns; the first turn of the last is not to be learned."""
+    found = []
+    told = [ANSWER], [CALL, ANSWER], [CALL, CALL.replace("3,", "4,"), ANSWER]
+    for sample, said in zip(samples, told, strict=False):
+        view = view_video(sample, config)
+        found.append({"messages": messages(replay(Scene(view, config), said, vocabulary), view, config)})
+    found[2]["messages"][1]["weight"] = 0
+    return found
 
 
-def test_perception_says_every_second_and_every_colour(samples):
-    video = [sample for sample in samples if sample.video == samples[0].video]
-    located = sft.locations(video)
-    words = sft.timeline(video, 20).removesuffix(sft.END).split()
-    assert len(words) == 20
-    for sample, text in zip(video, located, strict=True):
-        colour = sft.asked_colour(sample)
-        assert text.startswith(f"{colour}<time>({sample.spans[0][0]:.1f},")
-        seconds = {k for start, end in sample.spans for k in range(int(start), int(end))}
-        assert {k for k, word in enumerate(words) if word == colour} == seconds
+@pytest.fixture
+def examples(rows, config, vocabulary, model64, tmp_path) -> list[Example]:
+    trajectories.save(tmp_path / "t.jsonl", rows)
+    found = trajectories.load(tmp_path / "t.jsonl")
+    return [trajectories.build_example(row, config, vocabulary, model64.config) for row in found]
 
 
-def test_the_loss_is_the_mean_of_each_kind_of_answer(samples, vocabulary, config):
-    model = tiny.build_model(vocabulary.tokenizer)
-    scenes = sft.load_scenes(samples, config, vocabulary, model.config)[:2]
-    batch = sft.perception_batch(scenes, config, vocabulary, model.config)
-    torch.manual_seed(0)
-    states = torch.randn(*batch.ids.shape, 128)
-    weight = torch.randn(len(vocabulary.tokenizer), 128)
-    losses = {"locations": [], "timeline": []}
-    for b, scene in enumerate(scenes):
-        for g in range(len(scene.samples) + 1):
-            kind = "timeline" if g == len(scene.samples) else "locations"
-            for t in range(int(batch.mask[b, g].sum())):
-                losses[kind].append(-torch.log_softmax(weight @ states[b, g, t], 0)[batch.ids[b, g, t]])
-    expected = sum(torch.stack(values).mean() for values in losses.values())
-    assert torch.allclose(sft.cross_entropy(batch, states[batch.mask], weight), expected, rtol=1e-5)
+def batch_loss(model, some: list[Example]) -> torch.Tensor:
+    ids, mask, weight = sft.padded(some)
+    hidden = policy.group_hidden(model, [e.prompt for e in some], ids, mask, [[e.observations] for e in some])
+    return sft.loss_of(hidden, model.lm_head.weight, ids[mask], weight[mask])
 
 
-def test_a_step_of_each_kind_lowers_its_loss(samples, vocabulary, config):
-    model = tiny.build_model(vocabulary.tokenizer)
-    scenes = sft.load_scenes(samples, config, vocabulary, model.config)
-    rng = random.Random(0)
-    for batch in (
-        sft.perception_batch(scenes, config, vocabulary, model.config),
-        sft.demonstration_batch(scenes, config, vocabulary, 3.0, rng),
-        sft.zoom_batch(scenes, config, vocabulary, model.config, rng),
-    ):
-        policy = Policy(tiny.build_model(vocabulary.tokenizer))
-        optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-3)
-        losses = []
-        for _ in range(6):
-            loss = policy(
-                batch.prompts, batch.ids, batch.mask, lambda h, w, batch=batch: sft.cross_entropy(batch, h, w)
-            )
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            losses.append(loss.item())
-        assert losses[-1] < losses[0] - 0.1
+def in_a_row(example: Example) -> tuple[policy.Prompt, torch.Tensor]:
+    """Prompt, turns and observations as one prompt, and where its learned tokens are."""
+    pieces, learned, said = [example.prompt], [torch.zeros(len(example.prompt), dtype=torch.bool)], 0
+    position = example.prompt.next_position
+    ends = [*(seen.after for seen in example.observations), len(example.ids)]
+    for k, end in enumerate(ends):
+        ids = example.ids[said:end]
+        positions = (position + torch.arange(len(ids))).expand(3, -1)
+        pieces.append(policy.Prompt(ids, positions, [], position + len(ids)))
+        learned.append(example.weight[said:end] > 0)
+        if k < len(example.observations):
+            pieces.append(example.observations[k].prompt)
+            learned.append(torch.zeros(len(pieces[-1]), dtype=torch.bool))
+        said, position = end, pieces[-1].next_position
+    ids = torch.cat([piece.ids for piece in pieces])
+    positions = torch.cat([piece.positions for piece in pieces], 1)
+    videos = [video for piece in pieces for video in piece.videos]
+    return policy.Prompt(ids, positions, videos, position), torch.cat(learned)
 
 
-def test_a_short_run_from_the_command_line_leaves_a_loadable_checkpoint(tmp_path):
-    options = {"steps": 4, "prompts_per_step": 2, "zoom_batch": 2, "warmup": 1}
-    options |= {"world_train_videos": 4, "world_test_videos": 2, "threads": 1}
-    options |= {"cache": tmp_path / "cache", "out": tmp_path / "tiny"}
-    command = [
-        sys.executable,
-        "sft.py",
-        *(word for name, value in options.items() for word in (f"--{name}", str(value))),
-    ]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert "mIoU" in done.stdout
-    model, tokenizer = load(str(tmp_path / "tiny"))
-    assert model.config.text_config.vocab_size == len(tokenizer)
-    assert json.loads((tmp_path / "tiny" / "config.json").read_text())["model_type"] == "qwen2_5_vl"
+def test_the_loss_is_that_of_the_learned_turns_in_a_plain_forward_pass(examples, model64):
+    expected = torch.zeros((), dtype=torch.float64)
+    for example in examples:
+        whole, learned = in_a_row(example)
+        embeds, positions = policy.embed_prompts(model64, [whole])
+        causal = torch.ones(1, 1, len(whole), len(whole), dtype=torch.bool).tril()
+        logits = model64(inputs_embeds=embeds[None], position_ids=positions[:, None], attention_mask=causal).logits[0]
+        nll = F.cross_entropy(logits[:-1], whole.ids[1:], reduction="none")
+        expected = expected + nll[learned[1:]].sum()
+    assert torch.allclose(batch_loss(model64, examples), expected, rtol=1e-9)
+
+
+def test_states_before_other_tokens_have_no_influence(examples, model64, monkeypatch):
+    plain = policy._language_model
+    for example in examples:
+        _, learned = in_a_row(example)
+
+        def poisoned(*arguments, learned=learned):
+            states = plain(*arguments)
+            return states.masked_fill(~learned[1 : len(states) + 1, None], float("nan"))
+
+        model64.zero_grad()
+        batch_loss(model64, [example]).backward()
+        clean = model64.lm_head.weight.grad.clone()
+        monkeypatch.setattr(policy, "_language_model", poisoned)
+        model64.zero_grad()
+        loss = batch_loss(model64, [example])
+        loss.backward()
+        monkeypatch.setattr(policy, "_language_model", plain)
+        assert torch.isfinite(loss) and torch.equal(loss, batch_loss(model64, [example]))
+        assert torch.allclose(model64.lm_head.weight.grad, clean, rtol=1e-12)
+    model64.zero_grad()
+
+
+def test_every_trajectory_comes_once_per_epoch():
+    def drawn(processes: int, step: int) -> list[int]:
+        config = SimpleNamespace(prompts_per_step=4, seed=1)
+        runs = [
+            SimpleNamespace(config=config, accelerator=SimpleNamespace(num_processes=processes, process_index=rank))
+            for rank in range(processes)
+        ]
+        return [row for run in runs for row in sft.draw(run, list(range(6)), step)]
+
+    order = [row for step in range(3) for row in drawn(1, step)]
+    assert sorted(order[:6]) == sorted(order[6:]) == list(range(6)) and order[:6] != order[6:]
+    assert order == [row for step in range(3) for row in drawn(2, step)]
+
+
+# ---------------------------------------------------------------- whole runs
+
+
+def as_words(name: str, value: object) -> tuple[str, str]:
+    return f"--{name}", str(value)
+
+
+@pytest.fixture
+def arguments(rows, recipe, tmp_path) -> list[str]:
+    trajectories.save(tmp_path / "t.jsonl", rows)
+    options = {"train_data": tmp_path / "t.jsonl", "video_root": "", "steps": 3, "prompts_per_step": 2}
+    return ["--config", str(recipe), *AGENT, *(word for item in options.items() for word in as_words(*item))]
+
+
+def figures(out) -> list[dict]:
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if "seconds" not in name} for line in lines]
+
+
+def test_a_run_learns_and_a_stopped_one_goes_on_as_if_nothing_had_happened(arguments, tmp_path, monkeypatch, talker):
+    sft.main([*arguments, "--out", str(tmp_path / "whole"), "--train_vision", "false", "--prompts_per_pass", "1"])
+    lines = figures(tmp_path / "whole")
+    assert len(lines) == 3 and lines[-1]["loss"] < lines[0]["loss"]
+
+    stopped = [*arguments, "--out", str(tmp_path / "part"), "--train_vision", "false", "--prompts_per_pass", "1"]
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        patch.setattr(StopSignal, "check", lambda self: (_ for _ in ()).throw(Stopped(15)))
+        sft.main(stopped)
+    assert len(figures(tmp_path / "part")) == 1
+    sft.main([*stopped, "--resume"])
+    assert figures(tmp_path / "part") == lines
+
+    before, _ = load(str(talker))
+    one, _ = load(str(tmp_path / "whole" / "checkpoint"))
+    two, _ = load(str(tmp_path / "part" / "checkpoint"))
+    for (name, w), u, v in zip(before.named_parameters(), one.parameters(), two.parameters(), strict=True):
+        assert torch.equal(u, v)
+        assert torch.equal(u, w) == ("visual" in name), name  # frozen, and nothing else is
+
+
+def test_an_epoch_sets_the_steps_and_micro_batches_change_nothing(arguments, tmp_path):
+    losses = []
+    for size in ("1", "2"):
+        out = tmp_path / size
+        sft.main([*arguments, "--out", str(out), "--epochs", "1.4", "--prompts_per_pass", size])
+        losses.append([line["loss"] for line in figures(out)])
+    assert len(losses[0]) == 2 and losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_a_bad_file_is_one_sentence(arguments, tmp_path):
+    (tmp_path / "t.jsonl").write_text('{"messages": []}\n')
+    with pytest.raises(data.DataError, match="row 1, field 'messages': user and assistant must take turns"):
+        sft.main([*arguments, "--out", str(tmp_path / "run")])
+    assert not (tmp_path / "run").exists()

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 
-import sft
+import lessons
 import tiny
 import world
 from policy import Vocabulary
@@ -15,7 +15,7 @@ CHECKPOINT = Path(__file__).resolve().parents[1] / "checkpoints" / "tiny"
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return tiny.build_tokenizer(sft.corpus())
+    return tiny.build_tokenizer(lessons.corpus())
 
 
 @pytest.mark.parametrize(
@@ -41,7 +41,7 @@ def test_the_tokenizer_has_the_real_ones_special_tokens(tokenizer):
 
 
 def test_the_same_corpus_gives_the_same_tokenizer(tokenizer):
-    assert tiny.build_tokenizer(sft.corpus()).get_vocab() == tokenizer.get_vocab()
+    assert tiny.build_tokenizer(lessons.corpus()).get_vocab() == tokenizer.get_vocab()
 
 
 def test_the_model_is_small_and_ties_its_embeddings(tokenizer):

@@ -1,0 +1,125 @@
+"""The cold start: what is demonstrated, what is learned, and that a short run makes a loadable checkpoint."""
+
+import json
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import config as configuration
+import data
+import lessons
+import prompts
+import sft
+import tiny
+import world
+from config import Config
+from policy import Policy, Vocabulary, load
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="module")
+def samples(tmp_path_factory):
+    path = world.build(tmp_path_factory.mktemp("world"), "train", 6, workers=1)
+    return data.load(path, video_root=path.parent)
+
+
+@pytest.fixture(scope="module")
+def vocabulary():
+    return Vocabulary.of(tiny.build_tokenizer(lessons.corpus()))
+
+
+@pytest.fixture(scope="module")
+def config():
+    return Config(**configuration.read_recipe(sft.RECIPE))
+
+
+def test_demonstrations_follow_the_format_and_read_back(samples):
+    for sample in samples:
+        words = lessons.demonstration(sample, list(sample.spans)).removesuffix(lessons.END)
+        assert prompts.format_ok(words, "world")
+        assert prompts.parse_answer(words) == sample.answer
+        assert prompts.parse_spans(words) == list(sample.spans)
+        assert lessons.asked_colour(sample) in sample.question
+
+
+def test_widened_spans_contain_the_evidence_and_stay_in_the_video():
+    rng = random.Random(0)
+    for _ in range(200):
+        spans = [(0.0, 2.0), (17.0, 20.0)]
+        for (start, end), (s, e) in zip(spans, lessons.widened(spans, 3.0, 20.0, rng), strict=True):
+            assert 0 <= s <= start and end <= e <= 20
+            assert start - s <= 3.05 and e - end <= 3.05
+
+
+def test_perception_says_every_second_and_every_colour(samples):
+    video = [sample for sample in samples if sample.video == samples[0].video]
+    located = lessons.locations(video)
+    words = lessons.timeline(video, 20).removesuffix(lessons.END).split()
+    assert len(words) == 20
+    for sample, text in zip(video, located, strict=True):
+        colour = lessons.asked_colour(sample)
+        assert text.startswith(f"{colour}<time>({sample.spans[0][0]:.1f},")
+        seconds = {k for start, end in sample.spans for k in range(int(start), int(end))}
+        assert {k for k, word in enumerate(words) if word == colour} == seconds
+
+
+def test_the_loss_is_the_mean_of_each_kind_of_answer(samples, vocabulary, config):
+    model = tiny.build_model(vocabulary.tokenizer)
+    scenes = lessons.load_scenes(samples, config, vocabulary, model.config)[:2]
+    batch = lessons.perception_batch(scenes, config, vocabulary, model.config)
+    torch.manual_seed(0)
+    states = torch.randn(*batch.ids.shape, 128)
+    weight = torch.randn(len(vocabulary.tokenizer), 128)
+    losses = {"locations": [], "timeline": []}
+    for b, scene in enumerate(scenes):
+        for g in range(len(scene.samples) + 1):
+            kind = "timeline" if g == len(scene.samples) else "locations"
+            for t in range(int(batch.mask[b, g].sum())):
+                losses[kind].append(-torch.log_softmax(weight @ states[b, g, t], 0)[batch.ids[b, g, t]])
+    expected = sum(torch.stack(values).mean() for values in losses.values())
+    assert torch.allclose(lessons.cross_entropy(batch, states[batch.mask], weight), expected, rtol=1e-5)
+
+
+def test_a_step_of_each_kind_lowers_its_loss(samples, vocabulary, config):
+    model = tiny.build_model(vocabulary.tokenizer)
+    scenes = lessons.load_scenes(samples, config, vocabulary, model.config)
+    rng = random.Random(0)
+    for batch in (
+        lessons.perception_batch(scenes, config, vocabulary, model.config),
+        lessons.demonstration_batch(scenes, config, vocabulary, 3.0, rng),
+        lessons.zoom_batch(scenes, config, vocabulary, model.config, rng),
+    ):
+        policy = Policy(tiny.build_model(vocabulary.tokenizer))
+        optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-3)
+        losses = []
+        for _ in range(6):
+            loss = policy(
+                batch.prompts, batch.ids, batch.mask, lambda h, w, batch=batch: lessons.cross_entropy(batch, h, w)
+            )
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        assert losses[-1] < losses[0] - 0.1
+
+
+def test_a_short_run_from_the_command_line_leaves_a_loadable_checkpoint(tmp_path):
+    options = {"steps": 4, "prompts_per_step": 2, "zoom_batch": 2, "warmup": 1}
+    options |= {"world_train_videos": 4, "world_test_videos": 2, "threads": 1}
+    options |= {"cache": tmp_path / "cache", "out": tmp_path / "tiny"}
+    command = [
+        sys.executable,
+        "sft.py",
+        *(word for name, value in options.items() for word in (f"--{name}", str(value))),
+    ]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "mIoU" in done.stdout
+    model, tokenizer = load(str(tmp_path / "tiny"))
+    assert model.config.text_config.vocab_size == len(tokenizer)
+    assert json.loads((tmp_path / "tiny" / "config.json").read_text())["model_type"] == "qwen2_5_vl"
