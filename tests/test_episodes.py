@@ -260,7 +260,7 @@ def test_messages_tell_all_and_replay(scene, vocabulary):
     history = json.loads(json.dumps(messages(episode, scene.view, scene.config)))
     assert [message["role"] for message in history] == ["user", "assistant"] * 3
     assert [message["text"] for message in history[1::2]] == replies
-    assert history[0]["videos"] == [{"video": scene.view.sample.video, "times": scene.view.clip.times}]
+    assert history[0]["videos"] == [{"video": scene.view.sample.video, "times": scene.view.clip.times, "step": 1.0}]
     assert history[0]["text"].startswith("<video>") and scene.view.sample.question in history[0]["text"]
     assert history[2]["text"] == "3s<video>3.5s<video>" and [v["times"] for v in history[2]["videos"]] == [[3.0], [3.5]]
     assert history[4]["text"] == "The video ends at 20.0 seconds." and "videos" not in history[4]
