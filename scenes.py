@@ -260,7 +260,7 @@ def train_encoder(
     encoder = Encoder(videos[0].shape[1])
     every = torch.cat(list(videos))
     encoder.mean.copy_(every.mean(0))
-    encoder.scale.copy_(every.std(0).clamp(min=1e-6))
+    encoder.scale.copy_(every.std(0).clamp(min=0.1 * every.std(0).max()))  # numbers that hardly vary are noise
     key_encoder = copy.deepcopy(encoder).requires_grad_(False)
     optimizer = torch.optim.AdamW(encoder.parameters(), lr=lr, weight_decay=0.01)
     rng = np.random.default_rng(seed)
@@ -271,11 +271,7 @@ def train_encoder(
         positives = torch.cat([part[most_similar_neighbours(part, reach)] for part in keys.split(counts)])
         owner = torch.repeat_interleave(torch.arange(len(some)), torch.tensor(counts))
         loss = info_nce(encoder(torch.cat(some)), positives, keys, owner[:, None] != owner, temperature)
-        for group in optimizer.param_groups:
-            group["lr"] = lr * 0.5 * (1 + math.cos(math.pi * step / steps))
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+        descend(optimizer, loss, lr, step / steps)
         with torch.no_grad():
             for key, query in zip(key_encoder.parameters(), encoder.parameters(), strict=True):
                 key.lerp_(query, 1 - momentum)
@@ -300,20 +296,32 @@ def window_similarities(embeddings: Tensor, window: int) -> Tensor:
     return torch.cat([(shots @ shots.mT)[:, first, second], there[index]], dim=1)
 
 
-def train_head(inputs: Sequence[Tensor], truths: Sequence[Tensor], seed: int = 0, steps: int = 400) -> nn.Module:
-    """Train an MLP to tell which boundaries begin a scene: inputs [n - 1, D] and truths bool [n - 1] of each video."""
+def new_head(window: int) -> nn.Module:
+    """An MLP from a window's similarities to the logit of a new scene."""
+    return nn.Sequential(nn.Linear(window * (2 * window + 1), 32), nn.ReLU(), nn.Linear(32, 1))
+
+
+def train_head(
+    inputs: Sequence[Tensor], truths: Sequence[Tensor], window: int, seed: int = 0, steps: int = 400, lr: float = 1e-2
+) -> nn.Module:
+    """A head for the `window_similarities` of some videos, [n - 1, D] each, and what is true of them: bool [n - 1]."""
     torch.manual_seed(seed)
     x, y = torch.cat(list(inputs)), torch.cat(list(truths)).float()
-    head = nn.Sequential(nn.Linear(x.shape[1], 32), nn.ReLU(), nn.Linear(32, 1))
-    optimizer = torch.optim.AdamW(head.parameters(), lr=1e-2, weight_decay=0.1)
+    head = new_head(window)
+    optimizer = torch.optim.AdamW(head.parameters(), lr=lr, weight_decay=0.1)
     for step in range(steps):
         loss = F.binary_cross_entropy_with_logits(head(x)[:, 0], y)
-        for group in optimizer.param_groups:
-            group["lr"] = 1e-2 * 0.5 * (1 + math.cos(math.pi * step / steps))
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+        descend(optimizer, loss, lr, step / steps)
     return head.requires_grad_(False)
+
+
+def descend(optimizer: torch.optim.Optimizer, loss: Tensor, lr: float, progress: float) -> None:
+    """One step; the learning rate falls from `lr` to 0 as a cosine while `progress` goes from 0 to 1."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * 0.5 * (1 + math.cos(math.pi * progress))
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
 
 
 class Detector(nn.Module):
@@ -344,10 +352,8 @@ class Detector(nn.Module):
                 about = file.metadata() or {}
                 weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             window = int(about["window"])
-            n_inputs = weights["head.0.weight"].shape[1]
-            encoder = Encoder(*weights["encoder.layers.0.weight"].shape[::-1], len(weights["encoder.layers.2.bias"]))
-            head = nn.Sequential(nn.Linear(n_inputs, len(weights["head.0.bias"])), nn.ReLU(), nn.Linear(32, 1))
-            detector = cls(encoder, head, window, about["tower"], int(about["tokens"]))
+            encoder = Encoder(len(weights["encoder.mean"]))
+            detector = cls(encoder, new_head(window), window, about["tower"], int(about["tokens"]))
             detector.load_state_dict(weights)
         except (OSError, SafetensorError, KeyError, ValueError, RuntimeError) as error:
             raise SceneError(f"{path}: not a scene detector ({error}); make one: python scenes.py --train") from error
@@ -439,7 +445,7 @@ def train(
     """A detector from videos with known scenes and their features."""
     encoder = train_encoder(features, seed)
     inputs = [window_similarities(encoder(one), window) for one in features]
-    head = train_head(inputs, [torch.tensor(video.truth, dtype=torch.bool) for video in videos], seed)
+    head = train_head(inputs, [torch.tensor(video.truth, dtype=torch.bool) for video in videos], window, seed)
     return Detector(encoder, head, window, tower, tokens)
 
 

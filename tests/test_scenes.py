@@ -14,6 +14,7 @@ import torch.nn.functional as F
 
 import scenes
 import world
+from benchmarks import scenes as baseline
 from data import DataError
 from decode import VideoError
 from policy import Video, encode_videos
@@ -345,6 +346,15 @@ def test_scenes_must_begin_with_a_shot(tmp_path):
     path.write_text(json.dumps({"video": "a.mp4", "shots": SHOTS, "scenes": [[0, 4], [4, 10]]}))
     with pytest.raises(DataError, match=r"row 1, field 'scenes': a scene begins at 4\.0 s, where no shot begins"):
         scenes.read_labelled(path)
+
+
+def test_the_baseline_s_histograms_count_colours(long_world):
+    video = scenes.read_labelled(long_world)[0]
+    found = baseline.histograms(video, 16)
+    frames = scenes.shot_frames(video.video, video.shots[:1], 16)[0]
+    pixels = frames.permute(0, 2, 3, 1).reshape(-1, 3).numpy()
+    expected, _ = np.histogramdd(pixels, bins=8, range=[(0, 256)] * 3)
+    np.testing.assert_allclose(found[0] ** 2, expected.ravel() / len(pixels), atol=1e-6)
 
 
 # ---------------------------------------------------------------- the program
