@@ -53,7 +53,7 @@ Shot = tuple[float, float]
 THRESHOLD = 0.3  # LongVTG-R1: a scene begins where the probability is above it
 FRAMES = 4  # looked at per shot
 TOKENS = 64  # visual tokens per frame, where the policy saw as many
-SHOTS_AT_ONCE = 32  # whose frames are in memory
+SHOTS_AT_ONCE = 256  # whose frames are in memory: 154 MB at 64 tokens per frame
 TOLERANCE = 3.0  # seconds by which a found boundary may miss a true one
 
 
@@ -160,7 +160,7 @@ def shot_features(
     """Mean and deviation of the visual tokens of each shot's frames: float32 [n, 2 H], on the CPU.
 
     tokens: per frame. folder: where features are kept; they are taken from there while video, shots and tower are the
-    same. Raises VideoError.
+    same. Raises VideoError, and SceneError if they cannot be written.
     """
     if not shots:
         return torch.zeros(0, 2 * model.config.text_config.hidden_size)
@@ -177,11 +177,15 @@ def shot_features(
         features += [torch.cat(torch.std_mean(visual.float(), 0, correction=0)[::-1]).cpu() for visual in seen]
     stacked = torch.stack(features)
     if kept is not None:
-        kept.parent.mkdir(parents=True, exist_ok=True)
         part = kept.with_suffix(f".{os.getpid()}.part")
-        with part.open("wb") as file:
-            np.save(file, stacked.numpy())
-        part.replace(kept)
+        try:
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            with part.open("wb") as file:
+                np.save(file, stacked.numpy())
+            part.replace(kept)
+        except OSError as error:
+            part.unlink(missing_ok=True)
+            raise SceneError(f"{kept}: {error.strerror}; features of shots are kept there") from error
     return stacked
 
 
@@ -338,9 +342,13 @@ class Detector(nn.Module):
         return self.head(window_similarities(self.encoder(features), self.window))[:, 0].sigmoid().tolist()
 
     def save(self, path: str | Path) -> None:
+        """Write the file that `load` reads. Raises SceneError."""
         about = {"tower": self.tower, "tokens": str(self.tokens), "window": str(self.window)}
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        save_file(self.state_dict(), path, about)
+        try:
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
+            save_file(self.state_dict(), path, about)
+        except (OSError, SafetensorError) as error:
+            raise SceneError(f"{path}: {error}") from error
 
     @classmethod
     def load(cls, path: str | Path, model: nn.Module | None = None) -> Detector:

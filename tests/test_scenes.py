@@ -1,9 +1,11 @@
 """Shots, scenes and their detector: formulas against plain loops, what cannot be used, and a tiny training."""
 
+import errno
 import importlib.util
 import itertools
 import json
 import math
+import os
 import shutil
 import sys
 
@@ -33,6 +35,13 @@ def long_world(tmp_path_factory):
 @pytest.fixture(scope="module")
 def tower():
     return scenes.load_tower(str(scenes.configuration.BUILT_IN))
+
+
+@pytest.fixture(scope="module")
+def trained():
+    """The features of a few videos, and a detector trained on them."""
+    videos, features = invented(0, n_videos=4)
+    return features, scenes.train(videos, features, "tower", 16)
 
 
 def invented(seed: int, n_videos: int = 12, n_settings: int = 8) -> tuple[list[Labelled], list[torch.Tensor]]:
@@ -178,6 +187,20 @@ def test_a_shot_shorter_than_a_frame_has_features_and_one_after_the_end_has_none
         scenes.shot_features(tower, "gone.mp4", [(0.0, 1.0)], 16, long_world.parent)
 
 
+def test_a_full_disk_is_named_and_leaves_nothing_behind(long_world, tower, trained, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    video, shots = first_video(long_world)
+    monkeypatch.setattr(np, "save", full)
+    with pytest.raises(SceneError, match=r"\.npy: No space left on device"):
+        scenes.shot_features(tower, video, shots[:1], 16, tmp_path)
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "file").touch()
+    with pytest.raises(SceneError, match=r"detector\.safetensors: "):
+        trained[1].save(tmp_path / "file" / "detector.safetensors")
+
+
 # ---------------------------------------------------------------- ShotCoL
 
 
@@ -250,10 +273,10 @@ def test_training_on_neighbours_brings_the_shots_of_new_scenes_together():
     assert gaps[1] > gaps[0] + 0.1
 
 
-def test_training_is_the_same_again():
-    videos, features = invented(0, n_videos=4)
-    first, second, other = (scenes.train(videos, features, "tower", 16, seed)(features[0]) for seed in (0, 0, 1))
-    assert first == second != other
+def test_training_is_the_same_again(trained):
+    features, detector = trained
+    again, other = (scenes.train(*invented(0, n_videos=4), "tower", 16, seed) for seed in (0, 1))
+    assert detector(features[0]) == again(features[0]) != other(features[0])
 
 
 def test_an_encoder_needs_two_videos_with_neighbours():
@@ -262,21 +285,18 @@ def test_an_encoder_needs_two_videos_with_neighbours():
         scenes.train_encoder([torch.randn(5, 4), one_shot])
 
 
-def test_a_video_of_one_shot_or_none_has_no_boundaries():
-    videos, features = invented(0, n_videos=4)
-    detector = scenes.train(videos, features, "tower", 16)
+def test_a_video_of_one_shot_or_none_has_no_boundaries(trained):
+    features, detector = trained
     assert detector(features[0][:1]) == detector(features[0][:0]) == []
     assert len(detector(features[0][:2])) == 1
 
 
-def test_a_saved_detector_is_the_same_and_refuses_other_towers(tower, tmp_path):
-    videos, features = invented(0, n_videos=4)
+def test_a_saved_detector_is_the_same_and_refuses_other_towers(trained, tower, tmp_path):
+    features, detector = trained
     path = tmp_path / "new" / "detector.safetensors"
-    detector = scenes.train(videos, features, scenes.tower_name(tower), 16)
     detector.save(path)
-    loaded = Detector.load(path, tower)
-    assert loaded(features[0]) == detector(features[0]) and loaded.tokens == 16
-    scenes.train(videos, features, "another", 16).save(path)
+    loaded = Detector.load(path)
+    assert loaded(features[0]) == detector(features[0]) and loaded.tokens == 16 and loaded.tower == "tower"
     with pytest.raises(SceneError, match=r"detector\.safetensors: made for another vision tower"):
         Detector.load(path, tower)
     path.write_bytes(b"no tensors")
