@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from attention import (
     GroupCache,
+    Stretch,
     Tree,
     TreeAttention,
     attend,
@@ -124,3 +125,28 @@ def test_token_by_token_is_the_same_as_all_at_once(prompts):
         out = cache.attend(0, q[:, here], k[:, here], v[:, here], SCALE)
         torch.testing.assert_close(out, whole[:, here], atol=1e-12, rtol=0)
     assert rows.tolist() == [[1], [4]]
+
+
+def test_stretches_of_tokens_are_the_same_as_all_at_once():
+    """Two of six responses get two tokens together, in a cache that has grown, among others that are dropped."""
+    prompts = (7, 4, 6)
+    tree = Tree(prompts, ((5, 5),) * 3)
+    q, k, v, _ = random_row(tree, torch.float64)
+    whole = dense(q, k, v, tree)
+    cache = GroupCache(Tree(prompts), 2, 2)
+    cache.prefill(0, k[:, :17], v[:, :17])
+    rows = torch.arange(6).view(3, 2)
+    for t in range(2):
+        here = 17 + rows.flatten() * 5 + t
+        cache.place(torch.full_like(rows, t), t + 1)
+        cache.attend(0, q[:, here], k[:, here], v[:, here], SCALE)
+    cache.keep(torch.tensor([0, 2]), torch.tensor([[1], [0]]))
+    cache.reserve(5)
+    here = torch.tensor([17 + row * 5 + t for row in (4, 1) for t in (2, 3)])
+    stretches = [Stretch(1, 0, 6, 2, 2), Stretch(0, 0, 7, 2, 2)]
+    out = cache.extend(0, q[:, here], k[:, here], v[:, here], stretches, SCALE)
+    torch.testing.assert_close(out, whole[:, here], atol=1e-12, rtol=0)
+    here = torch.tensor([17 + row * 5 + 4 for row in (1, 4)])
+    cache.place(torch.tensor([[4], [4]]), 5)
+    out = cache.attend(0, q[:, here], k[:, here], v[:, here], SCALE)
+    torch.testing.assert_close(out, whole[:, here], atol=1e-12, rtol=0)
