@@ -51,6 +51,7 @@ from video import decode, plan_clip
 Shot = tuple[float, float]
 
 THRESHOLD = 0.3  # LongVTG-R1: a scene begins where the probability is above it
+SHORTEST = 0.6  # seconds of a shot, as in PySceneDetect's own program
 FRAMES = 4  # looked at per shot
 TOKENS = 64  # visual tokens per frame, where the policy saw as many
 SHOTS_AT_ONCE = 256  # whose frames are in memory: 154 MB at 64 tokens per frame
@@ -78,7 +79,7 @@ def find_shots(path: str | Path) -> list[Shot]:
             "or give known shots (--shots FILE)"
         ) from None
     duration = probe(path).duration
-    detector = scenedetect.ContentDetector()
+    detector = scenedetect.ContentDetector(min_scene_len=SHORTEST)
     try:
         found = scenedetect.detect(str(path), detector, backend="pyav", start_in_scene=True)
     except (scenedetect.VideoOpenFailure, OSError) as error:

@@ -28,8 +28,8 @@ SHOTS = [(0.0, 2.0), (2.0, 5.0), (5.0, 6.0), (6.0, 10.0)]
 
 @pytest.fixture(scope="module")
 def long_world(tmp_path_factory):
-    """The annotation file of two long videos of three scenes."""
-    return world.build_long(tmp_path_factory.mktemp("long"), "train", 2, n_scenes=3, workers=1)
+    """The annotation file of two long videos of five scenes."""
+    return world.build_long(tmp_path_factory.mktemp("long"), "train", 2, n_scenes=5, workers=1)
 
 
 @pytest.fixture(scope="module")
@@ -125,9 +125,13 @@ needs_scenedetect = pytest.mark.skipif(
 
 
 @needs_scenedetect
-def test_pyscenedetect_finds_the_shots_of_long_videos(long_world):
-    for video in scenes.read_labelled(long_world):
-        np.testing.assert_allclose(scenes.find_shots(video.video), video.shots)
+def test_pyscenedetect_finds_the_shots_of_a_long_video(long_world):
+    """All but those between two walls that differ in little but their tint."""
+    video = scenes.read_labelled(long_world)[0]
+    found = scenes.find_shots(video.video)
+    assert (found[0][0], found[-1][1]) == (0.0, pytest.approx(video.shots[-1][1]))
+    cuts = {start for start, _ in found[1:]}
+    assert cuts <= set(video.cuts) and len(cuts) >= 0.9 * len(video.cuts)
 
 
 @needs_scenedetect
@@ -389,6 +393,14 @@ def test_the_program_trains_and_evaluates(tmp_path, capsys):
     assert path.exists() and trained[-1].startswith("3 videos: AP ")
     scenes.main(["--evaluate", *arguments, "--detector", str(path)])
     assert capsys.readouterr().out.splitlines()[-1] == trained[-1]
+
+
+def test_the_shipped_detector_belongs_to_the_shipped_policy_and_finds_scenes(long_world, tower):
+    detector = Detector.load(scenes.configuration.BUILT_IN.parent / "scenes.safetensors", tower)
+    videos = scenes.read_labelled(long_world)
+    features = [scenes.shot_features(tower, video.video, video.shots, detector.tokens) for video in videos]
+    found = scenes.scores(videos, list(map(detector, features)))
+    assert found["AP"] > 2 * np.mean([np.mean(video.truth) for video in videos])
 
 
 def test_the_program_needs_a_detector_and_two_videos(tmp_path):
