@@ -137,6 +137,10 @@ class Config:
         ("zero", "uniform"),
     )
 
+    accuracy_weight: float = option(1.0, "Weight of R_acc where rewards are summed (tokenadv = off).")
+    format_weight: float = option(1.0, "Weight of R_format there.")
+    tool_weight: float = option(1.0, "Weight of R_tool there: a right answer after a call that returned frames.")
+
     # ---- advantages and objective
     tokenadv: str = option(
         "paper",
@@ -168,6 +172,11 @@ class Config:
         "sequence",
         "Mean over each response's tokens (Eq. 2), over all tokens, or by max_tokens.",
         ("sequence", "token", "fixed"),
+    )
+
+    mask_truncated: bool = option(False, "Responses that a limit ended have no part in the loss.")
+    max_redraws: int = option(
+        0, "Dynamic sampling: groups without variance are redrawn, so often at most; 0 for never."
     )
 
     # ---- evaluation
@@ -335,6 +344,7 @@ POSITIVE += [
 ]
 NOT_NEGATIVE = ["warmup", "weight_decay", "beta", "clip_low", "clip_high", "zoom_budget", "n_episodes", "threads"]
 NOT_NEGATIVE += ["seed", "world_seed", "max_failed_videos", "min_frames", "max_frames", "kl_clamp", "alpha", "epochs"]
+NOT_NEGATIVE += ["accuracy_weight", "format_weight", "tool_weight", "max_redraws"]
 
 
 def check(config: Config) -> None:
@@ -363,6 +373,14 @@ def check(config: Config) -> None:
                 f"template = {config.template} needs max_frames, and it must leave some of total_frames = "
                 f"{config.total_frames} for calls; it is {config.max_frames}"
             )
+        if config.tokenadv != "off" or config.zoom_reward or config.eval_controls:
+            raise ConfigError(
+                f"template = {config.template} sums its rewards and has no zoom pass and no spans: it needs "
+                "tokenadv = off, zoom_reward = false and eval_controls = false"
+            )
+    weights = (config.accuracy_weight, config.format_weight, config.tool_weight)
+    if weights != (1, 1, 1) and config.tokenadv != "off":
+        raise ConfigError(f"weights of rewards need tokenadv = off, where they are summed, not {config.tokenadv}")
     if config.alpha > 1:
         raise ConfigError(f"alpha is a share, at most 1, not {config.alpha}")
     if config.beta_time >= 0 and config.kl != "exact":

@@ -15,6 +15,7 @@ The summary of the paper leaves open what is said to the model; the wording is i
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -26,9 +27,9 @@ import prompts as text
 from advantage import token_offsets
 from config import Config
 from decode import FrameCache, VideoError
-from policy import Video, Vocabulary
+from policy import Episodes, Observation, Prompt, Video, Vocabulary, build_prompt, keep_tokens, stops_at
 from prompts import ToolCall
-from rollout import View, coarse_words, episode_limits
+from rollout import Group, Spans, View, coarse_prompt, coarse_words, episode_limits, response_seed
 from video import Clip, ClipPlan, load_clip, plan_clip
 
 CALL_END = "</video_zoom>"  # where the writing of a turn stops
@@ -39,20 +40,22 @@ SCENE_BYTES = 2**26  # of decoded frames kept for further calls about the same v
 class Shown:
     """What a call brought: frames, each a clip of its own for the model, or a sentence that says why there are none.
 
-    `text` is the user's turn, with prompts.VIDEO where each frame stands.
+    `text` is the user's turn, with prompts.VIDEO where each frame stands. `error`: the frames could not be decoded.
     """
 
     call: ToolCall | None = None  # None: refused
     clip: Clip | None = None
     videos: list[Video] = field(default_factory=list)
     text: str = ""
+    error: VideoError | None = None
 
 
 @dataclass
 class Turn:
     """What the policy wrote in a turn, ids int64 [T] with text and character offsets.
 
-    `finished`: it ended by itself, not by the limit on its length. `shown`: what came back, None in the last turn.
+    `finished`: it ended by itself, not by the limit on its length. `shown`: what came back, None in the last turn;
+    `observation`: the same for the model. `hidden` [T, H]: what each token was chosen from, where that was asked for.
     """
 
     ids: Tensor
@@ -60,18 +63,67 @@ class Turn:
     offsets: list[tuple[int, int]]
     finished: bool = True
     shown: Shown | None = None
+    observation: Observation | None = None
+    hidden: Tensor | None = None
+
+    @property
+    def calls(self) -> bool:
+        """Whether there is a call in it, legal or not."""
+        return text.parse_tool_call(self.text) is not None
+
+    @property
+    def answer(self) -> str | None:
+        """The letter, if there is no call."""
+        return None if self.calls else text.parse_answer(self.text)
 
 
 @dataclass
 class Episode:
-    """The turns so far of one attempt at a question."""
+    """The turns so far of one attempt at a question. To a `rollout.Group` it is a response: all that was sampled."""
 
     turns: list[Turn] = field(default_factory=list)
+    zoom: None = None
+
+    @property
+    def ids(self) -> Tensor:
+        """int64 [T], of all turns."""
+        return torch.cat([turn.ids for turn in self.turns])
+
+    @property
+    def text(self) -> str:
+        return "".join(turn.text for turn in self.turns)
+
+    @property
+    def offsets(self) -> list[tuple[int, int]]:
+        """Which characters of `text` each id wrote."""
+        starts = itertools.accumulate((len(turn.text) for turn in self.turns), initial=0)
+        return [
+            (first + a, first + b) for first, turn in zip(starts, self.turns, strict=False) for a, b in turn.offsets
+        ]
+
+    @property
+    def observations(self) -> list[Observation]:
+        """What the model was shown between its turns."""
+        return [turn.observation for turn in self.turns if turn.observation]
+
+    @property
+    def finished(self) -> bool:
+        return not self.truncated
 
     @property
     def clips(self) -> list[Clip]:
         """What the calls returned."""
-        return [turn.shown.clip for turn in self.turns if turn.shown and turn.shown.clip]
+        return [shown.clip for shown in self.shown if shown.clip]
+
+    @property
+    def shown(self) -> list[Shown]:
+        """What came back, frames or not."""
+        return [turn.shown for turn in self.turns if turn.shown]
+
+    @property
+    def spans(self) -> Spans | None:
+        """Where the calls that returned frames have looked; None without any."""
+        return [shown.call.span for shown in self.shown if shown.call] or None
 
     @property
     def over(self) -> bool:
@@ -81,19 +133,18 @@ class Episode:
     @property
     def calls(self) -> int:
         """Turns that tried a call, legal or not."""
-        return sum(text.parse_tool_call(turn.text) is not None for turn in self.turns)
+        return sum(turn.calls for turn in self.turns)
 
     @property
     def answer(self) -> str | None:
-        """The letter in the last turn, if that has no call."""
-        last = self.turns[-1].text if self.over else "<video_zoom>"
-        return None if text.parse_tool_call(last) is not None else text.parse_answer(last)
+        """The letter in the last turn."""
+        return self.turns[-1].answer if self.over else None
 
     @property
     def truncated(self) -> bool:
         """Whether a limit on tokens or turns ended it, and not the policy."""
         last = self.turns[-1]
-        return self.over and (not last.finished or text.parse_tool_call(last.text) is not None)
+        return self.over and (last.calls or not last.finished)
 
 
 class Scene:
@@ -103,7 +154,6 @@ class Scene:
         self.view, self.config, self.limits = view, config, episode_limits(config)
         self.cache = cache or FrameCache(SCENE_BYTES)
         self.shown: dict[ClipPlan, tuple[Clip, list[Video]]] = {}
-        self.error: VideoError | None = None  # of the last clip that could not be decoded
 
     def left(self, episode: Episode) -> tuple[int, int]:
         """How many calls and frames the episode has left; no calls where the next turn is the last."""
@@ -118,11 +168,13 @@ class Scene:
         if call is None or not last.finished or len(episode.turns) == self.limits.turns:
             return
         refused = call if isinstance(call, str) else self.refusal(call, episode)
-        found = None if refused else self.load(call)
-        if not refused and found is None:
-            refused = "That part of the video cannot be read."
-        last.shown = Shown(call, *found) if found else Shown()
-        times = found[0].times if found else []
+        last.shown = Shown()
+        if not refused:
+            try:
+                last.shown = Shown(call, *self.load(call))
+            except VideoError as error:
+                last.shown.error, refused = error, "That part of the video cannot be read."
+        times = last.shown.clip.times if last.shown.clip else []
         last.shown.text = text.observation_text(self.config.template, times, refused, *self.left(episode))
 
     def refusal(self, call: ToolCall, episode: Episode) -> str:
@@ -143,17 +195,13 @@ class Scene:
             return f"You have only {frames} frames left, you asked for {asked}."
         return ""
 
-    def load(self, call: ToolCall) -> tuple[Clip, list[Video]] | None:
-        """The frames of a legal call, together and one by one; None (and `error`) if they cannot be decoded."""
+    def load(self, call: ToolCall) -> tuple[Clip, list[Video]]:
+        """The frames of a legal call, together and one by one. Raises VideoError."""
         config = self.config
         budget = config.zoom_budget or config.budget
         plan = plan_clip(self.view.info, [call.span], call.fps, budget, config.v_min, config.v_max)
         if plan not in self.shown:
-            try:
-                clip = load_clip(plan, self.view.sample.video, cache=self.cache)
-            except VideoError as error:
-                self.error = error
-                return None
+            clip = load_clip(plan, self.view.sample.video, cache=self.cache)
             self.shown[plan] = clip, [Video.from_frames(frame[None], clip.step) for frame in clip.frames]
         return self.shown[plan]
 
@@ -162,6 +210,76 @@ def read_turn(ids: Tensor, vocabulary: Vocabulary) -> Turn:
     """Sampled ids [T] as a turn; nothing is tokenised again."""
     words, offsets = token_offsets(vocabulary.tokenizer, ids.tolist())
     return Turn(ids, words, offsets, int(ids[-1]) in vocabulary.eos or CALL_END in words)
+
+
+# ---------------------------------------------------------------- rollout
+
+
+def roll_out_episodes(
+    model,
+    views: Sequence[View],
+    config: Config,
+    vocabulary: Vocabulary,
+    step: int | None,
+    keep_hidden: bool = False,
+    cache: FrameCache | None = None,
+) -> list[Group]:
+    """A group of episodes for each view; `step` seeds them, None decodes one greedy episode each.
+
+    The episodes of `rollout_batch` views are decoded together while they are at different turns. `keep_hidden` keeps
+    what each token was chosen from.
+    """
+    groups = []
+    for start in range(0, len(views), config.rollout_batch):
+        chunk = views[start : start + config.rollout_batch]
+        groups += play(model, [Scene(view, config, cache) for view in chunk], config, vocabulary, step, keep_hidden)
+    return groups
+
+
+def clip_failures(groups: Sequence[Group]) -> dict[str, VideoError]:
+    """By sample, why a clip that an episode asked for could not be decoded."""
+    shown = [(group.view.sample.id, seen) for group in groups for episode in group.responses for seen in episode.shown]
+    return {id: seen.error for id, seen in shown if seen.error}
+
+
+def observation_ids(turn: Turn, vocabulary: Vocabulary) -> list[int]:
+    """What stands between a turn and the next one, with one <|video_pad|> per frame."""
+    return vocabulary.ids(text.next_turn(turn.shown.text, int(turn.ids[-1]) == vocabulary.eos[0]))
+
+
+def play(
+    model, scenes: Sequence[Scene], config: Config, vocabulary: Vocabulary, step: int | None, keep_hidden: bool
+) -> list[Group]:
+    """`roll_out_episodes` of one batch."""
+    views = [scene.view for scene in scenes]
+    prompts = [coarse_prompt(view, config, vocabulary, model.config) for view in views]
+    size = 1 if step is None else config.group_size
+    groups = [Group(v, p, [Episode() for _ in range(size)]) for v, p in zip(views, prompts, strict=True)]
+    played = [episode for group in groups for episode in group.responses]
+
+    def seed(row: int, number: int) -> int:
+        return response_seed(config.seed, step, views[row // size].sample.id, row % size, number)
+
+    stop = stops_at(vocabulary.tokenizer, [CALL_END])
+    sampling = (config.max_tokens, vocabulary.eos, vocabulary.banned, config.temperature)
+    engine = Episodes(model, prompts, size, *sampling, None if step is None else seed, stop, keep_hidden)
+    while said := engine.sample():
+        shown = {}
+        for turn in said:
+            episode = played[turn.row]
+            episode.turns.append(read_turn(turn.ids, vocabulary))
+            episode.turns[-1].hidden = turn.hidden
+            scenes[turn.row // size].respond(episode)
+            if seen := episode.turns[-1].shown:
+                keep_tokens(model, [video for video in seen.videos if video.tokens is None])
+                shown[turn.row] = observation_ids(episode.turns[-1], vocabulary), seen.videos
+        for row, observation in engine.observe(shown).items():
+            played[row].turns[-1].observation = observation
+    if config.train_vision:  # then the update encodes them anew
+        for _, videos in itertools.chain.from_iterable(scene.shown.values() for scene in scenes):
+            for video in videos:
+                video.tokens = None
+    return groups
 
 
 # ---------------------------------------------------------------- as messages
@@ -211,3 +329,14 @@ def replay(scene: Scene, replies: Sequence[str], vocabulary: Vocabulary) -> Epis
         episode.turns.append(read_turn(torch.tensor(ids), vocabulary))
         scene.respond(episode)
     return episode
+
+
+def lay_out(episode: Episode, prompt: Prompt, vocabulary: Vocabulary, model_config) -> None:
+    """Give a replayed episode the observations, after this prompt, that a rollout gives to its own."""
+    after, position = 0, prompt.next_position
+    for turn in episode.turns:
+        after, position = after + len(turn.ids), position + len(turn.ids)
+        if turn.shown:
+            ids = observation_ids(turn, vocabulary)
+            turn.observation = Observation(after, build_prompt(ids, turn.shown.videos, model_config, position))
+            position = turn.observation.prompt.next_position

@@ -44,15 +44,17 @@ import world
 from config import Config
 from data import Sample
 from decode import VideoError
-from metrics import as_spans
+from episodes import roll_out_episodes
+from metrics import COSTS, as_spans
 from policy import ModelError, Vocabulary, load
-from rewards import format_reward, interval_iou
+from prompts import EPISODES
+from rewards import format_reward, interval_iou, turns_format_reward
 from rollout import View, answer_clips, check_samples, roll_out, view_video, zoom_clips, zoom_pass
 
 log = logging.getLogger("zoomgrpo")
 
 HEADLINE = ("mIoU", "mIoP", "mIoG", "R@0.3", "R@0.5", "R@0.7", "rec@IoU")  # spans
-HEADLINE += ("accuracy", "zoom_accuracy", "Acc@GQA", "acc@IoU", "format")
+HEADLINE += ("accuracy", "zoom_accuracy", "Acc@GQA", "acc@IoU", "format", *COSTS)
 CONTROLS = ("true_zoom_accuracy", "shuffled mIoU", "chance mIoU")
 
 
@@ -60,7 +62,7 @@ def evaluate(
     model, samples: Sequence[Sample], config: Config, vocabulary: Vocabulary, accelerator: Accelerator, label: str
 ) -> list[dict]:
     """One row per sample, as metrics.py has them, with "zoom_answer", "format", "response", "error" (of an unreadable
-    video, or None) and, with controls, "shuffled_spans" and "true_zoom_answer".
+    video, or None) and, with controls, "shuffled_spans" and "true_zoom_answer"; of episodes, metrics.COSTS instead.
 
     Split over processes; every process returns all rows. Raises DataError if no video at all can be read.
     """
@@ -75,13 +77,14 @@ def evaluate(
         for error in unreadable.values():
             log.warning("every question about it counts as unanswered: %s", error)
         with torch.no_grad(), accelerator.autocast():
-            chunk = evaluate_views(model, views, config, vocabulary)
+            asked = evaluate_episodes if config.template in EPISODES else evaluate_views
+            chunk = asked(model, views, config, vocabulary)
             if config.eval_controls:
                 others = [samples[(i + shift) % len(samples)] for i in numbers if samples[i].video not in unreadable]
                 add_controls(chunk, model, views, others, config, vocabulary)
         read = {row["id"]: row for row in chunk}
         for i in numbers:
-            row = read.get(samples[i].id) or unanswered(samples[i], str(unreadable[samples[i].video]))
+            row = read.get(samples[i].id) or unanswered(samples[i], str(unreadable[samples[i].video]), config.template)
             rows.append((i, row))
         bar.update(len(numbers))
     bar.close()
@@ -129,10 +132,36 @@ def view_all(samples: Sequence[Sample], config: Config) -> tuple[list[View], dic
     return [replace(by_video[s.video], sample=s) for s in samples if s.video in by_video], unreadable
 
 
-def unanswered(sample: Sample, error: str) -> dict:
+def unanswered(sample: Sample, error: str, template: str) -> dict:
     """The row of a question whose video cannot be read."""
-    row = {**metrics.row_of(sample, None, None), "zoom_answer": None, "format": 0.0, "response": "", "error": error}
-    return row | {"shuffled_spans": None, "true_zoom_answer": None}
+    row = {**metrics.row_of(sample, None, None), "format": 0.0, "response": "", "error": error}
+    if template in EPISODES:
+        return row | dict.fromkeys(COSTS, 0)
+    return row | {"zoom_answer": None, "shuffled_spans": None, "true_zoom_answer": None}
+
+
+def evaluate_episodes(model, views: Sequence[View], config: Config, vocabulary: Vocabulary) -> list[dict]:
+    """A greedy episode for each view, as rows; with how many calls it made, and what it saw. Its "spans" are those of
+    its calls: where it has looked."""
+    rows = []
+    for group in roll_out_episodes(model, views, config, vocabulary, step=None):
+        [episode] = group.responses
+        videos = [
+            video for prompt in (group.prompt, *(o.prompt for o in episode.observations)) for video in prompt.videos
+        ]
+        turns = [turn.text for turn in episode.turns]
+        rows.append(
+            {
+                **metrics.row_of(group.view.sample, episode.answer, episode.spans and list(map(list, episode.spans))),
+                "format": turns_format_reward(turns, config.template),
+                "calls": episode.calls,
+                "frames": len(group.view.clip.times) + sum(len(clip.times) for clip in episode.clips),
+                "visual_tokens": sum(video.n_tokens for video in videos),
+                "response": "\n".join(turns),
+                "error": None,
+            }
+        )
+    return rows
 
 
 def evaluate_views(model, views: Sequence[View], config: Config, vocabulary: Vocabulary) -> list[dict]:
@@ -233,7 +262,7 @@ def table(results: Mapping[str, list[dict]]) -> str:
         lines.append((name, *cells))
     kinds = {label: by_kind(rows) for label, rows in results.items()}
     for kind, ours in kinds[labels[0]].items():
-        for name in ("mIoU", "accuracy", "zoom_accuracy", "true_zoom_accuracy"):
+        for name in ("mIoU", "accuracy", "zoom_accuracy", "true_zoom_accuracy", *COSTS):
             if name in ours:
                 values = [kinds[label][kind].get(name) for label in labels]
                 change = [f"{values[1] - values[0]:+.3f}"] if compared and None not in values else []

@@ -10,6 +10,7 @@
 | divide-and-conquer | Zoom-Zero 5.5 (iii), D.3 | a pass per window; zoom on the spans of the surest windows |
 | ground-then-answer | LongVTG-R1, Table 3      | one model finds, the same or another answers from the clip |
 | repeated-zoom      | the papers' future work  | look for spans inside the spans, until they stay           |
+| agent              | VideoZoomer 3.1          | the model asks for clips, turn by turn, until it answers   |
 
 What the papers leave open, and how it is here:
 
@@ -65,6 +66,7 @@ import world
 from config import Config, ConfigError, suiting_recipe
 from data import DataError, Sample
 from decode import FrameCache, VideoError, VideoInfo, probe
+from episodes import roll_out_episodes
 from policy import ModelError, Video, Vocabulary, window_layout
 from report import ReportError
 from rewards import interval_iou, merge
@@ -118,10 +120,10 @@ class Look:
 
     `part` is the part of the video that was shown, None for all of it. `letters` are probabilities among all tokens,
     `confidence` is that of the answer or, without options, of the spans. `spans` are in the video's time, None if there
-    were none to read.
+    were none to read. An agent's turns are looks too; `refusal` says why one of its calls showed nothing.
     """
 
-    kind: str  # "coarse", "window", "closer" or "zoom"
+    kind: str  # "coarse", "window", "closer", "zoom"; an agent's "glance" and "call"
     part: Spans | None
     clip: Clip
     answer: str | None
@@ -131,10 +133,11 @@ class Look:
     span_confidence: float
     text: str
     flops: float
+    refusal: str = ""
 
     @property
     def visual_tokens(self) -> int:
-        return math.prod(patch_grid(self.clip)) // 4
+        return sum(map(math.prod, patch_grids(self.clip, self.kind == "call"))) // 4
 
 
 @dataclass
@@ -155,6 +158,10 @@ class Result:
     @property
     def visual_tokens(self) -> int:
         return sum(look.visual_tokens for look in self.looks)
+
+    @property
+    def frames(self) -> int:
+        return sum(len(look.clip.times) for look in self.looks)
 
     @property
     def flops(self) -> float:
@@ -239,6 +246,25 @@ def repeated_zoom(agent: Agent, sample: Sample, settings: Settings) -> Result:
     return Result.of(last, spans or last.spans, looks)
 
 
+def play_episode(agent: Agent, sample: Sample, settings: Settings) -> Result:
+    """The model asks for clips until it answers; the result's spans are those of its clips. VideoZoomer section 3.1."""
+    view = view_video(sample, agent.config, agent.frames)
+    [group] = roll_out_episodes(agent.model, [view], agent.config, agent.vocabulary, None, True, agent.frames)
+    [episode] = group.responses
+    looks, kind, clip, part, refusal, past, new = [], "glance", view.clip, None, "", 0, len(group.prompt)
+    for turn in episode.turns:
+        letters = letter_probabilities(agent.model, turn, len(sample.options), agent.vocabulary)
+        flops = forward_flops(agent.model, clip, new, len(turn.ids), past, kind == "call")
+        sure = letters.get(turn.answer, 0.0)
+        looks.append(Look(kind, part, clip, turn.answer, letters, sure, None, 0.0, turn.text, flops, refusal))
+        if shown := turn.shown:
+            past, new = past + new + len(turn.ids) - 1, len(turn.observation.prompt) + 1  # its last token comes first
+            nothing = Clip(view.clip.frames[:0], [], view.clip.step)
+            kind, clip, part = "call", shown.clip or nothing, [shown.call.span] if shown.call else None
+            refusal = "" if shown.clip else shown.text
+    return Result.of(looks[-1], episode.spans, looks)
+
+
 Strategy = Callable[[Agent, Sample, Settings], Result]
 STRATEGIES: dict[str, Strategy] = {
     "one-stage": one_stage,
@@ -246,8 +272,9 @@ STRATEGIES: dict[str, Strategy] = {
     "divide-and-conquer": divide_and_conquer,
     "ground-then-answer": ground_then_answer,
     "repeated-zoom": repeated_zoom,
+    "agent": play_episode,
 }
-NEED_OPTIONS = ("coarse-to-fine", "ground-then-answer")  # they end with a letter
+NEED_OPTIONS = ("coarse-to-fine", "ground-then-answer", "agent")  # they end with a letter
 
 
 # ---------------------------------------------------------------- what is shown
@@ -370,36 +397,40 @@ def zoom(agent: Agent, view: View, spans: Spans, response: str = "") -> Look:
 # ---------------------------------------------------------------- cost
 
 
-def patch_grid(clip: Clip) -> tuple[int, int, int]:
-    """Pairs of frames, and rows and columns of 14-pixel patches, of a clip as the vision tower takes it."""
+def patch_grids(clip: Clip, apart: bool = False) -> list[tuple[int, int, int]]:
+    """Pairs of frames, and rows and columns of 14-pixel patches, of a clip as the vision tower takes it; `apart`: of
+    each of its frames, shown as a clip of its own.
+    """
     n, _, height, width = clip.frames.shape
-    return (n + 1) // 2, height // 14, width // 14
+    return [(1, height // 14, width // 14)] * n if apart else [((n + 1) // 2, height // 14, width // 14)]
 
 
-def forward_flops(model, clip: Clip, n_prompt: int, n_written: int) -> float:
+def forward_flops(model, clip: Clip, n_prompt: int, n_written: int, n_past: int = 0, apart: bool = False) -> float:
     """Floating-point operations of one forward pass over a prompt of P tokens with a clip, and over T written tokens.
+
+    `n_past`: S tokens before them, whose keys and values are cached. `apart`: see `patch_grids`.
 
     Two per weight and token (n_layers and n_blocks count the weights of the language layers and the vision blocks), and
     two products of 2 d operations for each pair of positions that attention compares (d: all heads together):
 
         vision    2 (n_embed + n_blocks) patches + 2 n_merger patches / 4 + sum over blocks and windows 4 d length^2
-        language  2 n_layers (P + T - 1) + 2 n_head T + layers d (2 P^2 + sum over t < T of 4 (P + t))
+        language  2 n_layers (P + T - 1) + 2 n_head T + layers d (2 P^2 + sum over t < T of 4 (P + t) + 4 S (P + T - 1))
 
     The last token is chosen but not fed back, and only chosen tokens go through the output projection. The prompt's
     attention is causal: half of all pairs.
     """
     visual, layers = model.model.visual, model.model.language_model.layers
     vision = visual.config
-    grid, window = patch_grid(clip), vision.window_size // vision.patch_size // vision.spatial_merge_size
-    patches, pairs = math.prod(grid), 0
-    for block in range(len(visual.blocks)):
-        layout = window_layout([grid], None if block in vision.fullatt_block_indexes else window)
+    grids, window = patch_grids(clip, apart), vision.window_size // vision.patch_size // vision.spatial_merge_size
+    patches, pairs = sum(map(math.prod, grids)), 0
+    for block in range(len(visual.blocks) if patches else 0):
+        layout = window_layout(grids, None if block in vision.fullatt_block_indexes else window)
         pairs += sum(n * length**2 for n, length in layout.groups)
     flops = 2 * (weights(visual.patch_embed) + weights(visual.blocks)) * patches
     flops += 2 * weights(visual.merger) * patches / 4 + 4 * vision.hidden_size * pairs
     P, T, d = n_prompt, n_written, layers[0].self_attn.q_proj.out_features
     flops += 2 * weights(layers) * (P + T - 1) + 2 * weights(model.lm_head) * T
-    flops += len(layers) * d * (2 * P**2 + 4 * ((T - 1) * P + T * (T - 1) / 2))
+    flops += len(layers) * d * (2 * P**2 + 4 * ((T - 1) * P + T * (T - 1) / 2) + 4 * n_past * (P + T - 1))
     return float(flops)
 
 
@@ -426,6 +457,7 @@ def answer_row(agent: Agent, ask: Strategy, sample: Sample, settings: Settings) 
         "confidence": round(result.confidence, 6),
         "letters": {letter: round(p, 6) for letter, p in result.letters.items()},
         "passes": len(result.looks),
+        "frames": result.frames,
         "visual_tokens": result.visual_tokens,
         "flops": result.flops,
         "seconds": round(time.perf_counter() - start, 4),
@@ -481,11 +513,11 @@ def finished(path: Path, samples: Sequence[Sample], made_with: dict) -> dict[str
 
 
 def cost(rows: Sequence[dict]) -> dict[str, float]:
-    """Means per question of what answering cost: visual tokens, forward GFLOP, seconds, passes of the model."""
+    """Means per question of what answering cost: frames, visual tokens, forward GFLOP, seconds, passes of the model."""
     read = [row for row in rows if row["error"] is None]
     means = {
         name: sum(row[name] for row in read) / max(1, len(read))
-        for name in ("visual_tokens", "flops", "seconds", "passes")
+        for name in ("frames", "visual_tokens", "flops", "seconds", "passes")
     }
     return {**means, "gflop": means.pop("flops") / 1e9}
 
@@ -494,8 +526,8 @@ def summary(rows: list[dict], strategy: str) -> str:
     """The cost, as text, and the first unreadable video."""
     spent = cost(rows)
     lines = [
-        f"{strategy}: {spent['passes']:.1f} passes of the model, {spent['visual_tokens']:.0f} visual tokens, "
-        f"{spent['gflop']:.2f} GFLOP, {spent['seconds']:.2f} s per question"
+        f"{strategy}: {spent['passes']:.1f} passes of the model, {spent['frames']:.1f} frames, "
+        f"{spent['visual_tokens']:.0f} visual tokens, {spent['gflop']:.2f} GFLOP, {spent['seconds']:.2f} s per question"
     ]
     lines += [f"the first unreadable video: {row['error']}" for row in rows if row["error"]][:1]
     return "\n".join(lines)
@@ -516,7 +548,8 @@ def describe(result: Result, answer: str | None, options: Sequence[str]) -> str:
         lines.append("letters     " + ", ".join(f"{letter} {p:.1%}" for letter, p in result.letters.items()))
     lines.append(f"spans       {pages.span_text(result.spans)}")
     seen = ", ".join(look.kind for look in result.looks)
-    lines.append(f"looked      {seen}: {result.visual_tokens} visual tokens, {result.flops / 1e9:.2f} GFLOP")
+    spent = f"{result.frames} frames, {result.visual_tokens} visual tokens, {result.flops / 1e9:.2f} GFLOP"
+    lines.append(f"looked      {seen}: {spent}")
     return "\n".join(lines)
 
 
@@ -524,7 +557,10 @@ def page_record(result: Result, answer: str | None, sample: Sample, strategy: st
     """What pages.answer_page shows."""
     looks = [
         {
-            **{name: getattr(look, name) for name in ("kind", "part", "answer", "confidence", "spans", "text")},
+            **{
+                name: getattr(look, name)
+                for name in ("kind", "part", "answer", "confidence", "spans", "text", "refusal")
+            },
             "times": look.clip.times,
             "frames": look.clip.frames.numpy(),
         }
@@ -541,7 +577,7 @@ def page_record(result: Result, answer: str | None, sample: Sample, strategy: st
         "spans": result.spans,
         "strategy": strategy,
         "looks": looks,
-        "cost": {"visual tokens": result.visual_tokens, "GFLOP": f"{result.flops / 1e9:.2f}"},
+        "cost": {"frames": result.frames, "visual tokens": result.visual_tokens, "GFLOP": f"{result.flops / 1e9:.2f}"},
     }
 
 
@@ -624,6 +660,11 @@ def check_question(strategy: str, config: Config, options: Sequence[str], where:
     """Raise ConfigError for a question without options where letters are needed, and for more options than letters."""
     if not options and strategy in NEED_OPTIONS:
         raise ConfigError(f"{where}: {strategy} ends with the letter of an option; give --options, or use one-stage")
+    if strategy == "agent" and config.template not in prompts.EPISODES:
+        raise ConfigError(
+            f"{where}: agent needs a template of several turns, {' or '.join(prompts.EPISODES)}, not "
+            f"{config.template}; give --config recipes/videozoomer_rl.yaml, or the config.yaml of the model's run"
+        )
     if not options and config.template == "world":
         raise ConfigError(
             f"{where}: the built-in policy answers by letters only; give --options, such as "
@@ -689,6 +730,11 @@ DECISIVE = ("template", "system_prompt", "question_first", "fps", "zoom_fps", "b
 DECISIVE += (
     "paired_frames",
     "min_frames",
+    "max_frames",
+    "max_turns",
+    "max_calls",
+    "frames_per_call",
+    "total_frames",
     "state_duration",
     "max_tokens",
     "zoom_sees_think",

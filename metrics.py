@@ -41,6 +41,7 @@ CGBENCH_THRESHOLDS = (0.1, 0.2, 0.3, 0.4, 0.5)
 CLUE_LENGTHS = (0, 2, 5, 10, 20, 40)  # seconds of evidence: borders of Figure 3's left half
 CLUE_PORTIONS = (0, 0.05, 0.1, 0.2, 0.4, 0.7)  # evidence / duration: borders of its right half
 
+COSTS = ("calls", "frames", "visual_tokens")
 ACCURACIES = {"accuracy": "predicted_answer", "zoom_accuracy": "zoom_answer", "true_zoom_accuracy": "true_zoom_answer"}
 
 
@@ -49,7 +50,7 @@ ACCURACIES = {"accuracy": "predicted_answer", "zoom_accuracy": "zoom_answer", "t
 
 def score(row: dict) -> dict[str, float]:
     """One question's scores, 0 to 1: accuracies only where there is an answer, IoU and others only where there is
-    evidence."""
+    evidence. Beside them, what the answer took (COSTS)."""
     scores = {}
     if row["answer"] is not None:
         scores = {name: float(row[key] == row["answer"]) for name, key in ACCURACIES.items() if key in row}
@@ -66,7 +67,7 @@ def score(row: dict) -> dict[str, float]:
             scores["acc@IoU"] = scores["accuracy"] * scores["rec@IoU"]
         if "shuffled_spans" in row:
             scores["shuffled mIoU"] = interval_iou(as_spans(row["shuffled_spans"]), gt)
-    return scores
+    return scores | {name: float(row[name]) for name in COSTS if name in row}
 
 
 def as_spans(pairs: Iterable[Iterable[float]] | None) -> list[tuple[float, float]]:

@@ -269,7 +269,8 @@ def episodes_page(episodes: Sequence[Mapping], out: str | Path, title: str) -> N
     An episode: {"id", "video", "question", "options": [str], "answer": letter, "duration": s, "glue": [[s, e]],
     "coarse": {"times": [s], "frames": uint8 [N, 3, H, W]}, "responses": [{"tokens": [str], "advantages": [float],
     "segments": [str] (optional, one per token), "answer": str | None, "spans": [[s, e]] | None,
-    "rewards": {facet: float}, "zoom": {"times", "frames", "answer": str | None} | None}]}.
+    "rewards": {facet: float}, "zoom": {"times", "frames", "answer": str | None} | None, "calls" (optional, of several
+    turns): [{"part": [[s, e]], "times", "frames"} or {"refusal": str}]}]}.
     Tokens are blue where the advantage is positive and orange and underlined where it is negative, on one scale for the
     whole page. Raises ReportError naming the episode when lengths, times or frames do not fit.
     """
@@ -337,6 +338,8 @@ def response_html(response: Mapping, number: int, episode: Mapping, scale: float
             f"<h4>Zoom pass: answered {mark(zoom['answer'], episode['answer'])}</h4>"
             f"{film_strip(zoom['frames'], zoom['times'], 168, episode['glue'])}"
         )
+    if response.get("calls") is not None:
+        zoomed = "".join(call_html(call, episode["glue"]) for call in response["calls"]) or "<h4>No call</h4>"
     return (
         f"<section>\n<header><h3>Response {number}</h3>"
         f"<span>answered {mark(response['answer'], episode['answer'])}</span>"
@@ -345,6 +348,13 @@ def response_html(response: Mapping, number: int, episode: Mapping, scale: float
         f"<div>{small_table('Reward', rewards)}{small_table('Mean advantage', means)}</div></div>\n"
         f"{zoomed}\n</section>"
     )
+
+
+def call_html(call: Mapping, truth: Sequence[Span]) -> str:
+    """What a call of an episode of several turns brought."""
+    if "refusal" in call:
+        return f'<h4>Call refused</h4><p class="muted">{text(call["refusal"])}</p>'
+    return f"<h4>Call: {span_text(call['part'])}</h4>{film_strip(call['frames'], call['times'], 168, truth)}"
 
 
 def small_table(caption: str, figures: Mapping[str, str]) -> str:
@@ -600,6 +610,8 @@ LOOKS = {
     "window": "A window",
     "closer": "Looking again, closer",
     "zoom": "Zoomed",
+    "glance": "The whole video, at a glance",
+    "call": "Asked for",
 }
 
 
@@ -607,16 +619,21 @@ def answer_page(record: Mapping, out: str | Path, source: str) -> None:
     """Write a page about one answered question: answer, player, time line, and the frames of every look at the video.
 
     record: {"video", "question", "options": [str], "letters": {letter: probability}, "answer": letter | None,
-    "confidence": float, "duration": s, "spans": [[s, e]] | None, "strategy", "cost": {name: figure}, "looks":
-    [{"kind": "coarse" | "window" | "closer" | "zoom", "part": [[s, e]] | None, "times": [s], "frames": uint8
-    [N, 3, H, W], "answer", "confidence", "spans", "text"}]}. source: the player's video, a relative file or a data URI.
-    A click on a span plays it. Raises ReportError naming the look whose frames do not fit.
+    "confidence": float, "duration": s, "spans": [[s, e]] | None, "strategy", "cost": {name: figure}, "looks": [{"kind":
+    one of LOOKS, "part": [[s, e]] | None, "times": [s], "frames": uint8 [N, 3, H, W], "answer", "confidence", "spans",
+    "text", "refusal" (of an agent)}]}. source: the player's video, a relative file or a data URI. The time line has the
+    spans or, turn by turn, what an agent asked for. A click on a span plays it. Raises ReportError naming the look
+    whose frames do not fit.
     """
     spans, duration = record["spans"], record["duration"]
     sections = []
     for number, look in enumerate(record["looks"], start=1):
         with blame(f"look {number} ({look['kind']})"):
             sections.append(look_html(look, spans or [], bool(record["options"])))
+    lines = {"spans": spans}
+    if record["looks"][0]["kind"] == "glance":
+        asked = {f"turn {n}": look["part"] for n, look in enumerate(record["looks"]) if n}
+        lines = {turn: part for turn, part in asked.items() if part is not None}
     jumps = "".join(
         f'<button type="button" data-start="{float(start)}" data-end="{float(end)}">'
         f"▸ {clock(start)}–{clock(end)}</button>"
@@ -631,7 +648,7 @@ def answer_page(record: Mapping, out: str | Path, source: str) -> None:
         f'<video controls preload="auto" muted playsinline data-duration="{duration}" src="{text(source)}"></video>\n'
         '<p class="refused" hidden>This browser cannot play the file: it was moved, or it has an unknown codec.</p>\n'
         + (f'<div class="jumps">{jumps}</div>\n' if jumps else "")
-        + timeline(None, {"spans": spans}, duration)
+        + timeline(None, lines, duration)
         + claimed
         + "\n".join(sections)
         + f"\n<section><h3>Cost</h3>{small_table('', {k: text(v) for k, v in figures.items()})}</section>"
@@ -658,7 +675,8 @@ def answer_html(record: Mapping) -> str:
 
 
 def look_html(look: Mapping, spans: Sequence[Span], with_answer: bool) -> str:
-    """One look: what was shown, frame by frame, and what came back; a zoom has a strip for each of its spans.
+    """One look: what was shown, frame by frame, and what came back; a zoom has a strip for each of its spans, a refused
+    call of an agent has the reason.
 
     Windows and looks on the way are folded up.
     """
@@ -666,11 +684,15 @@ def look_html(look: Mapping, spans: Sequence[Span], with_answer: bool) -> str:
     frames = checked(look["frames"], times)
     heading = LOOKS[kind] + (f": {span_text(part)}" if part is not None else "")
     height, width = frames.shape[-2:]
-    facts = [f"{len(frames)} frames of {width}×{height} pixels"]
-    if with_answer:
+    in_turn = kind in ("glance", "call")
+    facts = [f"{len(frames)} frames of {width}×{height} pixels" if len(frames) else "nothing was shown"]
+    if with_answer and (look["answer"] or not in_turn):
         facts.append(f"answered {text(look['answer'])}, confidence {100 * look['confidence']:.1f}%")
     written = ""
-    if kind != "zoom":
+    if in_turn:
+        refusal = f'<p class="muted">{text(look["refusal"])}</p>' if look["refusal"] else ""
+        written = f"{refusal}<pre>{text(look['text'])}</pre>"
+    elif kind != "zoom":
         facts.append(f"claimed {span_text(look['spans'])}")
         origin = "" if part is None else '<p class="muted">As written, with times from the start of what was shown:</p>'
         written = f"{origin}<pre>{text(look['text'])}</pre>"

@@ -10,7 +10,9 @@ reward (0, or -1 for GIoU); a ratio whose denominator has length 0 is 0; CenDist
 outside the video would make it unbounded below.
 """
 
-from prompts import LETTERS, Span, format_ok
+from collections.abc import Sequence
+
+from prompts import LETTERS, Span, format_ok, parse_tool_call
 
 Spans = list[Span]
 
@@ -18,6 +20,11 @@ Spans = list[Span]
 def format_reward(text: str, template: str, has_options: bool = True) -> float:
     """1 if the response follows the template to the letter, else 0 (Zoom-Zero, section 4.2)."""
     return float(format_ok(text, template, has_options))
+
+
+def turns_format_reward(turns: Sequence[str], template: str) -> float:
+    """1 if every turn of an episode follows the template to the letter and the last one is no call (VideoZoomer)."""
+    return float(all(format_ok(turn, template) for turn in turns) and parse_tool_call(turns[-1]) is None)
 
 
 def accuracy_reward(answer: str | None, gold: str) -> float:

@@ -21,7 +21,7 @@ import prompts as text
 from advantage import token_offsets
 from config import Config
 from data import DataError, Sample
-from policy import Prompt, Video, Vocabulary, build_prompt, last_hidden, sample
+from policy import Observation, Prompt, Video, Vocabulary, build_prompt, last_hidden, sample
 from video import Clip, ClipPlan, FrameCache, VideoError, VideoInfo, load_clip, load_clips, plan_clip, probe
 
 Spans = list[tuple[float, float]]
@@ -65,6 +65,7 @@ class Response:
     finished: bool  # ended by itself, not by the limit on its length
     zoom: Zoom | None = None
     hidden: Tensor | None = None  # [T, H], what each token was chosen from, where that was asked for
+    observations: list[Observation] = field(default_factory=list)  # what an episode was shown between its turns
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""The training loop of Zoom-Zero and LongVTG-R1: sample, roll out, zoom, score, advantages, update, log.
+"""The training loop of all three systems: sample, roll out, zoom, score, advantages, update, log.
 
     accelerate launch train.py                                             # the built-in world, on a laptop
     accelerate launch --config_file recipes/accelerate_fsdp2.yaml train.py --config recipes/zoom_zero_stage1.yaml  # 7B
@@ -48,9 +48,22 @@ from advantage import CREDIT, SEGMENTS, group_advantages, segment_ids, token_adv
 from config import Config
 from data import Sample
 from decode import VideoError, prefetch
+from episodes import Episode, Shown, clip_failures, roll_out_episodes
 from grpo import grpo_loss, loss_count
 from metrics import write_results
-from policy import ModelError, Policy, Prompt, Vocabulary, group_hidden, keep_tokens, load, stream_layers, whole_weights
+from policy import (
+    ModelError,
+    Observation,
+    Policy,
+    Prompt,
+    Vocabulary,
+    group_hidden,
+    keep_tokens,
+    load,
+    stream_layers,
+    whole_weights,
+)
+from prompts import EPISODES
 from rollout import Group, Spans, View, check_samples, response_seed, roll_out, view_video, zoom_pass
 
 log = logging.getLogger("zoomgrpo")
@@ -134,6 +147,8 @@ def load_training(config: Config) -> list[DataSet]:
 
 def check_training(samples: Sequence[Sample], config: Config, path: str) -> None:
     """Raise DataError naming the row that lacks what its prompt or every reward needs."""
+    if config.template in EPISODES:
+        return check_samples(samples, ("options", "answer"), path)
     if config.template != "longvtg_r1":
         return check_samples(samples, ("options", "answer", "spans"), path)
     check_samples(samples, (), path)
@@ -227,6 +242,8 @@ def note_failures(run: Run, drawn: int, failed: list[tuple[Sample, VideoError]])
 
 def facet_names(config: Config) -> list[str]:
     """The facets that a run pays for."""
+    if config.template in EPISODES:
+        return ["format", "accuracy", "tool"]
     return ["format", "accuracy", config.grounding, *(["zoom"] if config.zoom_reward else [])]
 
 
@@ -238,6 +255,13 @@ def score(groups: Sequence[Group], config: Config) -> None:
     """
     for group in groups:
         sample, responses = group.view.sample, group.responses
+        if config.template in EPISODES:  # VideoZoomer section 3.3
+            group.rewards = {
+                "format": [rewards.turns_format_reward([t.text for t in r.turns], config.template) for r in responses],
+                "accuracy": [rewards.accuracy_reward(r.answer, sample.answer) for r in responses],
+                "tool": [rewards.tool_reward(r.answer, sample.answer, len(r.clips)) for r in responses],
+            }
+            continue
         gold = sample.answer if sample.options else None
         evidence = list(sample.spans)
         group.rewards = {
@@ -269,7 +293,8 @@ def advantages(group: Group, config: Config) -> Tensor:
     unbiased = config.std == "sample"
     given = {name: torch.tensor(values) for name, values in group.rewards.items()}
     if config.tokenadv == "off":
-        given = {"sum": torch.stack(list(given.values())).sum(0)}
+        weighted = [getattr(config, f"{name}_weight", 1.0) * values for name, values in given.items()]
+        given = {"sum": torch.stack(weighted).sum(0)}
     try:
         facets = {name: group_advantages(values, unbiased=unbiased, facet=name) for name, values in given.items()}
     except ValueError as error:
@@ -286,8 +311,8 @@ def advantages(group: Group, config: Config) -> Tensor:
 
 @dataclass
 class MicroBatch:
-    """Some groups as tensors: responses int64 [b, G, T], mask bool and advantages [b, G, T], old log-probabilities [N]
-    or None.
+    """Some groups as tensors: responses int64 [b, G, T], mask bool and advantages [b, G, T], the observations of each
+    response [b][G], old log-probabilities [N] or None.
     """
 
     ids: list[str]
@@ -295,6 +320,7 @@ class MicroBatch:
     responses: Tensor
     mask: Tensor
     advantages: Tensor
+    observations: list[list[list[Observation]]] | None = None
     old_logp: Tensor | None = None
 
 
@@ -303,14 +329,28 @@ def micro_batches(groups: Sequence[Group], config: Config) -> list[MicroBatch]:
     batches = []
     for start in range(0, len(groups), config.prompts_per_pass):
         chunk = groups[start : start + config.prompts_per_pass]
-        rows = [(*group.padded(), advantages(group, config)) for group in chunk]
+        rows = [(*padded(group, config), advantages(group, config)) for group in chunk]
         longest = max(ids.shape[1] for ids, _, _ in rows)
         stacked = [
             torch.stack([torch.nn.functional.pad(row[k], (0, longest - row[k].shape[1])) for row in rows])
             for k in range(3)
         ]
-        batches.append(MicroBatch([g.view.sample.id for g in chunk], [g.prompt for g in chunk], *stacked))
+        shown = None
+        if config.template in EPISODES:
+            shown = [
+                [r.observations if m.any() else [] for r, m in zip(g.responses, row[1], strict=True)]
+                for g, row in zip(chunk, rows, strict=True)
+            ]
+        batches.append(MicroBatch([g.view.sample.id for g in chunk], [g.prompt for g in chunk], *stacked, shown))
     return batches
+
+
+def padded(group: Group, config: Config) -> tuple[Tensor, Tensor]:
+    """`group.padded()`, without the responses that take no part in the loss in the mask."""
+    ids, mask = group.padded()
+    if config.mask_truncated:
+        mask &= torch.tensor([[response.finished] for response in group.responses])
+    return ids, mask
 
 
 def update(run: Run, batches: list[MicroBatch]) -> dict[str, float]:
@@ -324,7 +364,8 @@ def update(run: Run, batches: list[MicroBatch]) -> dict[str, float]:
         last = k == len(batches) - 1
         # FSDP2 reduces every micro-batch's gradients: kept for later, they would be whole on every process.
         with contextlib.nullcontext() if last or accelerator.is_fsdp2 else accelerator.no_sync(run.policy):
-            loss, stats = run.policy(batch.prompts, batch.responses, batch.mask, partial(objective, run, batch, count))
+            given = batch.prompts, batch.responses, batch.mask, partial(objective, run, batch, count)
+            loss, stats = run.policy(*given, batch.observations)
             if not math.isfinite(loss.item()):
                 raise TrainingError(f"the loss of samples {', '.join(batch.ids)} is {loss.item()}")
             # DDP averages gradients over processes; the loss is already divided by the global count.
@@ -397,7 +438,7 @@ def reference_hidden(run: Run, batch: MicroBatch) -> Tensor | None:
     """The frozen reference's hidden states of the same tokens, [N, H]."""
     if run.reference is None:
         return None
-    return group_hidden(run.reference, batch.prompts, batch.responses, batch.mask)
+    return group_hidden(run.reference, batch.prompts, batch.responses, batch.mask, batch.observations)
 
 
 @torch.no_grad()
@@ -409,7 +450,8 @@ def set_old_logp(run: Run, batches: list[MicroBatch]) -> None:
         return kl.chunked_weighted_kl(hidden, None, lm_head, None, KL_CHUNK, targets, run.config.temperature).logp
 
     for batch in batches:
-        batch.old_logp = run.policy(batch.prompts, batch.responses, batch.mask, partial(sampled_logp, batch))
+        given = batch.prompts, batch.responses, batch.mask, partial(sampled_logp, batch)
+        batch.old_logp = run.policy(*given, batch.observations)
 
 
 # ---------------------------------------------------------------- log
@@ -445,14 +487,21 @@ def step_metrics(
     metrics["response_tokens"] = lengths.mean().item()
     metrics["unfinished_fraction"] = unfinished.mean().item()
 
+    if config.template in EPISODES:
+        counts = {"turns": lambda e: len(e.turns), "calls": lambda e: e.calls, "clips": lambda e: len(e.clips)}
+        for name, count in counts.items():
+            metrics[f"episode/{name}"] = gathered([[count(r) for r in g.responses] for g in groups]).mean().item()
+
     names = sorted(totals)
     summed = accelerator.reduce(
         torch.tensor([totals[n] for n in names], dtype=torch.float64, device=accelerator.device), "sum"
     ).tolist()
     sums = dict(zip(names, summed, strict=True))
-    tokens = sums["tokens"]
+    tokens = max(1.0, sums["tokens"])  # none if all responses are masked
     updates = config.updates_per_rollout
     metrics["loss"] = sums["loss"] / updates
+    if config.max_redraws:
+        metrics["redrawn"] = sums["redrawn"] / (config.prompts_per_step + sums["redrawn"])
     for name in ("grad_norm", "lr"):  # the same on every process
         metrics[name] = sums[name] / updates / accelerator.num_processes
     metrics["entropy"] = sums["entropy"] / tokens
@@ -464,6 +513,7 @@ def step_metrics(
         metrics["kl/penalty"] = sums["penalty"] / tokens
 
     prompts = [group.prompt for group in groups]
+    prompts += [seen.prompt for group in groups for r in group.responses for seen in r.observations]
     zooms = {id(r.zoom): r.zoom for group in groups for r in group.responses if r.zoom is not None}
     visual = sum(video.n_tokens for prompt in prompts for video in prompt.videos)
     visual += sum(visual_tokens(zoom.clip.frames.shape) for zoom in zooms.values())
@@ -484,6 +534,13 @@ def visual_tokens(shape: Sequence[int]) -> int:
     """Visual tokens of frames [N, 3, H, W]: pairs of frames, 28x28 pixels."""
     n, _, height, width = shape
     return math.ceil(n / 2) * (height // 28) * (width // 28)
+
+
+def call(seen: Shown) -> dict:
+    """A call as the page of episodes shows it."""
+    if seen.clip is None:
+        return {"refusal": seen.text}
+    return {"part": [seen.call.span], "times": seen.clip.times, "frames": seen.clip.frames.numpy()}
 
 
 def episode(group: Group, config: Config) -> dict:
@@ -507,6 +564,7 @@ def episode(group: Group, config: Config) -> dict:
                     "frames": response.zoom.clip.frames.numpy(),
                     "answer": response.zoom.answer,
                 },
+                "calls": list(map(call, response.shown)) if isinstance(response, Episode) else None,
             }
         )
     return {
@@ -675,8 +733,9 @@ def train(run: Run, sets: Sequence[DataSet]) -> list[Group]:
                 seconds: dict[str, float] = {}
                 groups = collect(run, batches, done, seconds, stop)
                 score(groups, config)
+                redrawn = redraw(run, sets, groups, done, seconds, stop) if config.max_redraws else 0
                 with timed(seconds, "update"):
-                    totals = update_on_rollout(run, groups)
+                    totals = update_on_rollout(run, groups) | {"redrawn": float(redrawn)}
                 log_step(run, bar, done, step_metrics(run, groups, totals, seconds))
                 done += 1
                 if done == config.steps or done % config.save_every == 0:
@@ -703,9 +762,10 @@ def collect(
         with timed(seconds, "rollout"):
             if not config.train_vision:  # then rollout, reference and update see the same visual tokens
                 keep_tokens(run.model, [d.view.video for d in drawn])
-            groups = roll_out(run.model, [d.view for d in drawn], config, run.vocabulary, step)
+            responses = roll_out_episodes if config.template in EPISODES else roll_out
+            groups = responses(run.model, [d.view for d in drawn], config, run.vocabulary, step)
         stop.check()
-        failed = {}
+        failed = clip_failures(groups) if config.template in EPISODES else {}
         with timed(seconds, "zoom"):
             if config.zoom_reward:
                 judge = run.reference if config.zoom_judge == "reference" else run.model
@@ -715,6 +775,36 @@ def collect(
     unreadable += [(g.view.sample, failed[g.view.sample.id]) for g in groups if g.view.sample.id in failed]
     note_failures(run, len(drawn) + sum(len(d.failed) for d in drawn), unreadable)
     return groups
+
+
+def redraw(
+    run: Run, sets: Sequence[DataSet], groups: list[Group], step: int, seconds: dict[str, float], stop: StopSignal
+) -> int:
+    """Replace groups without variance, which teach nothing, by those of other samples, `max_redraws` times at most.
+
+    Returns how many were replaced by this process. VideoZoomer section 3.3 (dynamic sampling).
+    """
+    config, rank = run.config, run.accelerator.process_index
+    samples = [sample for part in sets for sample in part.once(0)]
+    tried = {group.view.sample.id for group in groups}
+    count = 0
+    for attempt in range(config.max_redraws):
+        flat = [k for k, group in enumerate(groups) if not advantages(group, config).any()]
+        found = torch.tensor(len(flat), device=run.accelerator.device)
+        if not run.accelerator.reduce(found, "sum"):  # all processes go on, or none
+            break
+        others = [sample for sample in samples if sample.id not in tried] or samples
+        order = torch.randperm(len(others), generator=generator(config.seed, "redraw", step, attempt, rank)).tolist()
+        drawn = (
+            readable_view([others[i] for i in order[k % len(order) :: len(flat)]], config, {}) for k in range(len(flat))
+        )
+        fresh = collect(run, (list(batch) for batch in [drawn]), step, seconds, stop)
+        score(fresh, config)
+        for k, group in zip(flat, fresh, strict=True):
+            groups[k] = group
+            tried.add(group.view.sample.id)
+        count += len(flat)
+    return count
 
 
 def update_on_rollout(run: Run, groups: list[Group]) -> dict[str, float]:

@@ -3,23 +3,40 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+import yaml
+from accelerate import Accelerator
+from conftest import read_metrics
+from plain_episodes import PlainEpisodes
 
 import config as configuration
 import data
 import episodes
+import infer
 import prompts
+import sft
+import tiny
+import train
+import world
 from config import ConfigError
 from decode import VideoError, VideoInfo
-from episodes import Episode, Scene, messages, read_turn, replay
-from rollout import coarse_prompt, view_video
+from episodes import Episode, Scene, lay_out, messages, read_turn, replay, roll_out_episodes
+from policy import Policy, Prompt, Video, Vocabulary, build_prompt, load
+from rollout import Group, coarse_prompt, view_video
+from train import advantages, micro_batches, score
 from video import decode, plan_clip
 
 AGENT = ["--template", "world_zoomer", "--max_frames", "20", "--zoom_budget", "256"]
+AGENT += ["--tokenadv", "off", "--zoom_reward", "false"]
+CONFIG = tiny.build_model(tiny.build_tokenizer([])).config
 
 
 @pytest.fixture
@@ -190,7 +207,7 @@ def test_frames_that_cannot_be_decoded_are_a_sentence(samples, config, vocabular
     copied.unlink()
     episode = replay(scene, [call(3, 5, 2), answer("A")], vocabulary)
     assert "cannot be read" in episode.turns[0].shown.text and not episode.clips and episode.answer == "A"
-    assert isinstance(scene.error, VideoError)
+    assert isinstance(episode.turns[0].shown.error, VideoError)
 
 
 # ---------------------------------------------------------------- a policy that tries everything
@@ -276,6 +293,315 @@ def test_special_tokens_in_a_replayed_turn_are_refused(scene, vocabulary):
         replay(scene, [call(1, 2, 1), "<|video_pad|>"], vocabulary)
 
 
+# ---------------------------------------------------------------- rollout
+
+
+def random_turn(rng: random.Random) -> str:
+    """An answer, or a call."""
+    if rng.random() < 0.4:
+        return answer(rng.choice("ABCD"))
+    return call(rng.choice([1, 3, 5]), rng.choice([7, 8, 9]), rng.choice([1, 2]))
+
+
+@pytest.fixture(scope="module")
+def player(tmp_path_factory) -> Path:
+    """A checkpoint that writes calls and answers at random, in any turn."""
+    folder = tmp_path_factory.mktemp("player")
+    rng = random.Random(0)
+    sentences = [prompts.chat_text(""), *(random_turn(rng) for _ in range(300)), *(f"{k}s" for k in range(10))]
+    tokenizer = tiny.build_tokenizer(sft.corpus() + sentences)
+    vocabulary = Vocabulary.of(tokenizer)
+    model = tiny.build_model(tokenizer).train()
+    policy = Policy(model)
+    optimizer = torch.optim.AdamW(policy.parameters(), betas=(0.9, 0.98))
+    generator = torch.Generator().manual_seed(0)
+    steps = 100
+    for step in range(steps):
+        optimizer.param_groups[0]["lr"] = 3e-3 * min(1, (step + 1) / 10) * (1 - step / steps)
+        chat = prompts.chat_text(f"Which pattern does {rng.choice(list(world.COLOURS))} show? A B C D", system=None)
+        for _ in range(step % 3):  # turns before the one that is learned
+            chat += random_turn(rng) + prompts.next_turn(f"3s{prompts.VIDEO}" * rng.randrange(3), False)
+        ids = vocabulary.ids(chat)
+        grey = torch.randint(0, 256, (1, 3, 1, 1), generator=generator, dtype=torch.uint8).expand(2, 3, 28, 28)
+        clips = [Video.from_frames(grey, 1.0)] * ids.count(model.config.video_token_id)
+        said = [vocabulary.ids(random_turn(rng) + sft.END) for _ in range(12)]
+        batch = sft.Batch.of([build_prompt(ids, clips, model.config)], [said])
+        loss = policy(batch.prompts, batch.ids, batch.mask, partial(sft.cross_entropy, batch))
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def loaded(player):
+    model, tokenizer = load(str(player))
+    return model.eval(), Vocabulary.of(tokenizer)
+
+
+@pytest.fixture
+def small(config):
+    return replace(config, group_size=6, max_tokens=40, frames_per_call=12, max_turns=4, max_frames=5, budget=40)
+
+
+def views_of(samples, config, n: int = 3):
+    return [view_video(sample, config) for sample in samples[:n]]
+
+
+def test_rollouts_are_those_of_the_plain_way(samples, small, loaded, monkeypatch):
+    """With the cache across turns or without: the same turns, frames and observations."""
+    model, vocabulary = loaded
+    ours = roll_out_episodes(model, views_of(samples, small), small, vocabulary, 3)
+    monkeypatch.setattr(episodes, "Episodes", PlainEpisodes)
+    plain = roll_out_episodes(model, views_of(samples, small), small, vocabulary, 3)
+    turns, shown = set(), 0
+    for one, two in zip(ours, plain, strict=True):
+        assert len(one.responses) == 6
+        for a, b in zip(one.responses, two.responses, strict=True):
+            assert a.over and a.ids.tolist() == b.ids.tolist() and a.text == b.text
+            for x, y in zip(a.observations, b.observations, strict=True):
+                assert x.after == y.after and torch.equal(x.prompt.ids, y.prompt.ids)
+                assert torch.equal(x.prompt.positions, y.prompt.positions)
+            turns.add(len(a.turns))
+            shown += len(a.clips)
+    assert turns >= {1, 2, 3} and shown >= 3
+
+
+def test_episodes_do_not_depend_on_how_they_are_batched(samples, small, loaded):
+    model, vocabulary = loaded
+    together, apart, other = (
+        roll_out_episodes(model, views_of(samples, c), c, vocabulary, step)
+        for c, step in ((small, 3), (replace(small, rollout_batch=1), 3), (small, 4))
+    )
+    for one, two, three in zip(together, apart, other, strict=True):
+        assert [e.ids.tolist() for e in one.responses] == [e.ids.tolist() for e in two.responses]
+        assert [e.ids.tolist() for e in one.responses] != [e.ids.tolist() for e in three.responses]
+        assert len({tuple(e.ids.tolist()) for e in one.responses}) > 3
+
+
+def test_an_episode_is_a_response_and_its_replay_the_same(samples, small, loaded):
+    model, vocabulary = loaded
+    groups = roll_out_episodes(model, views_of(samples, small), small, vocabulary, 3)
+    replayed = 0
+    for group in groups:
+        ids, mask = group.padded()
+        for row, real, episode in zip(ids, mask, group.responses, strict=True):
+            assert torch.equal(row[real], episode.ids) and len(episode.offsets) == len(episode.ids)
+            assert "".join(episode.text[a:b] for a, b in episode.offsets) == episode.text
+            if not episode.finished or any(turn.text.endswith("\ufffd") for turn in episode.turns):
+                continue
+            again = replay(Scene(group.view, small), [turn.text for turn in episode.turns], vocabulary)
+            lay_out(again, group.prompt, vocabulary, model.config)
+            if again.ids.tolist() != episode.ids.tolist():  # a random policy may cut its words otherwise
+                continue
+            replayed += 1
+            for x, y in zip(episode.observations, again.observations, strict=True):
+                assert x.after == y.after and torch.equal(x.prompt.positions, y.prompt.positions)
+                for v, w in zip(x.prompt.videos, y.prompt.videos, strict=True):
+                    assert torch.equal(v.patches, w.patches)
+    assert replayed > 4
+
+
+def test_without_a_step_there_is_one_greedy_episode(samples, small, loaded):
+    model, vocabulary = loaded
+    one, two = (roll_out_episodes(model, views_of(samples, small, 1), small, vocabulary, None) for _ in range(2))
+    assert len(one[0].responses) == 1 and torch.equal(one[0].responses[0].ids, two[0].responses[0].ids)
+
+
+def test_a_trained_tower_encodes_anew_in_the_update(samples, small, loaded):
+    model, vocabulary = loaded
+    for trained in (True, False):
+        given = replace(small, train_vision=trained)
+        groups = roll_out_episodes(model, views_of(samples, given), given, vocabulary, 3)
+        videos = [v for g in groups for e in g.responses for o in e.observations for v in o.prompt.videos]
+        assert videos and all((video.tokens is None) == trained for video in videos)
+
+
+# ---------------------------------------------------------------- rewards and training
+
+
+def played(scene, vocabulary, *replies: str) -> Episode:
+    return replay(scene, replies, vocabulary)
+
+
+def test_rewards_of_episodes(scene, vocabulary):
+    right = scene.view.sample.answer
+    wrong = "ABCD".replace(right, "")[0]
+    group = Group(
+        scene.view,
+        None,
+        [
+            played(scene, vocabulary, answer(right)),
+            played(scene, vocabulary, call(3, 5, 2), answer(right)),
+            played(scene, vocabulary, call(3, 5, 2), answer(wrong)),
+            played(scene, vocabulary, call(3, 99, 2), answer(right)),  # a call, but no frames
+            played(scene, vocabulary, call(3, 5, 2).replace("closer", ""), answer(right)),  # no thought
+            played(scene, vocabulary, "<video_zoom>", answer(right)),
+            played(limited(scene, max_turns=1), vocabulary, call(3, 5, 2)),
+        ],
+    )
+    score([group], scene.config)
+    assert group.rewards == {
+        "format": [1, 1, 1, 1, 0, 0, 0],
+        "accuracy": [1, 1, 0, 1, 1, 1, 0],
+        "tool": [0, 1, 0, 0, 1, 0, 0],
+    }
+    weights = replace(scene.config, accuracy_weight=0.9, format_weight=0.1, tool_weight=0.5)
+    total = torch.tensor([1.0, 1.5, 0.1, 1.0, 1.4, 0.9, 0.0])
+    expected = (total - total.mean()) / total.std(unbiased=False)
+    torch.testing.assert_close(advantages(group, weights)[:, 0], expected)
+
+
+def test_truncated_episodes_can_be_masked(scene, vocabulary):
+    short = limited(scene, max_turns=2)
+    responses = [played(short, vocabulary, call(3, 5, 2), turn) for turn in (answer(), call(3, 5, 1))]
+    group = Group(scene.view, Prompt(torch.zeros(0), torch.zeros(3, 0), [], 0), responses)
+    for episode in responses:
+        lay_out(episode, group.prompt, vocabulary, CONFIG)
+    score([group], scene.config)
+    (batch,) = micro_batches([group], scene.config)
+    assert batch.mask.any(-1).tolist() == [[True, True]] and [len(o) for o in batch.observations[0]] == [1, 1]
+    (batch,) = micro_batches([group], replace(scene.config, mask_truncated=True))
+    assert batch.mask.any(-1).tolist() == [[True, False]] and [len(o) for o in batch.observations[0]] == [1, 0]
+
+
+@pytest.fixture
+def small_recipe(recipe, player):
+    """A recipe for two small steps of episodes."""
+    values = yaml.safe_load(recipe.read_text())
+    values |= {"model": str(player), "template": "world_zoomer", "max_frames": 5, "zoom_budget": 256, "budget": 40}
+    values |= {"max_turns": 3, "frames_per_call": 12, "tokenadv": "off", "zoom_reward": False, "tool_weight": 0.5}
+    recipe.write_text(yaml.safe_dump(values))
+    return recipe
+
+
+def test_a_run_trains_on_episodes(small_recipe, small_world, tmp_path):
+    train.main(["--config", str(small_recipe), "--test_data", str(small_world["test"]), "--max_redraws", "1"])
+    rows = read_metrics(tmp_path / "run")
+    assert len(rows) == 2 and all(math.isfinite(value) for row in rows for value in row.values())
+    for row in rows:
+        assert 1 <= row["episode/turns"] <= 3 and row["episode/calls"] >= row["episode/clips"]
+        assert row["episode/calls"] >= row["episode/turns"] - 1 and 0 <= row["redrawn"] <= 0.5
+        assert row["ratio"] == pytest.approx(1, abs=1e-3)
+        assert "reward/tool_mean" in row and "reward/iou_mean" not in row
+    assert rows[0]["kl/text"] < 1e-3 < rows[1]["kl/text"]  # the second step is no longer the reference
+    assert any(row["grad_norm"] > 0 for row in rows) and any(row["episode/clips"] > 0 for row in rows)
+    table = json.loads((tmp_path / "run" / "evaluation.json").read_text())["after"]["all"]
+    assert table["frames"] >= 5 and 0 <= table["accuracy"] <= 1 and "zoom_accuracy" not in table
+    assert "Call" in (tmp_path / "run" / "episodes.html").read_text()
+
+
+OPTIONS = [
+    ["--train_vision", "false", "--kl", "none", "--mask_truncated", "--max_tokens", "12"],
+    ["--updates_per_rollout", "2", "--clip_low", "0.2", "--clip_high", "0.27", "--normalise", "token"],
+    ["--gradient_checkpointing", "--mixed_precision", "bf16", "--template", "videozoomer", "--state_duration"],
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=" ".join)
+def test_options_with_episodes(small_recipe, tmp_path, options):
+    train.main(["--config", str(small_recipe), "--steps", "1", *options])
+    (row,) = read_metrics(tmp_path / "run")
+    assert all(math.isfinite(value) for value in row.values())
+
+
+def test_groups_without_variance_are_redrawn_within_a_bound(samples, config, monkeypatch):
+    """Rewards by sample: those of "flat" ones are equal, all others differ."""
+    run = SimpleNamespace(config=replace(config, max_redraws=2, group_size=2), accelerator=Accelerator(cpu=True))
+    flat = {sample.id for sample in samples[:6]}
+    asked = []
+
+    def collect(run, batches, step, seconds, stop):
+        drawn = next(batches)
+        asked.append([d.view.sample.id for d in drawn])
+        return [group_of(d.view.sample) for d in drawn]
+
+    def group_of(sample):
+        turn = SimpleNamespace(text="", offsets=[(0, 0)], ids=torch.tensor([1]))
+        return Group(SimpleNamespace(sample=sample), None, [turn, turn])
+
+    def score(groups, config):
+        for group in groups:
+            group.rewards = {"accuracy": [0.0, float(group.view.sample.id not in flat)]}
+
+    monkeypatch.setattr(train, "collect", collect)
+    monkeypatch.setattr(train, "score", score)
+    monkeypatch.setattr(train, "readable_view", lambda some, *_: SimpleNamespace(view=SimpleNamespace(sample=some[0])))
+    for first in (samples[:3] + samples[8:10], samples[8:10]):
+        groups = list(map(group_of, first))
+        score(groups, config)
+        asked.clear()
+        count = train.redraw(run, [train.DataSet(samples)], groups, 0, {}, None)
+        assert count == sum(map(len, asked)) and len(asked) <= 2
+        assert [g.view.sample.id for g in groups[-2:]] == [s.id for s in samples[8:10]]  # those with variance stay
+        assert len({i for ids in asked for i in ids} | {s.id for s in first}) == len(first) + count  # nobody twice
+        if not asked:
+            assert first == samples[8:10]
+    flat |= {sample.id for sample in samples}
+    groups = list(map(group_of, samples[:2]))
+    score(groups, config)
+    asked.clear()
+    assert train.redraw(run, [train.DataSet(samples)], groups, 0, {}, None) == 4 and len(asked) == 2
+
+
+# ---------------------------------------------------------------- the agent
+
+
+def test_the_agents_result_is_its_episode(samples, small, loaded):
+    model, vocabulary = loaded
+    agent = infer.Agent(model, vocabulary, small)
+    for sample in samples[:6]:
+        result = infer.STRATEGIES["agent"](agent, sample, infer.Settings())
+        [group] = roll_out_episodes(model, [view_video(sample, small)], small, vocabulary, None)
+        [episode] = group.responses
+        assert result.answer == episode.answer and [look.text for look in result.looks] == [
+            t.text for t in episode.turns
+        ]
+        assert result.spans == ([look.part[0] for look in result.looks if look.part] or None)
+        assert result.frames == len(group.view.clip.times) + sum(len(clip.times) for clip in episode.clips)
+        videos = group.prompt.videos + [v for o in episode.observations for v in o.prompt.videos]
+        assert result.visual_tokens == sum(video.n_tokens for video in videos)
+        asked = [turn.shown.call and [turn.shown.call.span] for turn in episode.turns[:-1]]
+        assert [look.part for look in result.looks] == [None, *asked]
+        assert result.confidence == 0 or set(result.letters) >= {result.answer}
+        assert result.flops > 0 and all(bool(look.refusal) == (look.part is None) for look in result.looks[1:])
+
+
+def test_a_turn_costs_what_is_new(loaded, samples, small):
+    """Turns that go on from a cache add up to one pass over everything."""
+    model, _ = loaded
+    clip = view_video(samples[0], small).clip
+    none = replace(clip, frames=clip.frames[:0], times=[])
+    whole = infer.forward_flops(model, none, 100, 20)
+    parts = infer.forward_flops(model, none, 60, 1) + infer.forward_flops(model, none, 40, 20, 60)
+    head = 2 * infer.weights(model.lm_head)
+    assert parts - head == pytest.approx(whole, rel=1e-9)
+    apart = infer.forward_flops(model, clip, 100, 1, 0, apart=True) - infer.forward_flops(model, none, 100, 1)
+    single = infer.forward_flops(model, replace(clip, frames=clip.frames[:1]), 100, 1)
+    assert apart == pytest.approx(len(clip.times) * (single - infer.forward_flops(model, none, 100, 1)))
+
+
+def test_the_agent_answers_a_data_set_and_a_video(small_recipe, small_world, samples, player, tmp_path, capsys):
+    common = ["--config", str(small_recipe), "--model", str(player), "--strategy", "agent"]
+    infer.main([*common, "--test_data", str(small_world["test"]), "--out", str(tmp_path / "rows.jsonl")])
+    rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    assert all(row["frames"] >= 5 and row["visual_tokens"] > 0 and row["passes"] >= 1 for row in rows)
+    out = capsys.readouterr().out
+    assert "frames," in out and "visual_tokens" in out and "accuracy" in out
+    page = tmp_path / "page.html"
+    own = ["--video", samples[0].video, "--question", samples[0].question, "--options", *samples[0].options]
+    infer.main([*common, *own, "--out", str(page)])
+    assert "The whole video, at a glance" in page.read_text() and "frames," in capsys.readouterr().out
+
+
+def test_the_agent_needs_its_protocol(recipe, small_world):
+    with pytest.raises(ConfigError, match="agent needs a template of several turns, videozoomer or world_zoomer, not"):
+        infer.main(["--config", str(recipe), "--strategy", "agent", "--test_data", str(small_world["test"])])
+
+
 # ---------------------------------------------------------------- configuration
 
 
@@ -287,6 +613,9 @@ def test_special_tokens_in_a_replayed_turn_are_refused(scene, vocabulary):
         ({"frames_per_call": 65}, "frames_per_call = 65 of at least v_min = 4"),
         ({"min_frames": 30}, "min_frames = 30 must be at most max_frames = 20"),
         ({"max_turns": 0}, "max_turns must be positive"),
+        ({"tokenadv": "paper"}, "it needs tokenadv = off"),
+        ({"zoom_reward": True}, "zoom_reward = false"),
+        ({"template": "world", "tokenadv": "code", "tool_weight": 0.5}, "weights of rewards need tokenadv = off"),
     ],
 )
 def test_limits_that_cannot_work_are_refused(config, changes, message):

@@ -83,7 +83,7 @@ def test_no_zoom_counts_as_wrong():
 
 
 def test_an_unreadable_video_counts_as_unanswered(samples):
-    rows = [row(), unanswered(samples[0], "v.mp4: broken")]
+    rows = [row(), unanswered(samples[0], "v.mp4: broken", "world")]
     result = scores(rows)
     assert result["unreadable"] == 1 and result["unanswered"] == 1 and result["questions"] == 2
     assert all(result[name] == 0.5 for name in ("mIoU", "accuracy", "zoom_accuracy", "format", "true_zoom_accuracy"))

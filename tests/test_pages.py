@@ -497,6 +497,25 @@ def test_looks_on_the_way_are_folded_up(tmp_path):
     assert "from the start of what was shown" not in sections[0].text
 
 
+def test_an_agents_turns_are_on_the_time_line(tmp_path):
+    turns = [
+        one_look("glance", None, [0.0, 10.0], answer=None, text="<video_zoom>1", refusal=""),
+        one_look("call", [(3.0, 5.0)], [3.0, 4.0], answer=None, text="<video_zoom>2", refusal=""),
+        one_look("call", None, [], answer=None, text="<video_zoom>3", refusal="The video ends at 20.0 s, not <99>."),
+        one_look("call", [(9.0, 10.0)], [9.0], text="<answer>B", refusal=""),
+    ]
+    turns[2]["frames"] = np.zeros((0, 3, 28, 28), np.uint8)
+    root = answer_tree(tmp_path, looks=turns, spans=None, strategy="agent")
+    line = root.all("div", "timeline")[0]
+    assert [who.text for who in line.all("div", "who")] == ["turn 1", "turn 3"]
+    assert [float(box.attrs["data-start"]) for box in line.all("div", "pred")] == [3.0, 9.0]
+    *sections, _ = root.all("section")
+    assert [len(section.all("img")) for section in sections] == [2, 2, 0, 1]
+    assert ["answered B" in section.text for section in sections] == [False, False, False, True]
+    assert "nothing was shown" in sections[2].text and "not <99>." in sections[2].text
+    assert [section.all("pre")[0].text for section in sections] == [turn["text"] for turn in turns]
+
+
 def test_frames_of_the_claimed_spans_are_underlined(tmp_path):
     """From the start up to, not including, the end."""
     coarse, zoomed = answer_tree(tmp_path, spans=[[3.0, 5.0]]).all("section")[:2]

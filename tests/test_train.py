@@ -21,7 +21,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState, PartialState
 from conftest import read_metrics
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
@@ -48,14 +47,6 @@ from train import (
 
 ROOT = Path(__file__).resolve().parents[1]
 TIMES = ("seconds/", "visual_tokens_per_second", "text_tokens_per_second")
-
-
-@pytest.fixture(autouse=True)
-def _fresh_accelerate():
-    """Runs in one process may differ in precision."""
-    yield
-    for state in (AcceleratorState, GradientState, PartialState):
-        state._reset_state()
 
 
 @pytest.fixture
