@@ -293,8 +293,8 @@ def advantages(group: Group, config: Config) -> Tensor:
     unbiased = config.std == "sample"
     given = {name: torch.tensor(values) for name, values in group.rewards.items()}
     if config.tokenadv == "off":
-        weighted = [getattr(config, f"{name}_weight", 1.0) * values for name, values in given.items()]
-        given = {"sum": torch.stack(weighted).sum(0)}
+        weights = {"accuracy": config.accuracy_weight, "format": config.format_weight, "tool": config.tool_weight}
+        given = {"sum": torch.stack([weights.get(name, 1.0) * values for name, values in given.items()]).sum(0)}
     try:
         facets = {name: group_advantages(values, unbiased=unbiased, facet=name) for name, values in given.items()}
     except ValueError as error:
