@@ -373,11 +373,8 @@ def check(config: Config) -> None:
                 f"template = {config.template} needs max_frames, and it must leave some of total_frames = "
                 f"{config.total_frames} for calls; it is {config.max_frames}"
             )
-        if config.tokenadv != "off" or config.zoom_reward or config.eval_controls:
-            raise ConfigError(
-                f"template = {config.template} sums its rewards and has no zoom pass and no spans: it needs "
-                "tokenadv = off, zoom_reward = false and eval_controls = false"
-            )
+        if config.eval_controls:
+            raise ConfigError(f"template = {config.template} claims no spans: it needs eval_controls = false")
     weights = (config.accuracy_weight, config.format_weight, config.tool_weight)
     if weights != (1, 1, 1) and config.tokenadv != "off":
         raise ConfigError(f"weights of rewards need tokenadv = off, where they are summed, not {config.tokenadv}")

@@ -247,6 +247,15 @@ def facet_names(config: Config) -> list[str]:
     return ["format", "accuracy", config.grounding, *(["zoom"] if config.zoom_reward else [])]
 
 
+def check_rewards(config: Config) -> None:
+    """Raise ConfigError for rewards that the template's responses cannot have."""
+    if config.template in EPISODES and (config.tokenadv != "off" or config.zoom_reward):
+        raise configuration.ConfigError(
+            f"template = {config.template} sums its rewards and has no zoom pass: it needs tokenadv = off and "
+            "zoom_reward = false"
+        )
+
+
 def score(groups: Sequence[Group], config: Config) -> None:
     """Every facet's reward for every response (Zoom-Zero section 4.2, LongVTG-R1 Eq. 1 and 7).
 
@@ -907,6 +916,7 @@ def start_processes(config: Config) -> Accelerator:
         raise configuration.ConfigError(
             f"there is no tracker {config.tracker!r}; there are none, {', '.join(map(str, LoggerType))}"
         )
+    check_rewards(config)
     if config.threads:
         torch.set_num_threads(config.threads)
     accelerator = Accelerator(

@@ -21,8 +21,8 @@ import config as configuration
 import data
 import episodes
 import infer
+import lessons
 import prompts
-import sft
 import tiny
 import train
 import world
@@ -309,7 +309,7 @@ def player(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("player")
     rng = random.Random(0)
     sentences = [prompts.chat_text(""), *(random_turn(rng) for _ in range(300)), *(f"{k}s" for k in range(10))]
-    tokenizer = tiny.build_tokenizer(sft.corpus() + sentences)
+    tokenizer = tiny.build_tokenizer(lessons.corpus() + sentences)
     vocabulary = Vocabulary.of(tokenizer)
     model = tiny.build_model(tokenizer).train()
     policy = Policy(model)
@@ -324,9 +324,9 @@ def player(tmp_path_factory) -> Path:
         ids = vocabulary.ids(chat)
         grey = torch.randint(0, 256, (1, 3, 1, 1), generator=generator, dtype=torch.uint8).expand(2, 3, 28, 28)
         clips = [Video.from_frames(grey, 1.0)] * ids.count(model.config.video_token_id)
-        said = [vocabulary.ids(random_turn(rng) + sft.END) for _ in range(12)]
-        batch = sft.Batch.of([build_prompt(ids, clips, model.config)], [said])
-        loss = policy(batch.prompts, batch.ids, batch.mask, partial(sft.cross_entropy, batch))
+        said = [vocabulary.ids(random_turn(rng) + lessons.END) for _ in range(12)]
+        batch = lessons.Batch.of([build_prompt(ids, clips, model.config)], [said])
+        loss = policy(batch.prompts, batch.ids, batch.mask, partial(lessons.cross_entropy, batch))
         loss.backward()
         torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
         optimizer.step()
@@ -613,11 +613,16 @@ def test_the_agent_needs_its_protocol(recipe, small_world):
         ({"frames_per_call": 65}, "frames_per_call = 65 of at least v_min = 4"),
         ({"min_frames": 30}, "min_frames = 30 must be at most max_frames = 20"),
         ({"max_turns": 0}, "max_turns must be positive"),
-        ({"tokenadv": "paper"}, "it needs tokenadv = off"),
-        ({"zoom_reward": True}, "zoom_reward = false"),
+        ({"eval_controls": True}, "it needs eval_controls = false"),
         ({"template": "world", "tokenadv": "code", "tool_weight": 0.5}, "weights of rewards need tokenadv = off"),
     ],
 )
 def test_limits_that_cannot_work_are_refused(config, changes, message):
     with pytest.raises(ConfigError, match=message):
         configuration.check(replace(config, **changes))
+
+
+@pytest.mark.parametrize("option", [["--tokenadv", "paper"], ["--zoom_reward", "true"]], ids=" ".join)
+def test_rewards_that_episodes_cannot_have_are_refused(small_recipe, option):
+    with pytest.raises(ConfigError, match="it needs tokenadv = off and zoom_reward = false"):
+        train.main(["--config", str(small_recipe), *option])
