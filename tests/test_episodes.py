@@ -622,7 +622,9 @@ def test_limits_that_cannot_work_are_refused(config, changes, message):
         configuration.check(replace(config, **changes))
 
 
-@pytest.mark.parametrize("option", [["--tokenadv", "paper"], ["--zoom_reward", "true"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "option", [["--tokenadv", "paper", "--tool_weight", "1"], ["--zoom_reward", "true"]], ids=" ".join
+)
 def test_rewards_that_episodes_cannot_have_are_refused(small_recipe, option):
     with pytest.raises(ConfigError, match="it needs tokenadv = off and zoom_reward = false"):
         train.main(["--config", str(small_recipe), *option])
