@@ -1,0 +1,397 @@
+"""Trajectories for VideoZoomer's cold start: an expert plays episodes, and continues those in which the policy failed.
+
+    python exemplars.py play --expert oracle --train_data world --config recipes/cpu_world_agent_sft.yaml
+    python exemplars.py play --expert endpoint --judge_model NAME --config recipes/videozoomer_rl.yaml --video_root DIR
+    accelerate launch exemplars.py reflect --expert oracle --train_data world --config recipes/cpu_world_agent_sft.yaml
+        --model CHECKPOINT --exemplars runs/play/train.jsonl --share 0.3
+
+- `play`: the expert plays an episode about each question of `train_data`, in the environment of the policy
+  (`episodes.py`), which answers and limits its calls as it does those of the policy.
+- `reflect`: the policy `--model`, trained on exemplars, plays `group_size` episodes about each question. A failed one
+  loses its last message, which was wrong, and the expert goes on from there. Mixed with the exemplars, these
+  trajectories are the `--share` of the training file.
+
+Kept is what ends with the right answer and in which every turn of the expert follows the template to the letter. The
+turns of the failed policy have weight 0: they are what the expert's turns follow, not what is to be learned (the
+summary of the paper leaves this open); `--learn_failures` gives them weight 1.
+
+An expert is a vision-language model at a chat endpoint (chat.py), which sees frames with their times, or the oracle of
+the built-in world, which knows the evidence: it answers coarse questions at once, unless that has failed, and for
+others calls for the parts of the evidence that no clip has shown, at 2 frames per second for lights and 1 for patterns.
+It says what each frame of a clip shows; of a light, how often it has been out.
+
+`--out` gets episodes.jsonl, a line per question with "kept" and "reason", and train.jsonl, the trajectories to learn
+from. What has a line is not played again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import logging
+import random
+import sys
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from statistics import fmean
+from typing import Protocol
+
+import torch
+from tqdm import tqdm
+from transformers.utils.logging import disable_progress_bar
+
+import config as configuration
+import data
+import evaluate
+import journal
+import prompts as text
+import trajectories
+import world
+from chat import Cached, Chat, ChatError, Message, RequestError, Shown, connect
+from config import Config, ConfigError
+from data import DataError, Sample
+from episodes import CALL_END, Episode, Scene, Turn, messages, roll_out_episodes
+from filters import finished, identity, save
+from infer import DECISIVE, Agent, load_agent
+from lessons import asked_colour, span_text
+from policy import BANNED_TOKENS, EOS_TOKENS, ModelError
+from rewards import turns_format_reward
+from rollout import View, check_samples
+from video import Clip
+
+NOTE = (
+    "Answer by the protocol in the user's message. Each of your turns is <think>...</think> and then either one call "
+    "or an answer, nothing else. Call for a part whenever the frames so far leave a doubt."
+)
+CORRECT = (
+    " Your earlier turns led to the answer {answer}, which is wrong. Say what the frames so far do not show, or what "
+    "was overlooked in them, and go on."
+)
+
+
+class Stuck(Exception):
+    """An expert who cannot go on: the message says why."""
+
+
+class Expert(Protocol):
+    """Who plays. `name` tells apart what may play differently."""
+
+    name: str
+
+    def turn(self, scene: Scene, episode: Episode, wrong: str | None) -> str:
+        """The next turn of an episode that is not over; `wrong` is the answer of a failed attempt, or "none". Raises
+        Stuck, and ChatError for what ends the run.
+        """
+        ...
+
+
+# ---------------------------------------------------------------- the built-in world's oracle
+
+
+class Oracle:
+    """Knows the events of the built-in world."""
+
+    name = "oracle"
+
+    def turn(self, scene: Scene, episode: Episode, wrong: str | None) -> str:
+        """What the last clip shows, frame by frame, and a call for what is still to be seen, or the answer."""
+        sample = scene.view.sample
+        colour = asked_colour(sample)
+        seen = " ".join([colour, *noted(sample, episode)])
+        hidden = [span for span in sample.spans if not shows(episode, span, sample.kind)]
+        if not hidden or (sample.kind == "coarse" and wrong is None):
+            return f"<think>{seen}</think><answer>{sample.answer}</answer>"
+        calls, frames = scene.left(episode)
+        fps = 2 if sample.kind in ("blink", "pair") else 1
+        most = min(frames, scene.config.frames_per_call)
+        start, end = hidden[0]
+        if (hidden[-1][1] - start) * fps <= most:  # one call shows all
+            end = hidden[-1][1]
+        if not calls or (end - start) * fps > most:
+            raise Stuck("no calls or frames left for the evidence")
+        call = json.dumps({"segment": [start, end], "fps": fps})
+        return f"<think>{seen}<time>{span_text(hidden)}</time></think><video_zoom>{call}{CALL_END}"
+
+
+def noted(sample: Sample, episode: Episode) -> list[str]:
+    """A word for each frame of the last turn's clip: none outside the evidence; the pattern; of a light that is on its
+    colour, of one that is out how often it has been so far, in all clips.
+    """
+    words: list[str] = []
+    out: set[int] = set()  # seconds; a light goes out once in a second at most
+    for clip in (turn.shown.clip for turn in episode.turns if turn.shown):
+        words = []
+        for frame, time in zip(clip.frames, clip.times, strict=True) if clip else ():
+            if not any(start <= time < end for start, end in sample.spans):
+                words.append("none")
+            elif sample.kind in ("coarse", "fine"):
+                words.append(sample.options["ABCD".index(sample.answer)])
+            elif frame[:, frame.shape[1] // 2, frame.shape[2] // 2].float().mean() > world.GREY:
+                words.append(asked_colour(sample))
+            else:
+                out.add(int(time))
+                words.append(world.COUNTS[len(out)])
+    return words
+
+
+def shows(episode: Episode, span: tuple[float, float], kind: str) -> bool:
+    """Whether the clips of an episode show an event's pattern, or each second in which its light may go out."""
+    times = [time for clip in episode.clips for time in clip.times]
+    if kind in ("coarse", "fine"):
+        return any(span[0] <= time < span[1] for time in times)
+    seconds = range(int(span[0]), int(span[1]))
+    return all(any(second + 0.25 <= time < second + 0.75 for time in times) for second in seconds)
+
+
+# ---------------------------------------------------------------- a chat model
+
+
+class Dialogue:
+    """A vision-language model that plays by the policy's own prompt."""
+
+    def __init__(self, chat: Chat):
+        self.chat, self.name = chat, chat.name
+
+    def turn(self, scene: Scene, episode: Episode, wrong: str | None) -> str:
+        """What it says, up to the end of its first call."""
+        note = NOTE + (CORRECT.format(answer=wrong) if wrong else "")
+        try:
+            said = self.chat.reply([Message("system", (note,)), *dialogue(episode, scene)]).text
+        except RequestError as error:
+            raise Stuck(f"request refused: {error}") from None
+        before, call, _ = said.strip().partition(CALL_END)
+        return before + call
+
+
+def dialogue(episode: Episode, scene: Scene) -> list[Message]:
+    """An episode as a chat: each frame is an image after its time."""
+    view = scene.view
+    clips = iter([view.clip, *(turn.shown.clip for turn in episode.turns if turn.shown and turn.shown.clip)])
+    said = []
+    for message in messages(episode, view, scene.config):
+        first, *rest = message["text"].split(trajectories.MARK)
+        parts: list[str | Shown] = [first]
+        shown = message.get("videos", [])
+        frames = iter(single_frames(view.sample.video, next(clips)) if shown else [])
+        for words, video in zip(rest, shown, strict=True):
+            for time, frame in itertools.islice(frames, len(video["times"])):
+                parts += [f"{time:g}s", frame] if len(video["times"]) > 1 else [frame]  # a single one has it before it
+            parts.append(words)
+        said.append(Message(message["role"], tuple(part for part in parts if part)))
+    return said
+
+
+def single_frames(video: str, clip: Clip) -> Iterator[tuple[float, Shown]]:
+    """Each frame of a clip with its time."""
+    for k, time in enumerate(clip.times):
+        yield time, Shown(video, (time, time + clip.step), replace(clip, frames=clip.frames[k : k + 1], times=[time]))
+
+
+# ---------------------------------------------------------------- episodes
+
+
+def play(expert: Expert, scene: Scene, episode: Episode, wrong: str | None = None) -> str | None:
+    """The expert goes on with an episode to its end. Returns why it is not worth learning from, or None.
+
+    Raises ChatError.
+    """
+    before = len(episode.turns)
+    while not episode.over:
+        try:
+            words = expert.turn(scene, episode, wrong)
+        except Stuck as reason:
+            return str(reason)
+        if any(token in words for token in (*EOS_TOKENS, *BANNED_TOKENS)):
+            return "a special token in the text"
+        episode.turns.append(Turn(torch.zeros(0, dtype=torch.long), words, []))
+        scene.respond(episode)
+    if error := next((shown.error for shown in episode.shown if shown.error), None):
+        return f"unreadable video: {error}"
+    if episode.answer != scene.view.sample.answer:
+        return "no answer" if episode.answer is None else "wrong answer"
+    turns = [turn.text for turn in episode.turns[before:]]
+    return None if turns_format_reward(turns, scene.config.template) else "not the template's format"
+
+
+def failed(episode: Episode, sample: Sample, config: Config) -> bool:
+    """Whether an attempt has a wrong answer, or none, or is not in the template's format."""
+    formed = turns_format_reward([turn.text for turn in episode.turns], config.template)
+    return episode.answer != sample.answer or not formed
+
+
+def reflect(expert: Expert, scene: Scene, attempts: Sequence[Episode]) -> tuple[Episode, int, str | None]:
+    """The expert goes on with the first failed attempt, without its last message.
+
+    Returns the episode, how many turns of it are the policy's, and why it is not worth learning from, or None.
+    """
+    wrong = next((attempt for attempt in attempts if failed(attempt, scene.view.sample, scene.config)), None)
+    if wrong is None:
+        return Episode(), 0, "no attempt failed"
+    episode = Episode(wrong.turns[:-1])
+    n = len(episode.turns)
+    return episode, n, play(expert, scene, episode, wrong.answer or "none")
+
+
+def as_row(episode: Episode, n_failed: int, reason: str | None, view: View, config: Config, learn: bool) -> dict:
+    """A line of the journal about a sample; the first `n_failed` turns are the policy's own."""
+    about = identity(view.sample, config)
+    history = messages(episode, view, config) if episode.turns else []
+    for message in history:
+        for video in message.get("videos", []):
+            video["video"] = about["video"]
+    if not learn:
+        for message in history[1 : 2 * n_failed : 2]:
+            message["weight"] = 0
+    calls = {"calls": episode.calls, "clips": len(episode.clips), "failed_turns": n_failed}
+    return {**about, **calls, "kept": reason is None, "reason": reason, "messages": history}
+
+
+# ---------------------------------------------------------------- a data set
+
+
+def play_all(
+    samples: Sequence[Sample], expert: Expert, given: argparse.Namespace, config: Config, model: Agent | None
+) -> Iterator[dict]:
+    """The line of each sample, as they are done. Without a model, the expert plays alone."""
+    for start in range(0, len(samples), config.rollout_batch):
+        batch = samples[start : start + config.rollout_batch]
+        views, unreadable = evaluate.view_all(batch, config)
+        for sample in batch:
+            if sample.video in unreadable:
+                reason = f"unreadable video: {unreadable[sample.video]}"
+                yield {**identity(sample, config), "kept": False, "reason": reason, "messages": []}
+        groups: list[Sequence[Episode]] = [()] * len(views)
+        if model is not None:
+            with torch.no_grad():
+                rolled = roll_out_episodes(model.model, views, config, model.vocabulary, step=0)
+            groups = [group.responses for group in rolled]
+
+        def line(view: View, attempts: Sequence[Episode]) -> dict:
+            scene = Scene(view, config)
+            if model is None:
+                episode, n = Episode(), 0
+                reason = play(expert, scene, episode)
+            else:
+                episode, n, reason = reflect(expert, scene, attempts)
+            return as_row(episode, n, reason, view, config, given.learn_failures)
+
+        with ThreadPoolExecutor(given.workers) as pool:
+            yield from pool.map(line, views, groups)
+
+
+def mixed(exemplars: Sequence[dict], reflections: Sequence[dict], share: float, seed: int) -> list[dict]:
+    """All exemplars, and as many reflections, drawn at random, as make `share` of the whole; all if there are fewer."""
+    wanted = round(share / (1 - share) * len(exemplars))
+    return [*exemplars, *random.Random(seed).sample(reflections, min(wanted, len(reflections)))]
+
+
+def run(given: argparse.Namespace, config: Config) -> None:
+    """Play what is not played yet, write the training file. Raises DataError, ModelError, ChatError, ConfigError."""
+    out = Path(given.out or f"runs/{given.what}")
+    accelerator = evaluate.patient_accelerator(config)
+    exemplars = read_exemplars(given.exemplars, config) if given.exemplars else []
+    with accelerator.main_process_first():
+        samples = world.load_samples(config.train_data, "train", config)
+    check_samples(samples, ("options", "answer"), config.train_data)
+    expert = load_expert(given, out, samples, config)
+    names = [*DECISIVE, *(("model", "seed", "group_size", "temperature") if given.what == "reflect" else ())]
+    made_with = {"what": given.what, "expert": expert.name, **{name: getattr(config, name) for name in names}}
+    path, training = out / "episodes.jsonl", out / "train.jsonl"
+    done = finished(path, samples, made_with, config, accelerator)
+    rest = [sample for sample in samples if sample.id not in done]
+    if rest:
+        rest = data.check_videos(rest, given.skip_missing)
+        mine = [rest[i] for i in evaluate.share(rest, accelerator)]
+        model = load_agent(config, accelerator.device) if given.what == "reflect" else None
+        shown = {"desc": f"{path}: {len(done)} done", "disable": None if accelerator.is_main_process else True}
+        for row in tqdm(play_all(mine, expert, given, config, model), total=len(mine), unit="episode", **shown):
+            journal.append(path, {**row, "made_with": made_with})
+    done = finished(path, samples, made_with, config, accelerator)
+    if accelerator.is_main_process:
+        rows = [done[sample.id] for sample in samples if sample.id in done]
+        kept = [{"id": row["id"], "messages": row["messages"]} for row in rows if row["kept"]]
+        print(summary(rows))
+        if not kept:
+            raise DataError(f"{training}: not written, since no episode is kept; {path} has the reasons")
+        if given.what == "reflect":
+            together = mixed(exemplars, kept, given.share, config.seed)
+            n = len(together) - len(exemplars)
+            print(f"{n} of {len(kept)} reflections are {n / len(together):.3f} of {len(together)} trajectories")
+            kept = together
+        save(training, partial(trajectories.save, rows=kept))
+        print(f"{training}: what is to be learned; {path}: a line per question")
+
+
+def read_exemplars(path: str, config: Config) -> list[dict]:
+    """The rows of a file of trajectories, each of which can be read. Raises DataError."""
+    return [trajectory.row.fields for trajectory in trajectories.load(path, config.video_root)]
+
+
+def load_expert(given: argparse.Namespace, out: Path, samples: Sequence[Sample], config: Config) -> Expert:
+    """Raises ChatError naming what an endpoint lacks, DataError for questions that the oracle does not know."""
+    if given.expert == "endpoint":
+        return Dialogue(Cached(connect(given.endpoint, given.judge_model), out / "replies"))
+    for number, sample in enumerate(samples, 1):
+        if sample.kind not in world.KINDS or not sample.spans:
+            where = f"{config.train_data}: row {number} ({sample.id})"
+            raise DataError(f"{where}: the oracle knows the questions of the built-in world only")
+    return Oracle()
+
+
+def summary(rows: Sequence[Mapping]) -> str:
+    """How many episodes are kept and why others are not, as text."""
+    kept = [row for row in rows if row["kept"]]
+    lines = [("", "episodes", "calls"), ("played", str(len(rows)), ""), ("kept", str(len(kept)), "")]
+    if kept:
+        lines[-1] = ("kept", str(len(kept)), f"{fmean(row['calls'] for row in kept):.2f}")
+    reasons = Counter(row["reason"].split(":")[0] for row in rows if not row["kept"])
+    lines += [(f"dropped: {reason}", str(n), "") for reason, n in reasons.items()]
+    return evaluate.aligned(lines)
+
+
+# ---------------------------------------------------------------- command line
+
+
+def parser() -> argparse.ArgumentParser:
+    """The options that only exemplars.py has."""
+    own = argparse.ArgumentParser(description=__doc__.splitlines()[0], add_help=False)
+    own.add_argument("what", nargs="?", choices=("play", "reflect"), help="whole episodes, or ends of failed ones")
+    own.add_argument("--expert", choices=("oracle", "endpoint"), default="oracle", help="who plays (default: oracle)")
+    own.add_argument("--endpoint", help="address of a chat endpoint (default: that of OPENAI_BASE_URL)")
+    own.add_argument("--judge_model", help="name of the model at the endpoint")
+    own.add_argument("--workers", type=int, default=4, help="episodes that the expert plays at a time (default: 4)")
+    own.add_argument("--exemplars", help="reflect: the train.jsonl that play has left")
+    own.add_argument("--share", type=float, default=0.3, help="reflect: their share of the training file (default 0.3)")
+    own.add_argument("--learn_failures", action="store_true", help="reflect: the failed turns are learned too")
+    own.add_argument("--out", help="folder of what is left behind (default: runs/play, runs/reflect)")
+    own.add_argument("--skip_missing", action="store_true", help="leave out samples whose video file is missing")
+    return own
+
+
+def main(arguments: list[str] | None = None) -> None:
+    given, config = configuration.parse_for_model(parser(), arguments)
+    if given.what is None:
+        raise ConfigError("play or reflect?")
+    if config.template not in text.EPISODES:
+        raise ConfigError(f"template = {config.template} has no episodes; there are {', '.join(text.EPISODES)}")
+    if given.workers < 1 or not 0 < given.share < 1:
+        raise ConfigError(f"--workers {given.workers} must be positive, --share {given.share} between 0 and 1")
+    if (given.what == "reflect") != bool(given.exemplars):
+        raise ConfigError("reflect, and only it, needs --exemplars, the train.jsonl that play has left")
+    disable_progress_bar()  # of loading weights
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    run(given, config)
+
+
+if __name__ == "__main__":
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    try:
+        main()
+    except (ConfigError, DataError, ModelError, ChatError, OSError) as error:
+        sys.exit(f"error: {error}")
