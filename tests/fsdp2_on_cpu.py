@@ -1,8 +1,11 @@
-"""train.py with FSDP2 on CPU processes; `accelerate launch --config_file recipes/accelerate_fsdp2.yaml` starts it.
+"""train.py, or $SCRIPT.py, with FSDP2 on CPU processes; `accelerate launch --config_file recipes/accelerate_fsdp2.yaml`
+starts it.
 
-accelerate shards on GPUs only, so it is told that it has some. Everything else is its own and train.py's.
+accelerate shards on GPUs only, so it is told that it has some. Everything else is its own and the script's.
 """
 
+import importlib
+import os
 import sys
 from pathlib import Path
 
@@ -15,4 +18,4 @@ import train
 
 PartialState(cpu=True)
 PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
-train.run_main(train.main)
+train.run_main(importlib.import_module(os.environ.get("SCRIPT", "train")).main)

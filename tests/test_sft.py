@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+from test_train import TWO_SHARDED, assert_same_run, call
 
 import config as configuration
 import data
@@ -176,6 +177,15 @@ def test_an_epoch_sets_the_steps_and_micro_batches_change_nothing(arguments, tmp
         sft.main([*arguments, "--out", str(out), "--epochs", "1.4", "--prompts_per_pass", size])
         losses.append([line["loss"] for line in figures(out)])
     assert len(losses[0]) == 2 and losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_two_processes_with_shards_are_one_run(arguments, tmp_path, monkeypatch):
+    given = [*arguments, "--train_vision", "false"]
+    sft.main([*given, "--out", str(tmp_path / "one")])
+    monkeypatch.setenv("SCRIPT", "sft")
+    done = call(*given, "--out", tmp_path / "two", script=TWO_SHARDED)
+    assert done.returncode == 0, done.stderr
+    assert_same_run(tmp_path / "one", tmp_path / "two", tolerance=1e-3)
 
 
 def test_a_bad_file_is_one_sentence(arguments, tmp_path):
