@@ -916,7 +916,6 @@ def start_processes(config: Config) -> Accelerator:
         raise configuration.ConfigError(
             f"there is no tracker {config.tracker!r}; there are none, {', '.join(map(str, LoggerType))}"
         )
-    check_rewards(config)
     if config.threads:
         torch.set_num_threads(config.threads)
     accelerator = Accelerator(
@@ -936,6 +935,7 @@ def start_processes(config: Config) -> Accelerator:
 
 def main(arguments: list[str] | None = None) -> None:
     config = configuration.parse(arguments, description=__doc__.splitlines()[0])
+    check_rewards(config)
     accelerator = start_processes(config)
     with accelerator.main_process_first():  # one process writes the built-in videos, the others find them
         sets = load_training(config)

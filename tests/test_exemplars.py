@@ -25,7 +25,6 @@ from exemplars import Dialogue, Oracle, mixed, play, reflect
 from rollout import view_video
 
 AGENT = ["--template", "world_zoomer", "--max_frames", "20", "--zoom_budget", "256", "--frames_per_call", "10"]
-AGENT += ["--tokenadv", "off", "--zoom_reward", "false"]
 ANSWER = "<think>seen</think><answer>{}</answer>"
 
 

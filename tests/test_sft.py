@@ -22,7 +22,6 @@ from train import Stopped, StopSignal
 from trajectories import Example
 
 AGENT = ["--template", "world_zoomer", "--max_frames", "20", "--zoom_budget", "256"]
-AGENT += ["--tokenadv", "off", "--zoom_reward", "false"]
 CALL = '<think>closer</think><video_zoom>{"segment": [3, 5], "fps": 2}</video_zoom>'
 ANSWER = "<think>seen</think><answer>B</answer>"
 
