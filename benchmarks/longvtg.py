@@ -3,9 +3,9 @@
     python benchmarks/longvtg.py             # 15 runs of recipes/cpu_longvtg.yaml, two at a time, and their evaluations
 
 Table 4: five variants, three seeds each, from the same start. "No signal" is the share of groups whose responses all
-got the same grounding reward, over the first and the last ten steps. In-domain is the test split of the videos trained on;
-out-of-domain are videos with more events, and shorter ones. Answers come from the zoomed frames (zooming is
-not trained here: what accuracy falls by is forgotten, or due to other spans).
+got the same grounding reward, over the first and the last ten steps. In-domain is the test split of the videos trained
+on; out-of-domain are videos with more events, and shorter ones. Answers come from the zoomed frames (zooming is not
+trained here: what accuracy falls by is forgotten, or due to other spans).
 
 Table 3: direct (the coarse pass answers), ground-then-answer (a trained policy finds the spans, the start answers from
 them) and unified (the trained policy does both).
