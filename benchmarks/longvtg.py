@@ -31,7 +31,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import config as configuration  # noqa: E402
-import sft  # noqa: E402
+import lessons  # noqa: E402
 import world  # noqa: E402
 from benchmarks.main_job import finished_run, spread  # noqa: E402
 from policy import Policy, Vocabulary, load  # noqa: E402
@@ -98,7 +98,7 @@ def make_late_start() -> None:
     config = configuration.parse([*RECIPE, "--world_train_videos", "100"])
     model, tokenizer = load(str(START))
     vocabulary, policy = Vocabulary.of(tokenizer), Policy(model).train()
-    scenes = sft.load_scenes(world.load_samples("world", "train", config), config, vocabulary, model.config)
+    scenes = lessons.load_scenes(world.load_samples("world", "train", config), config, vocabulary, model.config)
     optimizer, steps, rng = torch.optim.AdamW(policy.parameters(), betas=(0.9, 0.98)), 100, random.Random(0)
     for step in range(steps):
         optimizer.param_groups[0]["lr"] = 3e-4 * (1 - step / steps)
@@ -108,9 +108,9 @@ def make_late_start() -> None:
                 shifts = [min(LATE, sample.duration - end) for _, end in sample.spans]
                 late = [(start + s, end + s) for (start, end), s in zip(sample.spans, shifts, strict=True)]
                 prompts.append(prompt)
-                answers.append([vocabulary.ids(sft.demonstration(sample, late))])
-        batch = sft.Batch.of(prompts, answers)
-        policy(batch.prompts, batch.ids, batch.mask, partial(sft.cross_entropy, batch)).backward()
+                answers.append([vocabulary.ids(lessons.demonstration(sample, late))])
+        batch = lessons.Batch.of(prompts, answers)
+        policy(batch.prompts, batch.ids, batch.mask, partial(lessons.cross_entropy, batch)).backward()
         torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()

@@ -1,0 +1,172 @@
+"""VideoZoomer on the built-in world: its ablations, and accuracy against the frames that are used.
+
+    python benchmarks/zoomer.py --start CHECKPOINT [--exemplars CHECKPOINT] [--coarse CHECKPOINT] [--seeds 0 1 2]
+
+Ablations: runs of recipes/cpu_world_agent.yaml from the same cold start, with R_tool's weight 0.5 (as released), 0,
+0.25 and 1; from `--exemplars`, a cold start without reflection data; and from checkpoints/tiny, which has never made a
+call. Calls per episode are those sampled in the first and the last ten steps.
+
+Accuracy against frames: the trained agent; coarse-to-fine and divide-and-conquer by `--coarse`, a policy trained for
+spans (recipes/cpu_world.yaml); and the same one answering from frames spread over the whole video, as many as the agent
+uses on average ("uniform"). Frames are those of all passes of the model.
+
+Runs go to runs/zoomer/VARIANT-SEED; what is finished is not repeated. Writes benchmarks/results/zoomer.md and .png.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import matplotlib
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt  # noqa: E402
+
+import config as configuration  # noqa: E402
+import infer  # noqa: E402
+import world  # noqa: E402
+from benchmarks.main_job import finished_run, spread  # noqa: E402
+from data import Sample  # noqa: E402
+from infer import Agent, Result, Settings  # noqa: E402
+
+RUNS = ROOT / "runs" / "zoomer"
+RECIPE = ["--config", "recipes/cpu_world_agent.yaml"]
+NEVER_CALLED = ROOT / "checkpoints" / "tiny"
+KINDS = ("coarse", "fine", "blink", "pair")
+TEN = 10  # steps at the beginning and at the end
+
+
+def variants(start: Path, exemplars: Path | None) -> dict[str, tuple[str, list[str]]]:
+    """The lines of the table, by name of their runs: what is different, and the options that make it so."""
+    lines = {
+        f"tool-{w}": (f"R_tool {w}", ["--model", str(start), "--tool_weight", w]) for w in ("0.5", "0", "0.25", "1")
+    }
+    if exemplars:
+        lines["exemplars"] = ("without reflection data", ["--model", str(exemplars)])
+    return lines | {"cold": ("without cold start", ["--model", str(NEVER_CALLED)])}
+
+
+def run(name: str, options: list[str], seed: int, steps: int) -> dict:
+    """The evaluation of a finished run, with its metrics."""
+    out = RUNS / f"{name}-{seed}"
+    result = finished_run(out, seed, [*RECIPE, *options, "--steps", str(steps), "--threads", "1"])
+    result["steps"] = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return result
+
+
+def ablations(lines: dict[str, tuple[str, list[str]]], results: dict[str, list[dict]]) -> str:
+    """A line per variant: calls per episode over training; accuracy, calls and frames of greedy episodes afterwards."""
+    head = ["", "accuracy before", "after", *(f"{kind}" for kind in KINDS), "frames", "calls sampled, first ten steps"]
+    head += ["last ten", *(f"calls, {kind}" for kind in KINDS)]
+    text = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for name, runs in results.items():
+        after = [run["after"] for run in runs]
+        cells = [[run["before"]["all"]["accuracy"] for run in runs], [found["all"]["accuracy"] for found in after]]
+        cells += [[found["by_kind"][kind]["accuracy"] for found in after] for kind in KINDS]
+        cells += [[found["all"]["frames"] for found in after]]
+        for part in (slice(0, TEN), slice(-TEN, None)):
+            cells.append([statistics.mean(row["episode/calls"] for row in run["steps"][part]) for run in runs])
+        cells += [[found["by_kind"][kind]["calls"] for found in after] for kind in KINDS]
+        text.append(f"| {lines[name][0]} ({len(runs)}) | {' | '.join(map(spread, cells))} |")
+    return "\n".join(text)
+
+
+def frames(result: Result) -> int:
+    """Frames that the model was shown, in all passes; a turn of an episode shows its own once."""
+    return sum(len(look.clip.times) for look in result.looks)
+
+
+def asked(agent: Agent, ask: Callable[[Agent, Sample], Result], samples: list[Sample]) -> dict[str, float]:
+    """Accuracy and frames per question, means."""
+    found = [(ask(agent, sample), sample) for sample in samples]
+    return {
+        "accuracy": statistics.mean(result.answer == sample.answer for result, sample in found),
+        "frames": statistics.mean(frames(result) for result, _ in found),
+        "visual tokens": statistics.mean(result.visual_tokens for result, _ in found),
+    }
+
+
+def strategies(trained: list[Path], coarse: Path) -> dict[str, list[dict[str, float]]]:
+    """Each strategy's accuracy and cost: of every trained agent, and of the policy that was trained for spans."""
+    device = torch.device("cpu")
+    own = configuration.parse(RECIPE)
+    samples = world.load_samples("world", "test", own)
+    found = {"agent": []}
+    for model in trained:
+        agent = infer.load_agent(replace(own, model=str(model)), device)
+        found["agent"].append(asked(agent, partial(infer.play_episode, settings=Settings()), samples))
+    used = round(statistics.mean(one["frames"] for one in found["agent"]))
+    policy = infer.load_agent(configuration.parse(["--model", str(coarse)]), device)
+    fps = used / own.world_duration
+    uniform = replace(policy, config=replace(policy.config, fps=fps, budget=max(policy.config.budget, 4 * used)))
+    windows = Settings(window=10, window_budget=88)
+    for name, agent, ask, settings in (
+        (f"uniform, {used} frames", uniform, infer.one_stage, Settings()),
+        ("uniform, 20 frames", policy, infer.one_stage, Settings()),
+        ("coarse-to-fine", policy, infer.coarse_to_fine, Settings()),
+        ("divide-and-conquer", policy, infer.divide_and_conquer, windows),
+    ):
+        found[name] = [asked(agent, partial(ask, settings=settings), samples)]
+    return found
+
+
+def picture(found: dict[str, list[dict[str, float]]], path: Path) -> None:
+    """Accuracy against frames, a point for each model."""
+    figure, axes = plt.subplots(figsize=(5.5, 3.6), layout="constrained")
+    for (name, points), marker in zip(found.items(), "os^Dv", strict=True):
+        axes.plot([p["frames"] for p in points], [p["accuracy"] for p in points], marker, label=name)
+    axes.set(xlabel="frames per question", ylabel="accuracy", ylim=(0, 1))
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+    figure.savefig(path, dpi=150)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--start", type=Path, default=ROOT / "checkpoints" / "tiny-zoomer", help="the cold start")
+    parser.add_argument("--exemplars", type=Path, help="a cold start without reflection data")
+    parser.add_argument("--coarse", type=Path, default=ROOT / "runs" / "cpu_world" / "checkpoint")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time, each with one thread")
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    RUNS.mkdir(parents=True, exist_ok=True)
+    lines = variants(given.start, given.exemplars)
+    with ThreadPoolExecutor(given.jobs) as pool:
+        jobs = {(n, s): pool.submit(run, n, lines[n][1], s, given.steps) for s in given.seeds for n in lines}
+        results = {n: [jobs[n, s].result() for s in given.seeds] for n in lines}
+    found = strategies([RUNS / f"tool-0.5-{seed}" / "checkpoint" for seed in given.seeds], given.coarse)
+    table = ["| strategy | accuracy | frames | visual tokens |", "|---|---|---|---|"]
+    for name, points in found.items():
+        cells = [spread([p[key] for p in points]) for key in ("accuracy", "frames", "visual tokens")]
+        table.append(f"| {name} | {' | '.join(cells)} |")
+    out = ROOT / "benchmarks" / "results"
+    picture(found, out / "zoomer.png")
+    text = [
+        "# VideoZoomer on the built-in world",
+        f"`python benchmarks/zoomer.py {' '.join(sys.argv[1:])}`: {given.steps} steps of 8 prompts x 8 episodes, seeds "
+        f"{given.seeds}, mean ± standard deviation.",
+        "## Ablations",
+        ablations(lines, results),
+        "## Accuracy against frames",
+        "\n".join(table),
+        "![accuracy against frames per question](zoomer.png)",
+    ]
+    print("\n\n".join(text))
+    (out / "zoomer.md").write_text("\n\n".join(text) + "\n")
+
+
+if __name__ == "__main__":
+    main()
