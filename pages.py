@@ -640,7 +640,8 @@ def answer_page(record: Mapping, out: str | Path, source: str) -> None:
         for start, end in spans or []
     )
     figures = {**record["cost"], "looks": len(record["looks"])}
-    underlined = "; those of the claimed spans are underlined" if spans else ""
+    marked = "spans asked for" if record["looks"][0]["kind"] == "glance" else "claimed spans"
+    underlined = f"; those of the {marked} are underlined" if spans else ""
     claimed = f'<p class="muted">A click on a frame shows it in the player{underlined}.</p>\n'
     body = (
         f'<p class="muted">{text(record["video"])} · {clock(duration)} · {text(record["strategy"])}</p>\n'
@@ -689,10 +690,7 @@ def look_html(look: Mapping, spans: Sequence[Span], with_answer: bool) -> str:
     if with_answer and (look["answer"] or not in_turn):
         facts.append(f"answered {text(look['answer'])}, confidence {100 * look['confidence']:.1f}%")
     written = ""
-    if in_turn:
-        refusal = f'<p class="muted">{text(look["refusal"])}</p>' if look["refusal"] else ""
-        written = f"{refusal}<pre>{text(look['text'])}</pre>"
-    elif kind != "zoom":
+    if not in_turn and kind != "zoom":
         facts.append(f"claimed {span_text(look['spans'])}")
         origin = "" if part is None else '<p class="muted">As written, with times from the start of what was shown:</p>'
         written = f"{origin}<pre>{text(look['text'])}</pre>"
@@ -706,4 +704,7 @@ def look_html(look: Mapping, spans: Sequence[Span], with_answer: bool) -> str:
     head = f'<h3>{heading}</h3><p class="muted">{" · ".join(facts)}</p>'
     if kind in ("window", "closer"):
         return f"<section><details><summary>{head}</summary>{written}{strips}</details></section>"
+    if in_turn:  # what was written answers what was shown
+        refusal = f'<p class="muted">{text(look["refusal"])}</p>' if look["refusal"] else ""
+        return f"<section>{head}{refusal}{strips}<pre>{text(look['text'])}</pre></section>"
     return f"<section>{head}{written}{strips}</section>"

@@ -6,7 +6,8 @@ The policy is the scaled-down one of benchmarks/engine.py, 19 million random par
 frames of 112x112 pixels (512 visual tokens), a clip 16 of them, each after its time (256 visual tokens); every turn
 writes 64 tokens, whatever they are, and all but the last one get a clip. 2 prompts with 4 episodes each. *Without the
 cache* is tests/plain_episodes.py: for every turn, [prompt, episode] from its beginning, the way of engines that know
-single turns only. The update is one forward and backward pass over [prompt, episodes], with gradient checkpointing.
+single turns only; its episodes share no prompt either, which is all the difference in one turn. The update is one
+forward and backward pass over [prompt, episodes], with gradient checkpointing.
 
 Tokens are those that the language model computes for one episode, if the prompt's share of a group counts whole.
 Seconds are medians over repeats, both ways in turn, per episode.
