@@ -10,7 +10,7 @@ import tiny
 import world
 from policy import Vocabulary
 
-CHECKPOINT = Path(__file__).resolve().parents[1] / "checkpoints" / "tiny"
+CHECKPOINTS = Path(__file__).resolve().parents[1] / "checkpoints"
 
 
 @pytest.fixture(scope="module")
@@ -51,10 +51,12 @@ def test_the_model_is_small_and_ties_its_embeddings(tokenizer):
     assert model.config.vision_config.tokens_per_second == 2
 
 
-def test_the_shipped_checkpoint_loads_and_is_small(tokenizer):
-    assert sum(f.stat().st_size for f in CHECKPOINT.iterdir()) < 5e6
-    model, info = Qwen2_5_VLForConditionalGeneration.from_pretrained(CHECKPOINT, output_loading_info=True)
+@pytest.mark.parametrize("name", ["tiny", "tiny-long", "tiny-zoomer"])
+def test_the_shipped_checkpoints_load_and_are_small(tokenizer, name):
+    checkpoint = CHECKPOINTS / name
+    assert sum(f.stat().st_size for f in checkpoint.iterdir()) < 5e6
+    model, info = Qwen2_5_VLForConditionalGeneration.from_pretrained(checkpoint, output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
-    shipped = AutoTokenizer.from_pretrained(CHECKPOINT)
+    shipped = AutoTokenizer.from_pretrained(checkpoint)
     assert shipped.get_vocab() == tokenizer.get_vocab()  # `python sft.py` would build the same one
     assert model.config.text_config.vocab_size == len(shipped)
