@@ -69,8 +69,8 @@ NOTE = (
     "or an answer, nothing else. Call for a part whenever the frames so far leave a doubt."
 )
 CORRECT = (
-    " Your earlier turns led to the answer {answer}, which is wrong. Say what the frames so far do not show, or what "
-    "was overlooked in them, and go on."
+    " Your earlier turns led to {failure}. Say what the frames so far do not show, or what was overlooked in them, and "
+    "go on."
 )
 
 
@@ -83,9 +83,9 @@ class Expert(Protocol):
 
     name: str
 
-    def turn(self, scene: Scene, episode: Episode, wrong: str | None) -> str:
-        """The next turn of an episode that is not over; `wrong` is the answer of a failed attempt, or "none". Raises
-        Stuck, and ChatError for what ends the run.
+    def turn(self, scene: Scene, episode: Episode, failure: str | None) -> str:
+        """The next turn of an episode that is not over; `failure` says what a failed attempt came to. Raises Stuck, and
+        ChatError for what ends the run.
         """
         ...
 
@@ -98,13 +98,13 @@ class Oracle:
 
     name = "oracle"
 
-    def turn(self, scene: Scene, episode: Episode, wrong: str | None) -> str:
+    def turn(self, scene: Scene, episode: Episode, failure: str | None) -> str:
         """What the last clip shows, frame by frame, and a call for what is still to be seen, or the answer."""
         sample = scene.view.sample
         colour = asked_colour(sample)
         seen = " ".join([colour, *noted(sample, episode)])
         hidden = [span for span in sample.spans if not shows(episode, span, sample.kind)]
-        if not hidden or (sample.kind == "coarse" and wrong is None):
+        if not hidden or (sample.kind == "coarse" and failure is None):
             return f"<think>{seen}</think><answer>{sample.answer}</answer>"
         calls, frames = scene.left(episode)
         fps = 2 if sample.kind in ("blink", "pair") else 1
@@ -157,9 +157,9 @@ class Dialogue:
     def __init__(self, chat: Chat):
         self.chat, self.name = chat, chat.name
 
-    def turn(self, scene: Scene, episode: Episode, wrong: str | None) -> str:
+    def turn(self, scene: Scene, episode: Episode, failure: str | None) -> str:
         """What it says, up to the end of its first call."""
-        note = NOTE + (CORRECT.format(answer=wrong) if wrong else "")
+        note = NOTE + (CORRECT.format(failure=failure) if failure else "")
         try:
             said = self.chat.reply([Message("system", (note,)), *dialogue(episode, scene)]).text
         except RequestError as error:
@@ -195,7 +195,7 @@ def single_frames(video: str, clip: Clip) -> Iterator[tuple[float, Shown]]:
 # ---------------------------------------------------------------- episodes
 
 
-def play(expert: Expert, scene: Scene, episode: Episode, wrong: str | None = None) -> str | None:
+def play(expert: Expert, scene: Scene, episode: Episode, failure: str | None = None) -> str | None:
     """The expert goes on with an episode to its end. Returns why it is not worth learning from, or None.
 
     Raises ChatError.
@@ -203,7 +203,7 @@ def play(expert: Expert, scene: Scene, episode: Episode, wrong: str | None = Non
     before = len(episode.turns)
     while not episode.over:
         try:
-            words = expert.turn(scene, episode, wrong)
+            words = expert.turn(scene, episode, failure)
         except Stuck as reason:
             return str(reason)
         if any(token in words for token in (*EOS_TOKENS, *BANNED_TOKENS)):
@@ -224,6 +224,15 @@ def failed(episode: Episode, sample: Sample, config: Config) -> bool:
     return episode.answer != sample.answer or not formed
 
 
+def failure_of(attempt: Episode, sample: Sample) -> str:
+    """What a failed attempt came to, as the expert is told."""
+    if attempt.answer is None:
+        return "no answer"
+    if attempt.answer != sample.answer:
+        return f"the answer {attempt.answer}, which is wrong"
+    return "a right answer, but not by the protocol"
+
+
 def reflect(expert: Expert, scene: Scene, attempts: Sequence[Episode]) -> tuple[Episode, int, str | None]:
     """The expert goes on with the first failed attempt, without its last message.
 
@@ -234,7 +243,7 @@ def reflect(expert: Expert, scene: Scene, attempts: Sequence[Episode]) -> tuple[
         return Episode(), 0, "no attempt failed"
     episode = Episode(wrong.turns[:-1])
     n = len(episode.turns)
-    return episode, n, play(expert, scene, episode, wrong.answer or "none")
+    return episode, n, play(expert, scene, episode, failure_of(wrong, scene.view.sample))
 
 
 def as_row(episode: Episode, n_failed: int, reason: str | None, view: View, config: Config, learn: bool) -> dict:

@@ -189,6 +189,12 @@ def test_reflection_keeps_the_failed_turns_without_their_last_message(scenes, vo
     chat = Scripted(ANSWER.format(sample.answer))
     episode, n, reason = reflect(Dialogue(chat), scene, [right, short])
     assert (n, reason, len(episode.turns)) == (0, None, 1)
+    thoughtless = replay(scene, [f"<answer>{sample.answer}</answer>"], vocabulary)
+    endless = replay(Scene(scene.view, replace(scene.config, max_turns=1)), [call(1, 2, 1)], vocabulary)
+    for attempt, told in ((thoughtless, "a right answer, but not by the protocol."), (endless, "led to no answer.")):
+        chat = Scripted(ANSWER.format(sample.answer))
+        assert reflect(Dialogue(chat), scene, [attempt])[2] is None
+        assert told in chat.asked[0][0].parts[0] and "wrong" not in chat.asked[0][0].parts[0]
 
 
 def test_reflections_are_the_stated_share():
