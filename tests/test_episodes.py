@@ -16,12 +16,15 @@ import yaml
 from accelerate import Accelerator
 from conftest import read_metrics
 from plain_episodes import PlainEpisodes
+from test_train import TWO_SHARDED
+from test_train import call as in_processes
 
 import config as configuration
 import data
 import episodes
 import infer
 import lessons
+import policy
 import prompts
 import tiny
 import train
@@ -494,6 +497,45 @@ def test_a_run_trains_on_episodes(small_recipe, small_world, tmp_path):
     assert "Call" in (tmp_path / "run" / "episodes.html").read_text()
 
 
+def test_what_is_shown_is_never_a_target(small_recipe, samples, monkeypatch):
+    """States from which no sampled token follows may be NaN: loss, KL, statistics and gradients stay as they are."""
+    config = configuration.parse(["--config", str(small_recipe), "--beta", "0.05", "--max_grad_norm", "1e9"])
+    run = train.prepare(config, Accelerator(cpu=True))
+    groups = roll_out_episodes(run.model, views_of(samples, config, 2), config, run.vocabulary, 3)
+    assert any(episode.observations for group in groups for episode in group.responses)
+    for group in groups:
+        group.rewards = {"accuracy": [float(k % 2) for k in range(len(group.responses))]}
+    with torch.no_grad():
+        run.model.model.language_model.norm.weight.mul_(1.2)  # no longer the reference
+    batches = micro_batches(groups, replace(config, prompts_per_pass=1))
+    unused = [~predicting(group) for group in groups]
+    plain, kept = policy._language_model, []
+
+    def poisoned(*arguments):
+        states = plain(*arguments)
+        (dead,) = (dead for dead in unused if len(dead) == len(states))
+        return states.masked_fill(dead[:, None], math.nan)
+
+    run.optimizer.step = lambda: kept.append({n: p.grad.clone() for n, p in run.model.named_parameters()})
+    totals = [train.update(run, batches)]
+    monkeypatch.setattr(policy, "_language_model", poisoned)
+    totals.append(train.update(run, batches))
+    assert totals[0] == pytest.approx(totals[1], rel=1e-6) and totals[0]["kl_text"] > 0
+    for name, gradient in kept[0].items():
+        assert (gradient - kept[1][name]).abs().max() <= 1e-6 * gradient.abs().max(), name
+
+
+def predicting(group: Group) -> torch.Tensor:
+    """Of a group alone in a row: the states from which a sampled token follows, bool [N]."""
+    found = [torch.zeros(len(group.prompt) - 1, dtype=torch.bool), torch.ones(1, dtype=torch.bool)]
+    for episode in group.responses:
+        sampled = []
+        for turn in episode.turns:
+            sampled += [True] * len(turn.ids) + [False] * (len(turn.observation.prompt) if turn.shown else 0)
+        found.append(torch.tensor(sampled[1:], dtype=torch.bool))
+    return torch.cat(found)
+
+
 OPTIONS = [
     ["--train_vision", "false", "--kl", "none", "--mask_truncated", "--max_tokens", "12"],
     ["--updates_per_rollout", "2", "--clip_low", "0.2", "--clip_high", "0.27", "--normalise", "token"],
@@ -545,6 +587,33 @@ def test_groups_without_variance_are_redrawn_within_a_bound(samples, config, mon
     score(groups, config)
     asked.clear()
     assert train.redraw(run, [train.DataSet(samples)], groups, 0, {}, None) == 4 and len(asked) == 2
+
+
+ONE_FLAT = """
+import os
+import train
+
+def score(groups, config):
+    for group in groups:
+        varied = float(os.environ["RANK"])
+        group.rewards = dict.fromkeys(("format", "accuracy", "tool"), [varied] + [0.0] * (config.group_size - 1))
+
+train.score = score
+main = train.main
+"""
+
+
+def test_a_process_with_nothing_to_redraw_waits_for_the_other(small_recipe, tmp_path, monkeypatch):
+    """With shards, whose weights both must gather: every group of process 0 is flat, none of process 1."""
+    (tmp_path / "one_flat.py").write_text(ONE_FLAT)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("SCRIPT", "one_flat")
+    options = ["--max_redraws", "2", "--updates_per_rollout", "2", "--group_size", "2"]
+    done = in_processes("--config", small_recipe, *options, script=TWO_SHARDED)
+    assert done.returncode == 0, done.stderr
+    rows = read_metrics(tmp_path / "run")
+    assert [row["redrawn"] for row in rows] == [0.5, 0.5]  # 2 of 4 groups, twice
+    assert [row["zero_variance_fraction"] for row in rows] == [0.5, 0.5]
 
 
 # ---------------------------------------------------------------- the agent
