@@ -142,6 +142,8 @@ def load_training(config: Config) -> list[DataSet]:
         own = replace(config, data_format=entry.format, video_root=entry.video_root)
         sets.append(DataSet(world.load_samples(entry.data, "train", own), entry.weight))
         check_training(sets[-1].samples, config, entry.data)
+    if not any(part.once(0) for part in sets):
+        raise data.DataError(f"{config.train_data}: its weights leave no sample in an epoch; give larger ones")
     return sets
 
 

@@ -472,6 +472,13 @@ def test_eq_5_credits_any_reward_of_spans_to_the_tokens_that_write_them(parsed, 
         assert torch.equal(found[g, : len(segments)] * sign > 0, segments == glue)
 
 
+def test_a_mixture_whose_weights_leave_no_sample_is_refused(parsed, samples, tmp_path):
+    data.save(tmp_path / "one.jsonl", samples[:1])
+    (tmp_path / "mixture.yaml").write_text(f"- data: {tmp_path / 'one.jsonl'}\n  weight: 0.1\n")
+    with pytest.raises(data.DataError, match="its weights leave no sample"):
+        train.load_training(parsed("--train_data", str(tmp_path / "mixture.yaml")))
+
+
 def test_a_mixture_with_and_without_options_trains(recipe, tmp_path, samples):
     closed = [replace(s, video=str(Path(s.video).resolve())) for s in samples[:4]]
     data.save(tmp_path / "closed.jsonl", closed)
