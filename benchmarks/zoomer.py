@@ -41,7 +41,7 @@ from data import Sample  # noqa: E402
 from infer import Agent, Result, Settings  # noqa: E402
 
 RUNS = ROOT / "runs" / "zoomer"
-RECIPE = ["--config", "recipes/cpu_world_agent.yaml"]
+RECIPE = ["--config", "recipes/cpu_world_agent.yaml", "--world_test_videos", "40"]
 NEVER_CALLED = ROOT / "checkpoints" / "tiny"
 KINDS = ("coarse", "fine", "blink", "pair")
 TEN = 10  # steps at the beginning and at the end
@@ -49,12 +49,15 @@ TEN = 10  # steps at the beginning and at the end
 
 def variants(start: Path, exemplars: Path | None) -> dict[str, tuple[str, list[str]]]:
     """The lines of the table, by name of their runs: what is different, and the options that make it so."""
-    lines = {
-        f"tool-{w}": (f"R_tool {w}", ["--model", str(start), "--tool_weight", w]) for w in ("0.5", "0", "0.25", "1")
-    }
+
+    def weighted(weight: str) -> tuple[str, list[str]]:
+        return f"R_tool {weight}", ["--model", str(start), "--tool_weight", weight]
+
+    lines = {"tool-0.5": weighted("0.5"), "tool-0": weighted("0")}
     if exemplars:
-        lines["exemplars"] = ("without reflection data", ["--model", str(exemplars)])
-    return lines | {"cold": ("without cold start", ["--model", str(NEVER_CALLED)])}
+        lines["exemplars"] = ("R_tool 0.5, without reflection data", ["--model", str(exemplars)])
+    lines["cold"] = ("R_tool 0.5, without cold start", ["--model", str(NEVER_CALLED)])
+    return lines | {"tool-0.25": weighted("0.25"), "tool-1": weighted("1")}
 
 
 def run(name: str, options: list[str], seed: int, steps: int) -> dict:
@@ -138,16 +141,21 @@ def main() -> None:
     parser.add_argument("--exemplars", type=Path, help="a cold start without reflection data")
     parser.add_argument("--coarse", type=Path, default=ROOT / "runs" / "cpu_world" / "checkpoint")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--report", action="store_true", help="run nothing; the tables are about what is finished")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, each with one thread")
     given = parser.parse_args()
     torch.set_num_threads(1)
     RUNS.mkdir(parents=True, exist_ok=True)
     lines = variants(given.start, given.exemplars)
     with ThreadPoolExecutor(given.jobs) as pool:
-        jobs = {(n, s): pool.submit(run, n, lines[n][1], s, given.steps) for s in given.seeds for n in lines}
-        results = {n: [jobs[n, s].result() for s in given.seeds] for n in lines}
-    found = strategies([RUNS / f"tool-0.5-{seed}" / "checkpoint" for seed in given.seeds], given.coarse)
+        wanted = [(name, seed) for name in lines for seed in given.seeds]
+        if given.report:
+            wanted = [(name, seed) for name, seed in wanted if (RUNS / f"{name}-{seed}" / "seconds.json").exists()]
+        jobs = {(n, seed): pool.submit(run, n, lines[n][1], seed, given.steps) for n, seed in wanted}
+        results = {n: [job.result() for (name, _), job in jobs.items() if name == n] for n in lines}
+        results = {name: runs for name, runs in results.items() if runs}
+    found = strategies([RUNS / f"{n}-{seed}" / "checkpoint" for n, seed in jobs if n == "tool-0.5"], given.coarse)
     table = ["| strategy | accuracy | frames | visual tokens |", "|---|---|---|---|"]
     for name, points in found.items():
         cells = [spread([p[key] for p in points]) for key in ("accuracy", "frames", "visual tokens")]
