@@ -660,6 +660,8 @@ def check_question(strategy: str, config: Config, options: Sequence[str], where:
     """Raise ConfigError for a question without options where letters are needed, and for more options than letters."""
     if not options and strategy in NEED_OPTIONS:
         raise ConfigError(f"{where}: {strategy} ends with the letter of an option; give --options, or use one-stage")
+    if strategy != "agent" and config.template in prompts.EPISODES:
+        raise ConfigError(f"{where}: {config.template} is the template of --strategy agent, not of {strategy}")
     if strategy == "agent" and config.template not in prompts.EPISODES:
         raise ConfigError(
             f"{where}: agent needs a template of several turns, {' or '.join(prompts.EPISODES)}, not "

@@ -340,7 +340,7 @@ def micro_batches(groups: Sequence[Group], config: Config) -> list[MicroBatch]:
     batches = []
     for start in range(0, len(groups), config.prompts_per_pass):
         chunk = groups[start : start + config.prompts_per_pass]
-        rows = [(*padded(group, config), advantages(group, config)) for group in chunk]
+        rows = [group_rows(group, config) for group in chunk]
         longest = max(ids.shape[1] for ids, _, _ in rows)
         stacked = [
             torch.stack([torch.nn.functional.pad(row[k], (0, longest - row[k].shape[1])) for row in rows])
@@ -356,12 +356,16 @@ def micro_batches(groups: Sequence[Group], config: Config) -> list[MicroBatch]:
     return batches
 
 
-def padded(group: Group, config: Config) -> tuple[Tensor, Tensor]:
-    """`group.padded()`, without the responses that take no part in the loss in the mask."""
-    ids, mask = group.padded()
+def group_rows(group: Group, config: Config) -> tuple[Tensor, Tensor, Tensor]:
+    """Ids, mask and advantages of a group, [G, T] each. The mask leaves out what takes no part in the loss: responses
+    that a limit ended (`mask_truncated`), and with dynamic sampling a group that is without variance to the last.
+    """
+    (ids, mask), credit = group.padded(), advantages(group, config)
     if config.mask_truncated:
         mask &= torch.tensor([[response.finished] for response in group.responses])
-    return ids, mask
+    if config.max_redraws:
+        mask &= credit.any()
+    return ids, mask, credit
 
 
 def update(run: Run, batches: list[MicroBatch]) -> dict[str, float]:
@@ -793,7 +797,8 @@ def redraw(
 ) -> int:
     """Replace groups without variance, which teach nothing, by those of other samples, `max_redraws` times at most.
 
-    Returns how many were replaced by this process. VideoZoomer section 3.3 (dynamic sampling).
+    Returns how many were replaced by this process; what is left without variance takes no part in the loss.
+    VideoZoomer section 3.3 (dynamic sampling).
     """
     config, rank = run.config, run.accelerator.process_index
     samples = [sample for part in sets for sample in part.once(0)]

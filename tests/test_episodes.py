@@ -587,6 +587,9 @@ def test_groups_without_variance_are_redrawn_within_a_bound(samples, config, mon
     score(groups, config)
     asked.clear()
     assert train.redraw(run, [train.DataSet(samples)], groups, 0, {}, None) == 4 and len(asked) == 2
+    left = groups[0]
+    assert not train.group_rows(left, run.config)[1].any()  # no part in the loss
+    assert train.group_rows(left, replace(run.config, max_redraws=0))[1].all()
 
 
 ONE_FLAT = """
@@ -669,6 +672,11 @@ def test_the_agent_answers_a_data_set_and_a_video(small_recipe, small_world, sam
 def test_the_agent_needs_its_protocol(recipe, small_world):
     with pytest.raises(ConfigError, match="agent needs a template of several turns, videozoomer or world_zoomer, not"):
         infer.main(["--config", str(recipe), "--strategy", "agent", "--test_data", str(small_world["test"])])
+
+
+def test_its_protocol_needs_the_agent(small_recipe, small_world):
+    with pytest.raises(ConfigError, match="world_zoomer is the template of --strategy agent, not of coarse-to-fine"):
+        infer.main(["--config", str(small_recipe), "--test_data", str(small_world["test"])])
 
 
 # ---------------------------------------------------------------- configuration
