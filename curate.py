@@ -29,6 +29,7 @@ a single scene gets no question, because there is nothing to find in it.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import re
 import sys
@@ -401,7 +402,10 @@ def curate(given: argparse.Namespace, config: Config, accelerator: Accelerator) 
     tasks = [Task(video, video) for video in source.videos]
     shots = in_turn(out / "shots.jsonl", tasks, lambda task: shots_row(task, viewer, known), made_with)
 
-    made_with = {**made_with, "scenes": given.detector or made_with["shots"], "threshold": scenes.THRESHOLD}
+    found_by = made_with["shots"]
+    if given.detector:  # may be trained again in its place
+        found_by = f"{given.detector} {hashlib.sha256(Path(given.detector).read_bytes()).hexdigest()[:8]} {given.tower}"
+    made_with = {**made_with, "scenes": found_by, "threshold": scenes.THRESHOLD}
     tasks = [Task(row["video"], row["video"], row) for row in usable(shots)]
     found = in_turn(out / "scenes.jsonl", tasks, lambda task: scenes_row(task, find), made_with)
 
@@ -430,6 +434,7 @@ def curate(given: argparse.Namespace, config: Config, accelerator: Accelerator) 
 def finish(out: Path, unique: Sequence[dict], folder: Path) -> None:
     """Write the training file, whole or not at all, and the statistics as text and picture. Raises CurateError."""
     kept = [row for row in unique if row["kept"]]
+    (out / "train.jsonl").unlink(missing_ok=True)  # of an earlier run
     if not kept:
         raise CurateError(f"{out}: no question is left; unique.jsonl and questions.jsonl say why")
     samples = [

@@ -801,15 +801,15 @@ def redraw(
     VideoZoomer section 3.3 (dynamic sampling).
     """
     config, rank = run.config, run.accelerator.process_index
-    samples = [sample for part in sets for sample in part.once(0)]
-    tried = {group.view.sample.id for group in groups}
+    samples = [sample for part in sets for sample in part.samples]
+    tried = {(group.view.sample.video, group.view.sample.id) for group in groups}
     count = 0
     for attempt in range(config.max_redraws):
         flat = [k for k, group in enumerate(groups) if not advantages(group, config).any()]
         found = torch.tensor(len(flat), device=run.accelerator.device)
         if not run.accelerator.reduce(found, "sum"):  # all processes go on, or none
             break
-        others = [sample for sample in samples if sample.id not in tried] or samples
+        others = [sample for sample in samples if (sample.video, sample.id) not in tried] or samples
         order = torch.randperm(len(others), generator=generator(config.seed, "redraw", step, attempt, rank)).tolist()
         drawn = (
             readable_view([others[i] for i in order[k % len(order) :: len(flat)]], config, {}) for k in range(len(flat))
@@ -818,7 +818,7 @@ def redraw(
         score(fresh, config)
         for k, group in zip(flat, fresh, strict=True):
             groups[k] = group
-            tried.add(group.view.sample.id)
+            tried.add((group.view.sample.video, group.view.sample.id))
         count += len(flat)
     return count
 

@@ -601,8 +601,11 @@ def test_a_checkpoint_that_talks_of_other_things_leaves_no_question(talker, long
     halves = [[0.0, 50.0], [50.0, end]]
     known.write_text(json.dumps({"video": truth["video"], "shots": halves, "scenes": halves}) + "\n")
     options = ["--shots", known, "--videos", long_world.parent, "--model", talker, "--v_max", "8"]
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "train.jsonl").write_text("of an earlier run")
     with pytest.raises(CurateError, match="no question is left"):
         run(tmp_path / "out", *options, "--max_tokens", "40", "--tries", "2")
+    assert not (tmp_path / "out" / "train.jsonl").exists()
     rows = rows_of(tmp_path / "out" / "questions.jsonl")
     assert len(rows) == 2 and all(row["skipped"].startswith("it is not a JSON object: '<think>") for row in rows)
     assert len(list((tmp_path / "out" / "replies").rglob("*.json"))) == 4  # each was asked again
