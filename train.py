@@ -123,12 +123,21 @@ class DataSet:
     samples: list[Sample]
     weight: float = 1.0
 
+    def __len__(self) -> int:
+        """The number of samples of an epoch."""
+        return int(self.weight) * len(self.samples) + self.extra
+
+    @property
+    def extra(self) -> int:
+        """How many of them are drawn."""
+        return round((self.weight - int(self.weight)) * len(self.samples))
+
     def once(self, *seed: object) -> list[Sample]:
-        """The samples of one epoch, not yet shuffled; as many in every epoch."""
-        times, n = int(self.weight), len(self.samples)
-        extra = round((self.weight - times) * n)
-        drawn = torch.randperm(n, generator=generator(*seed))[:extra].tolist() if extra else []
-        return self.samples * times + [self.samples[i] for i in drawn]
+        """The samples of one epoch, not yet shuffled."""
+        drawn = (
+            torch.randperm(len(self.samples), generator=generator(*seed))[: self.extra].tolist() if self.extra else []
+        )
+        return self.samples * int(self.weight) + [self.samples[i] for i in drawn]
 
 
 def load_training(config: Config) -> list[DataSet]:
@@ -142,7 +151,7 @@ def load_training(config: Config) -> list[DataSet]:
         own = replace(config, data_format=entry.format, video_root=entry.video_root)
         sets.append(DataSet(world.load_samples(entry.data, "train", own), entry.weight))
         check_training(sets[-1].samples, config, entry.data)
-    if not any(part.once(0) for part in sets):
+    if not any(map(len, sets)):
         raise data.DataError(f"{config.train_data}: its weights leave no sample in an epoch; give larger ones")
     return sets
 
@@ -168,7 +177,7 @@ def draw(run: Run, sets: Sequence[DataSet], step: int) -> Iterator[list[Sample]]
     config, accelerator = run.config, run.accelerator
     per_update = config.prompts_per_step // config.updates_per_rollout
     mine = per_update // accelerator.num_processes
-    length = sum(len(part.once(0)) for part in sets)
+    length = sum(map(len, sets))
     shuffled: dict[int, list[Sample]] = {}  # epoch: its samples in order
     for number in range(config.updates_per_rollout):
         first = step * config.prompts_per_step + number * per_update + accelerator.process_index * mine
