@@ -17,6 +17,7 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 from numbered import get
 from safetensors.torch import load_file, save_file
 
+import data
 import lessons
 import prompts
 import tiny
@@ -100,6 +101,12 @@ def small_world(tmp_path_factory) -> dict[str, Path]:
     """The annotation files of a small built-in world: {"train": path, "test": path}."""
     root = tmp_path_factory.mktemp("world")
     return {"train": world.build(root, "train", 6, workers=1), "test": world.build(root, "test", 3, workers=1)}
+
+
+@pytest.fixture(scope="module")
+def samples(small_world) -> list[data.Sample]:
+    """The small world's training samples."""
+    return data.load(small_world["train"], video_root=small_world["train"].parent)
 
 
 @pytest.fixture(scope="session")

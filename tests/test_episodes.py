@@ -20,7 +20,6 @@ from test_train import TWO_SHARDED
 from test_train import call as in_processes
 
 import config as configuration
-import data
 import episodes
 import infer
 import lessons
@@ -45,11 +44,6 @@ CONFIG = tiny.build_model(tiny.build_tokenizer([])).config
 @pytest.fixture
 def config(recipe):
     return configuration.parse(["--config", str(recipe), *AGENT])
-
-
-@pytest.fixture(scope="module")
-def samples(small_world):
-    return data.load(small_world["train"], video_root=small_world["train"].parent)
 
 
 @pytest.fixture

@@ -37,11 +37,6 @@ def config(recipe):
     return configuration.parse(["--config", str(recipe), *AGENT])
 
 
-@pytest.fixture(scope="module")
-def samples(small_world):
-    return data.load(small_world["train"], video_root=small_world["train"].parent)
-
-
 @pytest.fixture
 def scenes(samples, config) -> dict[str, Scene]:
     """A scene of each kind of question."""

@@ -35,11 +35,6 @@ def config(recipe):
     return configuration.parse(["--config", str(recipe)])
 
 
-@pytest.fixture(scope="module")
-def samples(small_world):
-    return data.load(small_world["train"], video_root=small_world["train"].parent)
-
-
 @pytest.fixture
 def agent(talker, vocabulary, config):
     return Agent(load(str(talker))[0], vocabulary, config)

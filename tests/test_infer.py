@@ -58,11 +58,6 @@ TOKENIZER = ROOT.parent / "shared" / "realdata" / "tokenizer"
 DEFAULT = Settings()
 
 
-@pytest.fixture(scope="module")
-def samples(small_world):
-    return data.load(small_world["train"], video_root=small_world["train"].parent)
-
-
 @pytest.fixture
 def config(recipe):
     return configuration.parse(["--config", str(recipe)])

@@ -37,11 +37,6 @@ def config(recipe):
 
 
 @pytest.fixture(scope="module")
-def samples(small_world):
-    return data.load(small_world["train"], video_root=small_world["train"].parent)
-
-
-@pytest.fixture(scope="module")
 def model(tokenizer):
     return loud_model(tokenizer)
 

@@ -26,11 +26,6 @@ CALL = '<think>closer</think><video_zoom>{"segment": [3, 5], "fps": 2}</video_zo
 ANSWER = "<think>seen</think><answer>B</answer>"
 
 
-@pytest.fixture(scope="module")
-def samples(small_world):
-    return data.load(small_world["train"], video_root=small_world["train"].parent)
-
-
 @pytest.fixture
 def config(recipe):
     return configuration.parse(["--config", str(recipe), *AGENT])

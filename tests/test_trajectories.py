@@ -8,7 +8,6 @@ import pytest
 import torch
 
 import config as configuration
-import data
 import trajectories
 from data import DataError, Row
 from decode import VideoError
@@ -25,11 +24,6 @@ ANSWER = "<think>seen</think><answer>B</answer>"
 @pytest.fixture
 def config(recipe):
     return configuration.parse(["--config", str(recipe), *AGENT])
-
-
-@pytest.fixture(scope="module")
-def samples(small_world):
-    return data.load(small_world["train"], video_root=small_world["train"].parent)
 
 
 def row(**fields) -> Row:
