@@ -103,6 +103,7 @@ class Run:
     time_tokens: Tensor  # ids
     drawn: int = 0  # samples taken so far, on all processes
     failures: int = 0  # of those, with an unreadable video
+    unreadable: dict[str, VideoError] = field(default_factory=dict)  # by video
     named: set[str] = field(default_factory=set)  # unreadable videos that the log has named
 
     @property
@@ -219,9 +220,8 @@ def readable_view(candidates: list[Sample], config: Config, unreadable: dict[str
 def view_batches(run: Run, sets: Sequence[DataSet], first_step: int) -> Iterator[list[Drawn]]:
     """This process' views of each step, decoded in the background while the model computes."""
     share = run.config.prompts_per_step // run.accelerator.num_processes
-    unreadable: dict[str, VideoError] = {}
     jobs = (
-        partial(readable_view, candidates, run.config, unreadable)
+        partial(readable_view, candidates, run.config, run.unreadable)
         for step in range(first_step, run.config.steps)
         for candidates in draw(run, sets, step)
     )
@@ -809,7 +809,7 @@ def redraw(
     Returns how many were replaced by this process; what is left without variance takes no part in the loss.
     VideoZoomer section 3.3 (dynamic sampling).
     """
-    config, rank = run.config, run.accelerator.process_index
+    config, rank, size = run.config, run.accelerator.process_index, run.accelerator.num_processes
     samples = [sample for part in sets for sample in part.samples]
     tried = {(group.view.sample.video, group.view.sample.id) for group in groups}
     count = 0
@@ -818,11 +818,10 @@ def redraw(
         found = torch.tensor(len(flat), device=run.accelerator.device)
         if not run.accelerator.reduce(found, "sum"):  # all processes go on, or none
             break
-        others = [sample for sample in samples if (sample.video, sample.id) not in tried] or samples
-        order = torch.randperm(len(others), generator=generator(config.seed, "redraw", step, attempt, rank)).tolist()
-        drawn = (
-            readable_view([others[i] for i in order[k % len(order) :: len(flat)]], config, {}) for k in range(len(flat))
-        )
+        order = torch.randperm(len(samples), generator=generator(config.seed, "redraw", step, attempt)).tolist()
+        mine = [samples[i] for i in order[rank::size]] or samples  # no two processes draw the same
+        others = [sample for sample in mine if (sample.video, sample.id) not in tried] or mine
+        drawn = (readable_view(others[k % len(others) :: len(flat)], config, run.unreadable) for k in range(len(flat)))
         fresh = collect(run, (list(batch) for batch in [drawn]), step, seconds, stop)
         score(fresh, config)
         for k, group in zip(flat, fresh, strict=True):

@@ -546,7 +546,8 @@ def test_options_with_episodes(small_recipe, tmp_path, options):
 
 def test_groups_without_variance_are_redrawn_within_a_bound(samples, config, monkeypatch):
     """Rewards by sample: those of "flat" ones are equal, all others differ."""
-    run = SimpleNamespace(config=replace(config, max_redraws=2, group_size=2), accelerator=Accelerator(cpu=True))
+    config = replace(config, max_redraws=2, group_size=2)
+    run = SimpleNamespace(config=config, accelerator=Accelerator(cpu=True), unreadable={})
     flat = {sample.id for sample in samples[:6]}
     asked = []
 
@@ -584,6 +585,28 @@ def test_groups_without_variance_are_redrawn_within_a_bound(samples, config, mon
     left = groups[0]
     assert not train.group_rows(left, run.config)[1].any()  # no part in the loss
     assert train.group_rows(left, replace(run.config, max_redraws=0))[1].all()
+
+
+def test_two_processes_redraw_different_samples(samples, config, monkeypatch):
+    asked = []
+
+    def collect(run, batches, step, seconds, stop):
+        asked.append([sample.id for sample in next(batches)])
+        raise StopIteration  # seen enough
+
+    def readable_view(some, config, unreadable):
+        return some[0]
+
+    monkeypatch.setattr(train, "collect", collect)
+    monkeypatch.setattr(train, "readable_view", readable_view)
+    monkeypatch.setattr(train, "advantages", lambda *_: torch.zeros(1))
+    groups = [SimpleNamespace(view=SimpleNamespace(sample=sample)) for sample in samples[:3]]
+    for rank in (0, 1):
+        alone = SimpleNamespace(process_index=rank, num_processes=2, device="cpu", reduce=lambda found, how: found)
+        run = SimpleNamespace(config=replace(config, max_redraws=1), accelerator=alone, unreadable={})
+        with pytest.raises(StopIteration):
+            train.redraw(run, [train.DataSet(samples)], groups, 0, {}, None)
+    assert len({id for ids in asked for id in ids}) == 6
 
 
 ONE_FLAT = """
