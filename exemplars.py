@@ -69,8 +69,8 @@ NOTE = (
     "or an answer, nothing else. Call for a part whenever the frames so far leave a doubt."
 )
 CORRECT = (
-    " Your earlier turns led to {failure}. Say what the frames so far do not show, or what was overlooked in them, and "
-    "go on."
+    " Your earlier turns came to nothing ({failure}). Say what the frames so far do not show, or what was overlooked in "
+    "them, and go on."
 )
 
 
@@ -102,8 +102,12 @@ class Oracle:
         """What the last clip shows, frame by frame, and a call for what is still to be seen, or the answer."""
         sample = scene.view.sample
         colour = asked_colour(sample)
-        seen = " ".join([colour, *noted(sample, episode)])
         hidden = [span for span in sample.spans if not shows(episode, span, sample.kind)]
+        seen = " ".join([colour, *noted(sample, episode)])
+        if hidden:
+            seen += f"<time>{span_text(hidden)}</time>"
+        if not episode.turns:
+            seen += f" {glimpse(sample)}"
         if not hidden or (sample.kind == "coarse" and failure is None):
             return f"<think>{seen}</think><answer>{sample.answer}</answer>"
         calls, frames = scene.left(episode)
@@ -115,7 +119,14 @@ class Oracle:
         if not calls or (end - start) * fps > most:
             raise Stuck("no calls or frames left for the evidence")
         call = json.dumps({"segment": [start, end], "fps": fps})
-        return f"<think>{seen}<time>{span_text(hidden)}</time></think><video_zoom>{call}{CALL_END}"
+        return f"<think>{seen}</think><video_zoom>{call}{CALL_END}"
+
+
+def glimpse(sample: Sample) -> str:
+    """What the overview shows of the evidence: a coarse pattern, a light's colour, of a fine pattern nothing."""
+    if sample.kind == "coarse":
+        return sample.options["ABCD".index(sample.answer)]
+    return "none" if sample.kind == "fine" else asked_colour(sample)
 
 
 def noted(sample: Sample, episode: Episode) -> list[str]:
@@ -212,25 +223,17 @@ def play(expert: Expert, scene: Scene, episode: Episode, failure: str | None = N
         scene.respond(episode)
     if error := next((shown.error for shown in episode.shown if shown.error), None):
         return f"unreadable video: {error}"
-    if episode.answer != scene.view.sample.answer:
-        return "no answer" if episode.answer is None else "wrong answer"
-    turns = [turn.text for turn in episode.turns[before:]]
-    return None if turns_format_reward(turns, scene.config.template) else "not the template's format"
+    return fault(episode, before, scene)
 
 
-def failed(episode: Episode, sample: Sample, config: Config) -> bool:
-    """Whether an attempt has a wrong answer, or none, or is not in the template's format."""
-    formed = turns_format_reward([turn.text for turn in episode.turns], config.template)
-    return episode.answer != sample.answer or not formed
-
-
-def failure_of(attempt: Episode, sample: Sample) -> str:
-    """What a failed attempt came to, as the expert is told."""
-    if attempt.answer is None:
+def fault(episode: Episode, first: int, scene: Scene) -> str | None:
+    """What is wrong with the answer, or with the format of the turns from `first` on; None if both are right."""
+    if episode.answer is None:
         return "no answer"
-    if attempt.answer != sample.answer:
-        return f"the answer {attempt.answer}, which is wrong"
-    return "a right answer, but not by the protocol"
+    if episode.answer != scene.view.sample.answer:
+        return f"wrong answer: {episode.answer}"
+    turns = [turn.text for turn in episode.turns[first:]]
+    return None if turns_format_reward(turns, scene.config.template) else "not the template's format"
 
 
 def reflect(expert: Expert, scene: Scene, attempts: Sequence[Episode]) -> tuple[Episode, int, str | None]:
@@ -238,12 +241,11 @@ def reflect(expert: Expert, scene: Scene, attempts: Sequence[Episode]) -> tuple[
 
     Returns the episode, how many turns of it are the policy's, and why it is not worth learning from, or None.
     """
-    wrong = next((attempt for attempt in attempts if failed(attempt, scene.view.sample, scene.config)), None)
-    if wrong is None:
-        return Episode(), 0, "no attempt failed"
-    episode = Episode(wrong.turns[:-1])
-    n = len(episode.turns)
-    return episode, n, play(expert, scene, episode, failure_of(wrong, scene.view.sample))
+    for attempt in attempts:
+        if failure := fault(attempt, 0, scene):
+            episode = Episode(attempt.turns[:-1])
+            return episode, len(episode.turns), play(expert, scene, episode, failure)
+    return Episode(), 0, "no attempt failed"
 
 
 def as_row(episode: Episode, n_failed: int, reason: str | None, view: View, config: Config, learn: bool) -> dict:

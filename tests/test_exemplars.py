@@ -89,12 +89,21 @@ def test_the_oracle_makes_one_call_for_two_events_where_its_frames_are_enough(sc
     assert play(Oracle(), tight, Episode()) == "no calls or frames left for the evidence"
 
 
+def pattern_of(scene: Scene) -> str:
+    return scene.view.sample.options["ABCD".index(scene.view.sample.answer)]
+
+
 def test_the_oracle_says_what_each_frame_shows(scenes, vocabulary):
     def said(kind: str, *calls: str, wrong: str | None = "A") -> str:
         return Oracle().turn(scenes[kind], replay(scenes[kind], list(calls), vocabulary), wrong)
 
     def colour(kind: str) -> str:
         return lessons.asked_colour(scenes[kind].view.sample)
+
+    glimpses = {"coarse": pattern_of(scenes["coarse"]), "fine": "none", "blink": colour("blink"), "pair": colour("pair")}
+    for kind, glimpse in glimpses.items():
+        times = lessons.span_text(scenes[kind].view.sample.spans)
+        assert said(kind, wrong=None).startswith(f"<think>{colour(kind)}<time>{times}</time> {glimpse}</think>")
 
     (start, end), name = scenes["blink"].view.sample.spans[0], colour("blink")
     elsewhere = start - 2 if start >= 2 else end + 1
@@ -115,8 +124,7 @@ def test_the_oracle_says_what_each_frame_shows(scenes, vocabulary):
     assert prompts.parse_answer(said("coarse", wrong=None)) == coarse.answer
     start, end = coarse.spans[0]
     assert f'{{"segment": [{start}, {end}], "fps": 1}}' in said("coarse")  # what was wrong at once needs a closer look
-    pattern = coarse.options["ABCD".index(coarse.answer)]
-    words = f"{colour('coarse')}{int(end - start) * f' {pattern}'}"
+    words = " ".join([colour("coarse"), *int(end - start) * [glimpses["coarse"]]])
     assert said("coarse", call(start, end, 1)) == f"<think>{words}</think><answer>{coarse.answer}</answer>"
 
 
@@ -144,7 +152,7 @@ def test_a_chat_model_plays_by_the_policys_prompt_and_sees_frames_with_their_tim
 @pytest.mark.parametrize(
     ("replies", "reason"),
     [
-        ([ANSWER.format("Z")], "wrong answer"),
+        ([ANSWER.format("Z")], "wrong answer: Z"),
         (["I do not know."], "no answer"),
         (["<answer>{}</answer>"], "not the template's format"),
         (["<think>a</think><answer>{}</answer><|im_end|>"], "a special token in the text"),
@@ -174,7 +182,7 @@ def test_reflection_keeps_the_failed_turns_without_their_last_message(scenes, vo
     assert reason is None and n == 2
     expected = [call(1, 2, 1), call(0, 99, 1), call(5, 6, 1), ANSWER.format(sample.answer)]
     assert [turn.text for turn in episode.turns] == expected and len(long.turns) == 3
-    assert f"the answer {wrong}, which is wrong" in chat.asked[0][0].parts[0]
+    assert f"(wrong answer: {wrong})" in chat.asked[0][0].parts[0]
     for learn, weights in ((False, [0, 0, 1, 1]), (True, [1, 1, 1, 1])):
         line = exemplars.as_row(episode, n, reason, scene.view, scene.config, learn)
         found = trajectories.read_trajectory(data.Row("x", "row 1", json.loads(json.dumps(line))))
@@ -186,7 +194,7 @@ def test_reflection_keeps_the_failed_turns_without_their_last_message(scenes, vo
     assert (n, reason, len(episode.turns)) == (0, None, 1)
     thoughtless = replay(scene, [f"<answer>{sample.answer}</answer>"], vocabulary)
     endless = replay(Scene(scene.view, replace(scene.config, max_turns=1)), [call(1, 2, 1)], vocabulary)
-    for attempt, told in ((thoughtless, "a right answer, but not by the protocol."), (endless, "led to no answer.")):
+    for attempt, told in ((thoughtless, "(not the template's format)"), (endless, "(no answer)")):
         chat = Scripted(ANSWER.format(sample.answer))
         assert reflect(Dialogue(chat), scene, [attempt])[2] is None
         assert told in chat.asked[0][0].parts[0] and "wrong" not in chat.asked[0][0].parts[0]
