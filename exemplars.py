@@ -58,7 +58,7 @@ from data import DataError, Sample
 from episodes import CALL_END, Episode, Scene, Turn, messages, roll_out_episodes
 from filters import finished, identity, save
 from infer import DECISIVE, Agent, load_agent
-from lessons import asked_colour, span_text
+from lessons import asked_colour, glimpse, span_text
 from policy import BANNED_TOKENS, EOS_TOKENS, ModelError
 from rewards import turns_format_reward
 from rollout import View, check_samples
@@ -69,8 +69,8 @@ NOTE = (
     "or an answer, nothing else. Call for a part whenever the frames so far leave a doubt."
 )
 CORRECT = (
-    " Your earlier turns came to nothing ({failure}). Say what the frames so far do not show, or what was overlooked in "
-    "them, and go on."
+    " Your earlier turns came to nothing ({failure}). Say what the frames so far do not show, or what was overlooked, "
+    "and go on."
 )
 
 
@@ -120,13 +120,6 @@ class Oracle:
             raise Stuck("no calls or frames left for the evidence")
         call = json.dumps({"segment": [start, end], "fps": fps})
         return f"<think>{seen}</think><video_zoom>{call}{CALL_END}"
-
-
-def glimpse(sample: Sample) -> str:
-    """What the overview shows of the evidence: a coarse pattern, a light's colour, of a fine pattern nothing."""
-    if sample.kind == "coarse":
-        return sample.options["ABCD".index(sample.answer)]
-    return "none" if sample.kind == "fine" else asked_colour(sample)
 
 
 def noted(sample: Sample, episode: Episode) -> list[str]:

@@ -1,6 +1,6 @@
 """What the built-in policy learns before reinforcement learning, from nothing; `python sft.py` teaches it.
 
-Three kinds of examples, all from the built-in world's training split:
+Examples are from the built-in world's training split, of four kinds:
 
 - perception: "when was this colour on?" for every colour of a video, and the colour of every second. Several short
   answers share one prompt, so many questions are asked per video, and finding the asked event is learned sooner.
@@ -8,10 +8,13 @@ Three kinds of examples, all from the built-in world's training split:
 - demonstrations: whole responses in the format that is rewarded. Those at the end have spans that are too wide on
   purpose, each end moved outwards at random: the format, the event and the reading of clips are learned here, precise
   spans are left to reinforcement learning.
+- glances, with the template world_zoomer, whose policy should know what needs no closer look: when a colour was on, and
+  what the coarse pass shows then.
 
-Perception comes first, then demonstrations (`CYCLES`); zooms are in both. Loss is on the answers only, averaged over
-tokens. In single trials, the asked event was still picked almost by chance after 1,000 steps without the perception
-phase, and after 2,000 steps with the question after the video instead of before it.
+Perception comes first, then demonstrations; glances are a course of their own (`CYCLES`). Zooms are in all. Loss is on
+the answers only, averaged over tokens. In single trials, the asked event was still picked almost by chance after 1,000
+steps without the perception phase, and after 2,000 steps with the question after the video instead of before it; and
+what the coarse pass shows was not read after 200 steps in which its tokens counted no more than those of the times.
 """
 
 from __future__ import annotations
@@ -36,7 +39,7 @@ import evaluate
 import prompts as text
 import tiny
 import world
-from config import Config
+from config import Config, ConfigError
 from data import Sample
 from policy import Policy, Prompt, Video, Vocabulary, build_prompt, load
 from rollout import chat_text, coarse_prompt, view_video, zoom_clips
@@ -84,6 +87,13 @@ def widened(spans: Sequence[tuple[float, float]], most: float, duration: float, 
 def locations(samples: Sequence[Sample]) -> list[str]:
     """For each question's colour, when it is on."""
     return [f"{asked_colour(sample)}<time>{span_text(list(sample.spans))}</time>" for sample in samples]
+
+
+def glimpse(sample: Sample) -> str:
+    """What the coarse pass shows of the evidence: a coarse pattern, a light's colour, of a fine pattern nothing."""
+    if sample.kind == "coarse":
+        return sample.options["ABCD".index(sample.answer)]
+    return "none" if sample.kind == "fine" else asked_colour(sample)
 
 
 def timeline(samples: Sequence[Sample], duration: int) -> str:
@@ -144,8 +154,12 @@ class Batch:
     weight: Tensor
 
     @classmethod
-    def of(cls, prompts: list[Prompt], answers: list[list[list[int]]], kinds: list[list[int]] | None = None) -> Batch:
-        """`answers[b][g]` are token ids; the loss is the mean over tokens of each kind of answer, added up."""
+    def of(
+        cls, prompts: list[Prompt], answers: list[list[list[int]]], kinds: list[list[int | list[int]]] | None = None
+    ) -> Batch:
+        """`answers[b][g]` are token ids; the loss is the mean over tokens of each kind, added up. `kinds[b][g]` is the
+        kind of an answer, or of each of its tokens.
+        """
         G = max(len(group) for group in answers)
         T = max(len(answer) for group in answers for answer in group)
         ids = torch.zeros(len(prompts), G, T, dtype=torch.long)
@@ -153,7 +167,7 @@ class Batch:
         for b, group in enumerate(answers):
             for g, answer in enumerate(group):
                 ids[b, g, : len(answer)] = torch.tensor(answer)
-                kind[b, g, : len(answer)] = kinds[b][g] if kinds else 0
+                kind[b, g, : len(answer)] = torch.tensor(kinds[b][g] if kinds else 0)
         weight = torch.zeros(ids.shape)
         for k in range(int(kind.max()) + 1):
             weight[kind == k] = 1 / (kind == k).sum()
@@ -167,6 +181,19 @@ def perception_batch(scenes: Sequence[Scene], config: Config, vocabulary: Vocabu
     answers = [[*locations(s.samples), timeline(s.samples, config.world_duration)] for s in scenes]
     kinds = [[0] * len(scene.samples) + [1] for scene in scenes]
     return Batch.of(prompts, [[vocabulary.ids(answer) for answer in group] for group in answers], kinds)
+
+
+def glance_batch(scenes: Sequence[Scene], config: Config, vocabulary: Vocabulary, model_config) -> Batch:
+    """When each colour of these videos is on, and, counting as much as all of that, what the coarse pass shows then."""
+    ids = vocabulary.ids(chat_text("", config) + "<think>")
+    prompts = [build_prompt(ids, [scene.coarse], model_config) for scene in scenes]
+    answers, kinds = [], []
+    for scene in scenes:
+        found = list(map(vocabulary.ids, locations(scene.samples)))
+        shown = [vocabulary.ids(f" {glimpse(sample)}") for sample in scene.samples]
+        answers.append([when + what for when, what in zip(found, shown, strict=True)])
+        kinds.append([[0] * len(when) + [1] * len(what) for when, what in zip(found, shown, strict=True)])
+    return Batch.of(prompts, answers, kinds)
 
 
 def demonstration_batch(
@@ -215,11 +242,14 @@ class Phase:
     widen: float = 0.0
 
 
-# Two cycles, each with its own optimiser and a learning rate that falls to 0 as a cosine.
-CYCLES = (
-    (Phase(17, "perception"), Phase(5, "demonstrations", widen=3.0)),
-    (Phase(9, "demonstrations"), Phase(2, "demonstrations", widen=3.0)),
-)
+# By template. Each cycle has its own optimiser and a learning rate that falls to 0 as a cosine.
+CYCLES = {
+    "world": (
+        (Phase(17, "perception"), Phase(5, "demonstrations", widen=3.0)),
+        (Phase(9, "demonstrations"), Phase(2, "demonstrations", widen=3.0)),
+    ),
+    "world_zoomer": ((Phase(1, "glances"),),),
+}
 
 
 def cold_start(
@@ -228,11 +258,11 @@ def cold_start(
     config: Config,
     vocabulary: Vocabulary,
     accelerator: Accelerator,
-    cycles: Sequence[Sequence[Phase]] = CYCLES,
 ) -> None:
-    """Train the policy through the cycles, zooms in every step; `config.steps` is the length of all of `CYCLES`."""
+    """Train the policy for `config.steps` through the template's cycles, zooms in every step."""
     rng = random.Random(config.seed)
-    shares = sum(phase.share for cycle in CYCLES for phase in cycle)
+    cycles = CYCLES[config.template]
+    shares = sum(phase.share for cycle in cycles for phase in cycle)
     for cycle in cycles:
         phases = [phase for phase in cycle for _ in range(max(1, config.steps * phase.share // shares))]
         train_cycle(policy, scenes, config, vocabulary, accelerator, phases, rng)
@@ -263,6 +293,8 @@ def train_cycle(
         batches = {"zoom": zoom_batch(rng.sample(scenes, config.zoom_batch), config, vocabulary, model_config, rng)}
         if phase.examples == "perception":
             batches["perception"] = perception_batch(some, config, vocabulary, model_config)
+        elif phase.examples == "glances":
+            batches["glance"] = glance_batch(some, config, vocabulary, model_config)
         else:  # a demonstration per question takes about twice the time
             few = some[: max(1, config.prompts_per_step // 2)]
             batches["demonstration"] = demonstration_batch(few, config, vocabulary, phase.widen, rng)
@@ -279,14 +311,17 @@ def train_cycle(
 
 
 def teach(config: Config) -> None:
-    """Make the built-in policy, or go on with `config.model`, and print how it does on the validation split."""
+    """Make the built-in policy, or go on with `config.model`, and print how it does on the validation split, unless
+    there is no `config.test_data`. Raises ConfigError for a template without lessons.
+    """
+    if config.template not in CYCLES:
+        raise ConfigError(f"template = {config.template}: train_data = world has lessons for {', '.join(CYCLES)} only")
     if config.threads:
         torch.set_num_threads(config.threads)
     start = time.perf_counter()
     accelerator = Accelerator(mixed_precision=config.mixed_precision)
     set_seed(config.seed)
     samples = world.load_samples("world", "train", config)
-    test = world.load_samples("world", "val", config)
     if config.model:
         model, tokenizer = load(config.model)
     else:
@@ -301,5 +336,8 @@ def teach(config: Config) -> None:
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
     print(f"{out}: {sum(p.numel() for p in model.parameters()):,} parameters, {time.perf_counter() - start:.0f} s")
+    if not config.test_data:
+        return
+    test = world.load_samples("world", "val", config)
     rows = evaluate.evaluate(model.eval(), test, config, vocabulary, accelerator, "validation split")
     print(evaluate.table({"cold start": rows}))

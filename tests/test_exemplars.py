@@ -100,7 +100,8 @@ def test_the_oracle_says_what_each_frame_shows(scenes, vocabulary):
     def colour(kind: str) -> str:
         return lessons.asked_colour(scenes[kind].view.sample)
 
-    glimpses = {"coarse": pattern_of(scenes["coarse"]), "fine": "none", "blink": colour("blink"), "pair": colour("pair")}
+    glimpses = {kind: colour(kind) for kind in ("blink", "pair")}
+    glimpses |= {"coarse": pattern_of(scenes["coarse"]), "fine": "none"}
     for kind, glimpse in glimpses.items():
         times = lessons.span_text(scenes[kind].view.sample.spans)
         assert said(kind, wrong=None).startswith(f"<think>{colour(kind)}<time>{times}</time> {glimpse}</think>")

@@ -16,7 +16,7 @@ import prompts
 import sft
 import tiny
 import world
-from config import Config
+from config import Config, ConfigError
 from policy import Policy, Vocabulary, load
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -85,12 +85,36 @@ def test_the_loss_is_the_mean_of_each_kind_of_answer(samples, vocabulary, config
     assert torch.allclose(lessons.cross_entropy(batch, states[batch.mask], weight), expected, rtol=1e-5)
 
 
+def test_what_a_glance_shows_counts_as_much_as_when(samples, vocabulary, config):
+    model = tiny.build_model(vocabulary.tokenizer)
+    scenes = lessons.load_scenes(samples, config, vocabulary, model.config)[:3]
+    batch = lessons.glance_batch(scenes, config, vocabulary, model.config)
+    shown = []
+    for b, scene in enumerate(scenes):
+        for g, sample in enumerate(scene.samples):
+            ids, weight = batch.ids[b, g][batch.mask[b, g]], batch.weight[b, g][batch.mask[b, g]]
+            words = vocabulary.tokenizer.decode(ids)
+            assert words == f"{lessons.locations([sample])[0]} {lessons.glimpse(sample)}"
+            when = len(vocabulary.ids(lessons.locations([sample])[0]))
+            assert len(set(weight[:when].tolist())) == 1
+            shown.append(weight[when:].sum())
+    assert sum(shown) == pytest.approx(1.0) and batch.weight.sum() == pytest.approx(2.0)
+    glimpses = {sample.kind: lessons.glimpse(sample) for sample in samples}
+    assert glimpses["coarse"] in world.PATTERNS and glimpses["fine"] == "none" and glimpses["blink"] in world.COLOURS
+
+
+def test_templates_without_lessons_are_refused():
+    with pytest.raises(ConfigError, match="template = zoom_zero: train_data = world has lessons for world, world_zoom"):
+        lessons.teach(Config(template="zoom_zero"))
+
+
 def test_a_step_of_each_kind_lowers_its_loss(samples, vocabulary, config):
     model = tiny.build_model(vocabulary.tokenizer)
     scenes = lessons.load_scenes(samples, config, vocabulary, model.config)
     rng = random.Random(0)
     for batch in (
         lessons.perception_batch(scenes, config, vocabulary, model.config),
+        lessons.glance_batch(scenes, config, vocabulary, model.config),
         lessons.demonstration_batch(scenes, config, vocabulary, 3.0, rng),
         lessons.zoom_batch(scenes, config, vocabulary, model.config, rng),
     ):
