@@ -302,6 +302,10 @@ def run(given: argparse.Namespace, config: Config) -> None:
     with accelerator.main_process_first():
         samples = world.load_samples(config.train_data, "train", config)
     check_samples(samples, ("options", "answer"), config.train_data)
+    for number, sample in enumerate(samples, 1):
+        if trajectories.MARK in sample.question + "".join(sample.options):
+            where = f"{config.train_data}: row {number} ({sample.id})"
+            raise DataError(f"{where}: {trajectories.MARK} in the question would stand for a clip in a trajectory")
     expert = load_expert(given, out, samples, config)
     names = [*DECISIVE, *(("model", "seed", "group_size", "temperature") if given.what == "reflect" else ())]
     made_with = {"what": given.what, "expert": expert.name, **{name: getattr(config, name) for name in names}}

@@ -388,6 +388,10 @@ def main(arguments: list[str] | None = None) -> None:
     rule = given.rule or "paper"
     if rule not in chosen.rules:
         raise ConfigError(f"--rule of {given.filter} is one of {', '.join(chosen.rules)}, not {rule!r}")
+    if given.filter == "stage2" and config.template in prompts.EPISODES:
+        raise ConfigError(
+            f"stage2 is about responses of one turn, and those of template = {config.template} have several"
+        )
     if given.threshold is not None and (chosen.threshold is None or not given.threshold >= 0):
         raise ConfigError(f"--threshold {given.threshold}: stage2 and qvhighlights take one, not negative")
     if (given.endpoint or given.judge_model) and not (given.filter == "plm_video" and given.judge_model):

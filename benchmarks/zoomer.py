@@ -4,11 +4,12 @@
 
 Ablations: runs of recipes/cpu_world_agent.yaml from the same cold start, with R_tool's weight 0.5 (as released), 0,
 0.25 and 1; from `--exemplars`, a cold start without reflection data; and from checkpoints/tiny, which has never made a
-call. Calls per episode are those sampled in the first and the last ten steps.
+call. Accuracy and calls are those of greedy episodes about the test questions; sampled calls are those of training.
 
-Accuracy against frames: the trained agent; coarse-to-fine and divide-and-conquer by `--coarse`, a policy trained for
-spans (recipes/cpu_world.yaml); and the same one answering from frames spread over the whole video, as many as the agent
-uses on average ("uniform"). Frames are those of all passes of the model.
+Accuracy against frames: the trained agent, as it is and with no or one call allowed; the same one answering at once
+from frames spread over the whole video, as many as it uses on average ("uniform"); and `--coarse`, a policy trained for
+spans (recipes/cpu_world.yaml): from such frames, coarse-to-fine and by divide-and-conquer. Frames are those of all
+passes of the model.
 
 Runs go to runs/zoomer/VARIANT-SEED; what is finished is not repeated. Writes benchmarks/results/zoomer.md and .png.
 """
@@ -17,7 +18,7 @@ import argparse
 import json
 import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
@@ -68,21 +69,40 @@ def run(name: str, options: list[str], seed: int, steps: int) -> dict:
     return result
 
 
-def ablations(lines: dict[str, tuple[str, list[str]]], results: dict[str, list[dict]]) -> str:
-    """A line per variant: calls per episode over training; accuracy, calls and frames of greedy episodes afterwards."""
-    head = ["", "accuracy before", "after", *(f"{kind}" for kind in KINDS), "frames", "calls sampled, first ten steps"]
-    head += ["last ten", *(f"calls, {kind}" for kind in KINDS)]
-    text = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+def rows(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    """A Markdown table."""
+    return "\n".join(f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *lines))
+
+
+def accuracies(lines: dict[str, tuple[str, list[str]]], results: dict[str, list[dict]]) -> str:
+    """A line per variant: accuracy before, after and by kind, frames."""
+    text = []
     for name, runs in results.items():
-        after = [run["after"] for run in runs]
-        cells = [[run["before"]["all"]["accuracy"] for run in runs], [found["all"]["accuracy"] for found in after]]
+        before, after = ([run[when] for run in runs] for when in ("before", "after"))
+        cells = [[found["all"]["accuracy"] for found in when] for when in (before, after)]
         cells += [[found["by_kind"][kind]["accuracy"] for found in after] for kind in KINDS]
         cells += [[found["all"]["frames"] for found in after]]
-        for part in (slice(0, TEN), slice(-TEN, None)):
-            cells.append([statistics.mean(row["episode/calls"] for row in run["steps"][part]) for run in runs])
-        cells += [[found["by_kind"][kind]["calls"] for found in after] for kind in KINDS]
-        text.append(f"| {lines[name][0]} ({len(runs)}) | {' | '.join(map(spread, cells))} |")
-    return "\n".join(text)
+        text.append([f"{lines[name][0]} ({len(runs)})", *map(spread, cells)])
+    return rows(["", "accuracy before", "after", *KINDS, "frames"], text)
+
+
+def calls(lines: dict[str, tuple[str, list[str]]], results: dict[str, list[dict]]) -> str:
+    """A line per variant: calls per sampled episode in the first and the last ten steps, per greedy episode by kind."""
+    text = []
+    for name, runs in results.items():
+        cells = [
+            [statistics.mean(calls_sampled(run)[part]) for run in runs] for part in (slice(TEN), slice(-TEN, None))
+        ]
+        for when in ("before", "after"):
+            cells += [[run[when]["by_kind"][kind]["calls"] for run in runs] for kind in KINDS]
+        text.append([lines[name][0], *map(spread, cells)])
+    head = ["", "sampled, first ten steps", "last ten", *(f"{kind}, before" for kind in KINDS)]
+    return rows([*head, *(f"{kind}, after" for kind in KINDS)], text)
+
+
+def calls_sampled(run: dict) -> list[float]:
+    """Calls per episode of each training step."""
+    return [row["episode/calls"] for row in run["steps"]]
 
 
 def frames(result: Result) -> int:
@@ -105,18 +125,22 @@ def strategies(trained: list[Path], coarse: Path) -> dict[str, list[dict[str, fl
     device = torch.device("cpu")
     own = configuration.parse(RECIPE)
     samples = world.load_samples("world", "test", own)
-    found = {"agent": []}
-    for model in trained:
-        agent = infer.load_agent(replace(own, model=str(model)), device)
-        found["agent"].append(asked(agent, partial(infer.play_episode, settings=Settings()), samples))
+    agents = [infer.load_agent(replace(own, model=str(model)), device) for model in trained]
+
+    def play(**changes: float) -> list[dict[str, float]]:
+        limited = [replace(agent, config=replace(agent.config, **changes)) for agent in agents]
+        return [asked(agent, partial(infer.play_episode, settings=Settings()), samples) for agent in limited]
+
+    found = {"agent": play(), "agent, one call": play(max_turns=2, max_calls=1), "agent, no call": play(max_turns=1)}
     used = round(statistics.mean(one["frames"] for one in found["agent"]))
+    spread_out = {"fps": used / own.world_duration, "max_frames": used}
+    found[f"agent, {used} uniform frames"] = play(max_turns=1, **spread_out)
     policy = infer.load_agent(configuration.parse(["--model", str(coarse)]), device)
-    fps = used / own.world_duration
-    uniform = replace(policy, config=replace(policy.config, fps=fps, budget=max(policy.config.budget, 4 * used)))
+    spread_out["budget"] = max(policy.config.budget, 4 * used)
+    uniform = replace(policy, config=replace(policy.config, **spread_out))
     windows = Settings(window=10, window_budget=88)
     for name, agent, ask, settings in (
-        (f"uniform, {used} frames", uniform, infer.one_stage, Settings()),
-        ("uniform, 20 frames", policy, infer.one_stage, Settings()),
+        (f"{used} uniform frames", uniform, infer.one_stage, Settings()),
         ("coarse-to-fine", policy, infer.coarse_to_fine, Settings()),
         ("divide-and-conquer", policy, infer.divide_and_conquer, windows),
     ):
@@ -124,14 +148,25 @@ def strategies(trained: list[Path], coarse: Path) -> dict[str, list[dict[str, fl
     return found
 
 
-def picture(found: dict[str, list[dict[str, float]]], path: Path) -> None:
-    """Accuracy against frames, a point for each model."""
-    figure, axes = plt.subplots(figsize=(5.5, 3.6), layout="constrained")
-    for (name, points), marker in zip(found.items(), "os^Dv", strict=True):
-        axes.plot([p["frames"] for p in points], [p["accuracy"] for p in points], marker, label=name)
-    axes.set(xlabel="frames per question", ylabel="accuracy", ylim=(0, 1))
-    axes.grid(alpha=0.3)
-    axes.legend(frameon=False)
+def picture(
+    found: dict[str, list[dict[str, float]]],
+    lines: dict[str, tuple[str, list[str]]],
+    results: dict[str, list[dict]],
+    path: Path,
+) -> None:
+    """Accuracy against frames, a point for each model; calls over training, a mean over seeds and `TEN` steps."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
+    for (name, points), marker in zip(found.items(), "o<>s^Dv", strict=True):
+        left.plot([p["frames"] for p in points], [p["accuracy"] for p in points], marker, label=name)
+    left.set(xlabel="frames per question", ylabel="accuracy", ylim=(0, 1))
+    for name, runs in results.items():
+        means = [statistics.mean(step) for step in zip(*map(calls_sampled, runs), strict=True)]
+        smooth = [statistics.mean(means[max(0, k - TEN + 1) : k + 1]) for k in range(len(means))]
+        right.plot(range(1, len(smooth) + 1), smooth, label=lines[name][0])
+    right.set(xlabel="step", ylabel="calls per sampled episode", ylim=(0, None))
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+        axes.legend(frameon=False, fontsize=8)
     figure.savefig(path, dpi=150)
 
 
@@ -156,21 +191,22 @@ def main() -> None:
         results = {n: [job.result() for (name, _), job in jobs.items() if name == n] for n in lines}
         results = {name: runs for name, runs in results.items() if runs}
     found = strategies([RUNS / f"{n}-{seed}" / "checkpoint" for n, seed in jobs if n == "tool-0.5"], given.coarse)
-    table = ["| strategy | accuracy | frames | visual tokens |", "|---|---|---|---|"]
-    for name, points in found.items():
-        cells = [spread([p[key] for p in points]) for key in ("accuracy", "frames", "visual tokens")]
-        table.append(f"| {name} | {' | '.join(cells)} |")
+    scores = ("accuracy", "frames", "visual tokens")
+    table = [[name, *(spread([p[key] for p in points]) for key in scores)] for name, points in found.items()]
     out = ROOT / "benchmarks" / "results"
-    picture(found, out / "zoomer.png")
+    picture(found, lines, results, out / "zoomer.png")
     text = [
         "# VideoZoomer on the built-in world",
         f"`python benchmarks/zoomer.py {' '.join(sys.argv[1:])}`: {given.steps} steps of 8 prompts x 8 episodes, seeds "
         f"{given.seeds}, mean ± standard deviation.",
         "## Ablations",
-        ablations(lines, results),
+        "Accuracy (in brackets: runs):",
+        accuracies(lines, results),
+        "Calls per episode:",
+        calls(lines, results),
         "## Accuracy against frames",
-        "\n".join(table),
-        "![accuracy against frames per question](zoomer.png)",
+        rows(["strategy", *scores], table),
+        "![accuracy against frames per question, and calls over training](zoomer.png)",
     ]
     print("\n\n".join(text))
     (out / "zoomer.md").write_text("\n\n".join(text) + "\n")

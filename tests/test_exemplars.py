@@ -304,11 +304,15 @@ def test_commands_that_cannot_work_are_named(arguments, changes, message):
 
 
 def test_what_an_expert_needs_is_named(arguments, small_world, tmp_path, monkeypatch):
-    rows = [{**row, "kind": "other"} for row in lines(small_world["train"])]
     other = tmp_path / "other.jsonl"
-    other.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    with pytest.raises(DataError, match=r"row 1 \(train-00000-0\): the oracle knows the questions"):
-        exemplars.main(["play", *arguments, "--train_data", str(other), "--out", str(tmp_path / "a")])
+    for changes, message in (
+        ({"kind": "other"}, "the oracle knows the questions of the built-in world only"),
+        ({"question": "What is a <video>?"}, "<video> in the question would stand for a clip in a trajectory"),
+    ):
+        rows = [{**row, **changes} for row in lines(small_world["train"])]
+        other.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        with pytest.raises(DataError, match=rf"row 1 \(train-00000-0\): {message}"):
+            exemplars.main(["play", *arguments, "--train_data", str(other), "--out", str(tmp_path / "a")])
     monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
     with pytest.raises(ChatError, match="no endpoint: give --endpoint URL"):
         exemplars.main(["play", *arguments, "--expert", "endpoint", "--out", str(tmp_path / "b")])
