@@ -15,6 +15,7 @@ Runs go to runs/zoomer/VARIANT-SEED; what is finished is not repeated. Writes be
 """
 
 import argparse
+import itertools
 import json
 import statistics
 import sys
@@ -105,17 +106,15 @@ def calls_sampled(run: dict) -> list[float]:
     return [row["episode/calls"] for row in run["steps"]]
 
 
-def frames(result: Result) -> int:
-    """Frames that the model was shown, in all passes; a turn of an episode shows its own once."""
-    return sum(len(look.clip.times) for look in result.looks)
-
-
 def asked(agent: Agent, ask: Callable[[Agent, Sample], Result], samples: list[Sample]) -> dict[str, float]:
-    """Accuracy and frames per question, means."""
+    """Accuracy, on all questions, on coarse ones and on the others; frames and visual tokens per question."""
     found = [(ask(agent, sample), sample) for sample in samples]
+    right = {kind: [result.answer == s.answer for result, s in found if s.kind == kind] for kind in KINDS}
     return {
-        "accuracy": statistics.mean(result.answer == sample.answer for result, sample in found),
-        "frames": statistics.mean(frames(result) for result, _ in found),
+        "accuracy": statistics.mean(itertools.chain.from_iterable(right.values())),
+        "coarse": statistics.mean(right["coarse"]),
+        "others": statistics.mean(itertools.chain.from_iterable(right[kind] for kind in KINDS[1:])),
+        "frames": statistics.mean(result.frames for result, _ in found),
         "visual tokens": statistics.mean(result.visual_tokens for result, _ in found),
     }
 
@@ -191,7 +190,7 @@ def main() -> None:
         results = {n: [job.result() for (name, _), job in jobs.items() if name == n] for n in lines}
         results = {name: runs for name, runs in results.items() if runs}
     found = strategies([RUNS / f"{n}-{seed}" / "checkpoint" for n, seed in jobs if n == "tool-0.5"], given.coarse)
-    scores = ("accuracy", "frames", "visual tokens")
+    scores = ("accuracy", "coarse", "others", "frames", "visual tokens")
     table = [[name, *(spread([p[key] for p in points]) for key in scores)] for name, points in found.items()]
     out = ROOT / "benchmarks" / "results"
     picture(found, lines, results, out / "zoomer.png")

@@ -1,15 +1,16 @@
-"""The arithmetic of benchmarks/memory.py and benchmarks/engine.py, and that the engines compared compute the same."""
+"""The arithmetic of benchmarks/memory.py, engine.py and zoomer.py, and that the engines compared compute the same."""
 
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 from transformers import Qwen2_5_VLForConditionalGeneration
 
-from benchmarks import engine, memory
+from benchmarks import engine, memory, zoomer
 from benchmarks.engine import Cost, Ours
 from benchmarks.memory import Parameters
 from config import Config
@@ -201,3 +202,44 @@ def test_a_step_in_half_precision_with_several_prompts():
     lines = engine.exact_shape("20m", "cpu", prompts=2, visual=64, group=2, length=4)
     phases = [line.split("|")[1].strip() for line in lines if line.startswith("|")]
     assert phases == ["phase", "---", *engine.PHASES, "step"]
+
+
+# ---------------------------------------------------------------- zoomer.py
+
+
+def finished(seed: int) -> dict:
+    """A run that makes more calls with every step, but on coarse questions fewer in the end."""
+
+    def evaluation(accuracy: float, coarse: float) -> dict:
+        kinds = {kind: {"accuracy": accuracy, "calls": coarse if kind == "coarse" else 1.0} for kind in zoomer.KINDS}
+        return {"all": {"accuracy": accuracy, "frames": 20.0 + seed}, "by_kind": kinds}
+
+    steps = [{"episode/calls": step / 10} for step in range(20)]
+    return {"before": evaluation(0.5, 1.0), "after": evaluation(0.75, 0.25 * seed), "steps": steps}
+
+
+def test_a_line_per_variant_has_the_means_of_its_runs(tmp_path):
+    lines = {"a": ("first", []), "b": ("second", [])}
+    results = {"a": [finished(0), finished(1)], "b": [finished(2)]}
+    first, second = zoomer.accuracies(lines, results).splitlines()[2:]
+    before, after, *kinds, frames = ("0.500 ± 0.000", *["0.750 ± 0.000"] * 5, "20.500 ± 0.707")
+    assert first == f"| first (2) | {' | '.join([before, after, *kinds, frames])} |"
+    assert second.startswith("| second (1) |") and second.endswith("| 22.000 ± 0.000 |")
+    first, _ = zoomer.calls(lines, results).splitlines()[2:]
+    cells = [cell.split(" ± ")[0].strip() for cell in first.split("|")[2:-1]]
+    assert list(map(float, cells)) == [0.45, 1.45, 1, 1, 1, 1, 0.125, 1, 1, 1]
+    point = {"frames": 20.0, "accuracy": 0.5}
+    zoomer.picture({str(k): [point] for k in range(7)}, lines, results, tmp_path / "x.png")
+    assert (tmp_path / "x.png").stat().st_size > 0
+
+
+def test_a_strategy_is_judged_by_kind_and_cost():
+    samples = [SimpleNamespace(kind=kind, answer="A") for kind in (*zoomer.KINDS, "coarse")]
+    answers = iter("AABBB")
+
+    def ask(agent, sample):
+        return SimpleNamespace(answer=next(answers), frames=len(agent), visual_tokens=40)
+
+    found = zoomer.asked("four", ask, samples)
+    expected = {"accuracy": 2 / 5, "coarse": 1 / 2, "others": 1 / 3, "frames": 4, "visual tokens": 40}
+    assert found == pytest.approx(expected)
