@@ -1,7 +1,7 @@
 """Supervised training: VideoZoomer's cold start on trajectories, and that of the built-in policy.
 
     accelerate launch --config_file recipes/accelerate_fsdp2.yaml sft.py --config recipes/videozoomer_sft.yaml
-    python sft.py --config recipes/cpu_world_agent_sft.yaml  # checkpoints/tiny learns to ask for clips
+    python sft.py --config recipes/cpu_world_agent_sft.yaml  # the built-in policy learns to ask for clips
     python sft.py                                            # makes checkpoints/tiny from nothing (lessons.py)
     python sft.py --config recipes/cpu_longvtg_sft.yaml      # goes on with it on longer videos, for LongVTG-R1
 
