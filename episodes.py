@@ -41,9 +41,11 @@ class Shown:
     """What a call brought: frames, each a clip of its own for the model, or a sentence that says why there are none.
 
     `text` is the user's turn, with prompts.VIDEO where each frame stands. `error`: the frames could not be decoded.
+    `planned`: how many frames share the budget, more than there are where the file shows one for longer than a step.
     """
 
     call: ToolCall | None = None  # None: refused
+    planned: int = 0
     clip: Clip | None = None
     videos: list[Video] = field(default_factory=list)
     text: str = ""
@@ -171,7 +173,8 @@ class Scene:
         last.shown = Shown()
         if not refused:
             try:
-                last.shown = Shown(call, *self.load(call))
+                plan = self.plan(call)
+                last.shown = Shown(call, len(plan.times), *self.load(plan))
             except VideoError as error:
                 last.shown.error, refused = error, "That part of the video cannot be read."
         times = last.shown.clip.times if last.shown.clip else []
@@ -195,11 +198,15 @@ class Scene:
             return f"You have only {frames} frames left, you asked for {asked}."
         return ""
 
-    def load(self, call: ToolCall) -> tuple[Clip, list[Video]]:
-        """The frames of a legal call, together and one by one. Raises VideoError."""
+    def plan(self, call: ToolCall) -> ClipPlan:
+        """The frames of a legal call. Raises VideoError."""
         config = self.config
+        fps = max(call.fps, 1 / self.view.info.duration)  # no step is longer than the video
         budget = config.zoom_budget or config.budget
-        plan = plan_clip(self.view.info, [call.span], call.fps, budget, config.v_min, config.v_max)
+        return plan_clip(self.view.info, [call.span], fps, budget, config.v_min, config.v_max)
+
+    def load(self, plan: ClipPlan) -> tuple[Clip, list[Video]]:
+        """These frames, together and one by one. Raises VideoError."""
         if plan not in self.shown:
             clip = load_clip(plan, self.view.sample.video, cache=self.cache)
             self.shown[plan] = clip, [Video.from_frames(frame[None], clip.step) for frame in clip.frames]
@@ -304,25 +311,36 @@ def messages(episode: Episode, view: View, config: Config) -> list[dict]:
         history.append(said("assistant", turn.text))
         if seen := turn.shown:
             times, step = (seen.clip.times, seen.clip.step) if seen.clip else ([], 1.0)
-            history.append(said("user", seen.text, [[time] for time in times], step))
+            message = said("user", seen.text, [[time] for time in times], step)
+            history.append(message | ({"planned": seen.planned} if seen.planned > len(times) else {}))
     return history
 
 
 def written_ids(reply: str, vocabulary: Vocabulary) -> list[int]:
-    """The ids of a turn as the policy would write it: it stops where a call ends, or with <|im_end|>."""
-    return vocabulary.ids(reply) + ([] if CALL_END in reply else [vocabulary.eos[0]])
+    """The ids of a turn as the policy would write it: it stops where a call ends, or with <|im_end|>.
+
+    Raises ValueError for text after the end of a call.
+    """
+    said, end, more = reply.partition(CALL_END)
+    if more.strip():
+        raise ValueError(f"a turn ends with {CALL_END}, but here {more.strip()[:20]!r} follows")
+    return vocabulary.ids(said + end) + ([] if end else [vocabulary.eos[0]])
 
 
 def replay(scene: Scene, replies: Sequence[str], vocabulary: Vocabulary) -> Episode:
     """The episode in which the policy writes these turns, all of which it has the right to write.
 
-    Raises ValueError for a turn after the one that ended the episode, and for one with a special token in its text.
+    Raises ValueError for a turn after the one that ended the episode, and for one that has a special token in its text
+    or goes on after a call.
     """
     episode = Episode()
     for number, reply in enumerate(replies, 1):
         if episode.over:
             raise ValueError(f"turn {number} of {len(replies)}: the episode ended with the turn before")
-        ids = written_ids(reply, vocabulary)
+        try:
+            ids = written_ids(reply, vocabulary)
+        except ValueError as error:
+            raise ValueError(f"turn {number} of {len(replies)}: {error}") from None
         if special := set(vocabulary.ids(reply)) & {*vocabulary.eos, *vocabulary.banned}:
             name = vocabulary.tokenizer.decode(special.pop())
             raise ValueError(f"turn {number} of {len(replies)}: the text has the special token {name}")

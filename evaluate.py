@@ -136,7 +136,7 @@ def unanswered(sample: Sample, error: str, template: str) -> dict:
     """The row of a question whose video cannot be read."""
     row = {**metrics.row_of(sample, None, None), "format": 0.0, "response": "", "error": error}
     if template in EPISODES:
-        return row | dict.fromkeys(COSTS, 0)
+        return row
     return row | {"zoom_answer": None, "shuffled_spans": None, "true_zoom_answer": None}
 
 
@@ -257,7 +257,11 @@ def table(results: Mapping[str, list[dict]]) -> str:
             continue
         cells = [figure(overall[label].get(name), between[label].get(name)) for label in labels]
         if compared and all(name in intervals for intervals in between.values()):
-            test = metrics.paired_test(compared[1], compared[0], name)
+            both = compared
+            if name in COSTS:  # of which an unreadable video has none
+                ids = set.intersection(*({row["id"] for row in rows if name in row} for rows in compared))
+                both = [[row for row in rows if row["id"] in ids] for rows in compared]
+            test = metrics.paired_test(both[1], both[0], name)
             cells.append(f"{figure(test['difference'], (test['low'], test['high']), '+')} p = {test['p_value']:.4f}")
         lines.append((name, *cells))
     kinds = {label: by_kind(rows) for label, rows in results.items()}

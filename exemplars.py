@@ -8,8 +8,8 @@
 - `play`: the expert plays an episode about each question of `train_data`, in the environment of the policy
   (`episodes.py`), which answers and limits its calls as it does those of the policy.
 - `reflect`: the policy `--model`, trained on exemplars, plays `group_size` episodes about each question. A failed one
-  loses its last message, which was wrong, and the expert goes on from there. Mixed with the exemplars, these
-  trajectories are the `--share` of the training file.
+  loses its last message, which was wrong, and the expert goes on from there (if it had no other, from the beginning,
+  but knowing what was wrong). Mixed with the exemplars, these trajectories are the `--share` of the training file.
 
 Kept is what ends with the right answer and in which every turn of the expert follows the template to the letter. The
 turns of the failed policy have weight 0: they are what the expert's turns follow, not what is to be learned (the
@@ -184,7 +184,9 @@ def dialogue(episode: Episode, scene: Scene) -> list[Message]:
         frames = iter(single_frames(view.sample.video, next(clips)) if shown else [])
         for words, video in zip(rest, shown, strict=True):
             for time, frame in itertools.islice(frames, len(video["times"])):
-                parts += [f"{time:g}s", frame] if len(video["times"]) > 1 else [frame]  # a single one has it before it
+                parts += (
+                    [f"{text.time_text(time)}s", frame] if len(video["times"]) > 1 else [frame]
+                )  # a single one has it before it
             parts.append(words)
         said.append(Message(message["role"], tuple(part for part in parts if part)))
     return said
@@ -230,11 +232,12 @@ def fault(episode: Episode, first: int, scene: Scene) -> str | None:
 
 
 def reflect(expert: Expert, scene: Scene, attempts: Sequence[Episode]) -> tuple[Episode, int, str | None]:
-    """The expert goes on with the first failed attempt, without its last message.
+    """The expert goes on with the first failed attempt, without its last message; it is one that has other turns, if
+    there is any.
 
     Returns the episode, how many turns of it are the policy's, and why it is not worth learning from, or None.
     """
-    for attempt in attempts:
+    for attempt in sorted(attempts, key=lambda attempt: len(attempt.turns) == 1):
         if failure := fault(attempt, 0, scene):
             episode = Episode(attempt.turns[:-1])
             return episode, len(episode.turns), play(expert, scene, episode, failure)
@@ -307,8 +310,11 @@ def run(given: argparse.Namespace, config: Config) -> None:
             where = f"{config.train_data}: row {number} ({sample.id})"
             raise DataError(f"{where}: {trajectories.MARK} in the question would stand for a clip in a trajectory")
     expert = load_expert(given, out, samples, config)
-    names = [*DECISIVE, *(("model", "seed", "group_size", "temperature") if given.what == "reflect" else ())]
-    made_with = {"what": given.what, "expert": expert.name, **{name: getattr(config, name) for name in names}}
+    made_with = {"what": given.what, "expert": expert.name}
+    made_with |= {name: getattr(config, name) for name in DECISIVE}
+    if given.what == "reflect":
+        made_with |= {name: getattr(config, name) for name in ("model", "seed", "group_size", "temperature")}
+        made_with["learn_failures"] = given.learn_failures
     path, training = out / "episodes.jsonl", out / "train.jsonl"
     done = finished(path, samples, made_with, config, accelerator)
     rest = [sample for sample in samples if sample.id not in done]
@@ -329,7 +335,9 @@ def run(given: argparse.Namespace, config: Config) -> None:
         if given.what == "reflect":
             together = mixed(exemplars, kept, given.share, config.seed)
             n = len(together) - len(exemplars)
-            print(f"{n} of {len(kept)} reflections are {n / len(together):.3f} of {len(together)} trajectories")
+            begun = sum(row["kept"] and row["failed_turns"] > 0 for row in rows)
+            print(f"{len(kept)} reflections, {begun} of them with turns of the policy")
+            print(f"{n} of them are {n / len(together):.3f} of {len(together)} trajectories")
             kept = together
         save(training, partial(trajectories.save, rows=kept))
         print(f"{training}: what is to be learned; {path}: a line per question")
@@ -343,7 +351,7 @@ def read_exemplars(path: str, config: Config) -> list[dict]:
 def load_expert(given: argparse.Namespace, out: Path, samples: Sequence[Sample], config: Config) -> Expert:
     """Raises ChatError naming what an endpoint lacks, DataError for questions that the oracle does not know."""
     if given.expert == "endpoint":
-        return Dialogue(Cached(connect(given.endpoint, given.judge_model), out / "replies"))
+        return Dialogue(Cached(connect(given.endpoint, given.judge_model, config.max_tokens), out / "replies"))
     for number, sample in enumerate(samples, 1):
         if sample.kind not in world.KINDS or not sample.spans:
             where = f"{config.train_data}: row {number} ({sample.id})"

@@ -159,11 +159,16 @@ def observation_text(template: str, times: Sequence[float], refusal: str, calls:
     empty when there are frames. calls, frames: how many are left after this; with 0 of either the model is told to
     answer. Source: our wording of VideoZoomer's protocol (section 3.1).
     """
-    shown = "".join(f"{round(time, 2):g}s{VIDEO}" for time in times) or refusal
+    shown = "".join(f"{time_text(time)}s{VIDEO}" for time in times) or refusal
     if not calls or not frames:
         return shown + (" answer" if template == "world_zoomer" else f"\n{ANSWER_NOW}")
     left = "" if template == "world_zoomer" else f"\nYou may make {calls} more calls for {frames} frames in all."
     return shown + left
+
+
+def time_text(time: float) -> str:
+    """Seconds, rounded to hundredths, as short as can be: 3, 3.5, 10800.12."""
+    return f"{time:.2f}".rstrip("0").rstrip(".")
 
 
 def next_turn(text: str, ended: bool) -> str:
@@ -305,11 +310,11 @@ def parse_tool_call(text: str) -> ToolCall | str | None:
     Only the call's own form is judged here; whether the video has those seconds and frames, the caller knows.
     """
     reply = _after_think(text)
-    if "<video_zoom>" not in reply:
+    if "<video_zoom>" not in reply and not text.rstrip().endswith("</video_zoom>"):
         return None
     contents = _contents(reply, "video_zoom")
     if len(contents) != 1 or len(tag_ranges(reply, "video_zoom")) != 1:
-        return "Make exactly one call per turn, closed by </video_zoom>."
+        return "Make exactly one call per turn, after thinking, closed by </video_zoom>."
     if "<answer>" in reply:
         return "Give either a call or an answer in one turn, not both."
     if len(contents[0]) > _MAX_CALL:

@@ -31,7 +31,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, LoggerType, set_seed
+from accelerate.utils import DistributedDataParallelKwargs, LoggerType, gather_object, set_seed
 from torch import Tensor
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from tqdm import tqdm
@@ -747,6 +747,7 @@ def train(run: Run, sets: Sequence[DataSet]) -> list[Group]:
     keep_metrics(Path(config.out) / "metrics.jsonl", done, accelerator)
     shown = accelerator.is_main_process
     groups: list[Group] = []
+    counted = run.drawn, run.failures  # up to the steps done
     with (
         StopSignal(accelerator) as stop,
         contextlib.closing(view_batches(run, sets, done)) as batches,
@@ -762,11 +763,13 @@ def train(run: Run, sets: Sequence[DataSet]) -> list[Group]:
                     totals = update_on_rollout(run, groups) | {"redrawn": float(redrawn)}
                 log_step(run, bar, done, step_metrics(run, groups, totals, seconds))
                 done += 1
+                counted = run.drawn, run.failures
                 if done == config.steps or done % config.save_every == 0:
                     save_checkpoint(run, done)
                     saved = done
                 stop.check()
         except Stopped:
+            run.drawn, run.failures = counted
             if done != saved:
                 save_checkpoint(run, done)
             accelerator.wait_for_everyone()  # as at the end of main
@@ -806,27 +809,39 @@ def redraw(
 ) -> int:
     """Replace groups without variance, which teach nothing, by those of other samples, `max_redraws` times at most.
 
-    Returns how many were replaced by this process; what is left without variance takes no part in the loss.
-    VideoZoomer section 3.3 (dynamic sampling).
+    No sample is drawn twice in a step, by whatever process, while there are others; each set has its weight. Returns
+    how many were replaced by this process; what is left without variance takes no part in the loss. VideoZoomer section
+    3.3 (dynamic sampling).
     """
-    config, rank, size = run.config, run.accelerator.process_index, run.accelerator.num_processes
-    samples = [sample for part in sets for sample in part.samples]
-    tried = {(group.view.sample.video, group.view.sample.id) for group in groups}
+    config, accelerator = run.config, run.accelerator
+    epoch = [sample for k, part in enumerate(sets) for sample in part.once(config.seed, "redraw part", k, step)]
+
+    def name(sample: Sample) -> tuple[str, str]:
+        return sample.video, sample.id
+
+    def names(some: Sequence[Group]) -> list[tuple[str, str]]:  # of all processes
+        return gather_object([name(group.view.sample) for group in some])
+
+    tried = set(names(groups))
     count = 0
     for attempt in range(config.max_redraws):
         flat = [k for k, group in enumerate(groups) if not advantages(group, config).any()]
-        found = torch.tensor(len(flat), device=run.accelerator.device)
-        if not run.accelerator.reduce(found, "sum"):  # all processes go on, or none
+        found = torch.tensor(len(flat), device=accelerator.device)
+        if not accelerator.reduce(found, "sum"):  # all processes go on, or none
             break
-        order = torch.randperm(len(samples), generator=generator(config.seed, "redraw", step, attempt)).tolist()
-        mine = [samples[i] for i in order[rank::size]] or samples  # no two processes draw the same
-        others = [sample for sample in mine if (sample.video, sample.id) not in tried] or mine
-        drawn = (readable_view(others[k % len(others) :: len(flat)], config, run.unreadable) for k in range(len(flat)))
+        order = torch.randperm(len(epoch), generator=generator(config.seed, "redraw", step, attempt)).tolist()
+        shuffled = [epoch[i] for i in order]
+        others = list({name(s): s for s in shuffled if name(s) not in tried}.values()) or shuffled
+        mine = others[accelerator.process_index :: accelerator.num_processes] or others
+        drawn = (  # those behind are spare, should a video be unreadable
+            readable_view([*mine[k % len(mine) :: len(flat)], *shuffled], config, run.unreadable)
+            for k in range(len(flat))
+        )
         fresh = collect(run, (list(batch) for batch in [drawn]), step, seconds, stop)
         score(fresh, config)
         for k, group in zip(flat, fresh, strict=True):
             groups[k] = group
-            tried.add((group.view.sample.video, group.view.sample.id))
+        tried.update(names(fresh))
         count += len(flat)
     return count
 

@@ -11,10 +11,11 @@ Three layouts are read, told apart row by row:
 A system prompt is the field "system" or the first message. In the text of a user, `<video>` stands where a clip is
 shown. A clip is a file's path, then it is shown as the coarse pass would (the first message) or as a whole call (later
 ones), or {"video", "times", "step"}: the frames at these seconds. All frames of a message share the budget, `budget`
-in the first one and `zoom_budget` later (Eq. 3).
+in the first one and `zoom_budget` later (Eq. 3); with "planned" in the message, so many frames share it, of which some
+were the same picture and are shown once.
 
-Learned are the turns of the assistant alone, those with a "weight" of 0 excepted. As in a rollout, a turn that ends
-with a call ends there, any other with <|im_end|>.
+Learned are the turns of the assistant alone, those with a "weight" of 0 excepted. As in a rollout, a turn ends with its
+call, where more text is an error, or with <|im_end|>.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ from rollout import coarse_plan
 from video import ClipPlan, frame_budget, frame_size, load_clips, plan_clip
 
 MARK = "<video>"
+MAX_STEP = 86400  # seconds from frame to frame: a day
 ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
 
 
@@ -53,12 +55,15 @@ class Shown:
 
 @dataclass(frozen=True)
 class Message:
-    """A turn of the dialogue: `role` is "user" or "assistant", `weight` what its tokens count in the loss."""
+    """A turn of the dialogue: `role` is "user" or "assistant", `weight` what its tokens count in the loss, `planned`
+    how many frames share the budget, if more than there are.
+    """
 
     role: str
     text: str
     videos: tuple[Shown, ...] = ()
     weight: float = 1.0
+    planned: int = 0
 
 
 @dataclass(frozen=True)
@@ -99,7 +104,8 @@ def read_trajectory(row: Row, video_root: str = "") -> Trajectory:
         own = read_clips(turn, video_root) if "videos" in turn.fields else [c for _, c in zip(range(marks), clips)]  # noqa: B905
         if len(own) != marks:
             raise turn.error("videos", f"{marks} {MARK} in the text, but {len(own)} clips")
-        messages.append(Message(role, words, tuple(own), read_weight(turn)))
+        planned = turn.get("planned", int) if "planned" in turn.fields else 0
+        messages.append(Message(role, words, tuple(own), read_weight(turn), planned))
     if left := sum(1 for _ in clips):
         raise row.error("videos", f"{left} clips more than {MARK} in the texts")
     check_turns(row, name, messages)
@@ -134,7 +140,10 @@ def read_clips(row: Row, video_root: str) -> list[Shown]:
         known = all(isinstance(t, (int, float)) and not isinstance(t, bool) and 0 <= t < math.inf for t in times)
         if not times or not known or times != sorted(times):
             raise entry.error("times", f"expected rising seconds, got {times!r}")
-        found.append(Shown(path, tuple(map(float, times)), entry.number("step") if "step" in entry.fields else 1.0))
+        step = entry.number("step") if "step" in entry.fields else 1.0
+        if step > MAX_STEP:
+            raise entry.error("step", f"expected at most {MAX_STEP} seconds, got {step:g}")
+        found.append(Shown(path, tuple(map(float, times)), step))
     return found
 
 
@@ -198,7 +207,10 @@ def build_example(trajectory: Trajectory, config: Config, vocabulary: Vocabulary
     position = prompt.next_position
     for message in rest:
         if message.role == "assistant":
-            ids = written_ids(message.text, vocabulary)
+            try:
+                ids = written_ids(message.text, vocabulary)
+            except ValueError as error:
+                raise trajectory.error(str(error)) from None
             said, weight, position = said + ids, weight + [message.weight] * len(ids), position + len(ids)
         else:
             between = text.next_turn(message.text.replace(MARK, text.VIDEO), said[-1] == vocabulary.eos[0])
@@ -216,21 +228,22 @@ def load_shown(trajectory: Trajectory, config: Config) -> list[list[Video]]:
     infos = {path: probe(path) for path in plans}
     for k, message in enumerate(users):
         for clip in message.videos:
-            plans[clip.video].append(plan_shown(clip, message.videos, k == 0, infos[clip.video], config))
+            plans[clip.video].append(plan_shown(clip, message, k == 0, infos[clip.video], config))
     clips = {path: iter(load_clips(path, wanted)) for path, wanted in plans.items()}
     taken = [[next(clips[clip.video]) for clip in message.videos] for message in users]
     return [[Video.from_frames(clip.frames, clip.step) for clip in some] for some in taken]
 
 
-def plan_shown(clip: Shown, together: Sequence[Shown], first: bool, info: VideoInfo, config: Config) -> ClipPlan:
-    """Times and size of a clip's frames; `together` are all clips of its message, the `first` one or a later one."""
+def plan_shown(clip: Shown, message: Message, first: bool, info: VideoInfo, config: Config) -> ClipPlan:
+    """Times and size of the frames of one of a message's clips; it is the `first` message or a later one."""
     budget = config.budget if first else config.zoom_budget or config.budget
     if clip.times:
         if clip.times[-1] >= info.duration:
             cause = f"the trajectory shows {clip.times[-1]:g} s of a video of {info.duration:.3f} s"
             raise VideoError(info.path, cause, "leave it out")
-        n = sum(len(other.times) or 1 for other in together)
-        tokens = frame_budget(n, 1.0, budget, config.v_min, config.v_max, config.paired_frames)[1]
+        n = max(message.planned, sum(len(other.times) or 1 for other in message.videos))
+        paired = config.paired_frames and first  # later frames are clips of one
+        tokens = frame_budget(n, 1.0, budget, config.v_min, config.v_max, paired)[1]
         return ClipPlan(clip.times, clip.step, *frame_size(info.height, info.width, tokens, config.v_min))
     if first:
         return coarse_plan(info, config)

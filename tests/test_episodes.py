@@ -120,7 +120,9 @@ def test_equal_clips_are_decoded_once(scene, vocabulary, monkeypatch):
     [
         ("<video_zoom>{segment}</video_zoom>", "not one JSON object"),
         (call(1, 2, 1)[:-13] + '{"segment": [1, 2], "fps": 1}</video_zoom>', "not one JSON object"),
-        (call(1, 2, 1) + "<video_zoom>{}</video_zoom>", "exactly one call"),
+        (call(1, 2, 1).replace("<video_zoom>", "<video_zoom>" * 2), "not one JSON object"),
+        ("<think>closer</think></video_zoom>", "exactly one call"),
+        (call(1, 2, 1).replace("</think>", "").replace("</video", "</think></video"), "after thinking"),
         ("<video_zoom>", "closed by </video_zoom>"),
         (answer() + call(1, 2, 1).removeprefix("<think>closer</think>"), "not both"),
         (call(-1, 2, 1), "0 <= start < end"),
@@ -143,8 +145,10 @@ def test_illegal_calls_get_one_sentence_and_cost_a_turn_only(scene, vocabulary, 
 
 
 def test_the_edges_of_what_is_legal(scene, vocabulary):
-    for legal, n in ((call(18, 20, 8), 16), (call(4, 20, 1), 16), (call(3, 3.001, 8), 1), (call(0, 20, 1e-8), 1)):
-        assert len(replay(scene, [legal], vocabulary).clips[0].times) == n
+    rare = [(call(*span, fps), 1) for span in ((0, 20), (3, 3.001)) for fps in (1e-8, 1e-308, 5e-324)]
+    for legal, n in ((call(18, 20, 8), 16), (call(4, 20, 1), 16), (call(3, 3.001, 8), 1), *rare):
+        [clip] = replay(scene, [legal], vocabulary).clips
+        assert len(clip.times) == n and 0 < clip.step <= 20
     scene.view.info = replace(scene.view.info, duration=19.97)  # stated as 20.0
     assert len(replay(scene, [call(18, 20, 8)], vocabulary).clips[0].times) == 16
 
@@ -209,7 +213,23 @@ def test_frames_that_cannot_be_decoded_are_a_sentence(samples, config, vocabular
 
 # ---------------------------------------------------------------- a policy that tries everything
 
-HUGE = ["1e308", "-1e308", "1e999", "NaN", "-Infinity", "9" * 180, "-1", "0", "null", "true", '"3"', "[]", "{}"]
+HUGE = [
+    "1e308",
+    "-1e308",
+    "1e999",
+    "NaN",
+    "-Infinity",
+    "9" * 180,
+    "1e-308",
+    "5e-324",
+    "-1",
+    "0",
+    "null",
+    "true",
+    '"3"',
+    "[]",
+    "{}",
+]
 USUAL = ["0", "1.5", "3", "7", "12.25", "19", "20", "8", "2"]
 
 
@@ -236,7 +256,8 @@ def mischief(rng: random.Random) -> str:
     )
 
 
-def test_ten_thousand_malicious_turns(scene):
+def test_ten_thousand_malicious_turns(scene, vocabulary):
+    prompt = Prompt(torch.zeros(3, dtype=torch.long), torch.zeros(3, 3, dtype=torch.long), [], 3)
     rng = random.Random(0)
     turns, sentences, clips = 0, set(), 0
     while turns < 10_000:
@@ -255,6 +276,9 @@ def test_ten_thousand_malicious_turns(scene):
             and len(episode.turns) <= limits["max_turns"]
         )
         assert all(len(clip.times) <= 16 for clip in episode.clips)
+        lay_out(episode, prompt, vocabulary, CONFIG)
+        ends = [observation.prompt.next_position for observation in episode.observations]
+        assert ends == sorted(ends) and all(end < 3 + 100 * len(episode.turns) * 16 for end in ends)
         for turn in episode.turns[:-1]:
             shown = turn.shown
             assert len(shown.videos) == shown.text.count(prompts.VIDEO) == (len(shown.clip.times) if shown.clip else 0)
@@ -588,25 +612,63 @@ def test_groups_without_variance_are_redrawn_within_a_bound(samples, config, mon
 
 
 def test_two_processes_redraw_different_samples(samples, config, monkeypatch):
+    """Each knows what the other has; none of that is drawn, nor by both the same."""
     asked = []
 
     def collect(run, batches, step, seconds, stop):
-        asked.append([sample.id for sample in next(batches)])
+        asked.append({sample.id for sample in next(batches)})
         raise StopIteration  # seen enough
 
-    def readable_view(some, config, unreadable):
-        return some[0]
-
     monkeypatch.setattr(train, "collect", collect)
-    monkeypatch.setattr(train, "readable_view", readable_view)
+    monkeypatch.setattr(train, "readable_view", lambda some, *_: some[0])
     monkeypatch.setattr(train, "advantages", lambda *_: torch.zeros(1))
-    groups = [SimpleNamespace(view=SimpleNamespace(sample=sample)) for sample in samples[:3]]
+    all_names = [(sample.video, sample.id) for sample in samples[:6]]
+    monkeypatch.setattr(train, "gather_object", lambda names: all_names)
     for rank in (0, 1):
+        groups = [SimpleNamespace(view=SimpleNamespace(sample=sample)) for sample in samples[3 * rank :][:3]]
         alone = SimpleNamespace(process_index=rank, num_processes=2, device="cpu", reduce=lambda found, how: found)
         run = SimpleNamespace(config=replace(config, max_redraws=1), accelerator=alone, unreadable={})
         with pytest.raises(StopIteration):
             train.redraw(run, [train.DataSet(samples)], groups, 0, {}, None)
-    assert len({id for ids in asked for id in ids}) == 6
+    one, other = asked
+    assert len(one) == len(other) == 3 and not one & other and not (one | other) & {id for _, id in all_names}
+
+
+def test_redraws_follow_the_weights_of_a_mixture_and_have_spares(samples, config, monkeypatch):
+    drawn = []
+
+    def collect(run, batches, step, seconds, stop):
+        drawn.extend(candidates[0] for candidates in next(batches))
+        raise StopIteration
+
+    def readable_view(some, config, unreadable):
+        assert {sample.id for sample in some} >= {
+            sample.id for sample in samples[:2]
+        }  # all of them, should it come to that
+        return some
+
+    monkeypatch.setattr(train, "collect", collect)
+    monkeypatch.setattr(train, "readable_view", readable_view)
+    monkeypatch.setattr(train, "advantages", lambda *_: torch.zeros(1))
+    groups = [SimpleNamespace(view=SimpleNamespace(sample=samples[0]))]
+    run = SimpleNamespace(config=replace(config, max_redraws=1), accelerator=Accelerator(cpu=True), unreadable={})
+    sets = [train.DataSet(samples[:2], weight=4), train.DataSet(samples[2:], weight=1 / len(samples[2:]))]
+    for step in range(60):
+        with pytest.raises(StopIteration):
+            train.redraw(run, sets, groups, step, {}, None)
+    often = sum(sample.id == samples[1].id for sample in drawn)  # 4 of 5 that are left
+    assert samples[0] not in drawn and 40 < often < 58
+
+
+def test_a_step_stopped_while_it_redraws_counts_once(small_recipe, tmp_path, monkeypatch):
+    def stopped(*_):
+        raise train.Stopped(15)
+
+    monkeypatch.setattr(train, "redraw", stopped)
+    with pytest.raises(train.Stopped):
+        train.main(["--config", str(small_recipe), "--max_redraws", "1"])
+    progress = json.loads((tmp_path / "run" / "state" / "step.json").read_text())
+    assert progress == {"step": 0, "drawn": 0, "failures": 0}
 
 
 ONE_FLAT = """

@@ -92,6 +92,17 @@ def test_an_unreadable_video_counts_as_unanswered(samples):
     assert "unreadable" not in table({"policy": [row()]})
 
 
+def test_what_an_answer_took_is_counted_where_there_was_one(samples):
+    """An unreadable video has no frames, and not 0 of them; the test is about the questions that both results have."""
+    seen = [row(id=f"{k}", video=f"{k}.mp4", calls=1, frames=30 + k, visual_tokens=60) for k in range(4)]
+    lost = unanswered(replace(samples[0], id="3", video="3.mp4"), "3.mp4: broken", "world_zoomer")
+    assert scores([*seen[:3], lost])["frames"] == 31
+    lines = table({"one": [*seen[:3], lost], "two": [{**r, "frames": r["frames"] + 2} for r in seen]}).splitlines()
+    (line,) = [line for line in lines if line.startswith("frames ")]
+    found = line.split()
+    assert found[1] == "31.000" and found[4] == "33.500" and found[7] == "+2.000"
+
+
 def test_scores_by_kind():
     rows = [row(), row(kind="blink", predicted_answer="A"), row(kind=""), row(kind="fine + blink")]
     result = by_kind(rows)

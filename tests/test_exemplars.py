@@ -193,6 +193,8 @@ def test_reflection_keeps_the_failed_turns_without_their_last_message(scenes, vo
     chat = Scripted(ANSWER.format(sample.answer))
     episode, n, reason = reflect(Dialogue(chat), scene, [right, short])
     assert (n, reason, len(episode.turns)) == (0, None, 1)
+    chat = Scripted(ANSWER.format(sample.answer))
+    assert reflect(Dialogue(chat), scene, [short, right, long])[1] == 2  # of which there are turns to keep
     thoughtless = replay(scene, [f"<answer>{sample.answer}</answer>"], vocabulary)
     endless = replay(Scene(scene.view, replace(scene.config, max_turns=1)), [call(1, 2, 1)], vocabulary)
     for attempt, told in ((thoughtless, "(not the template's format)"), (endless, "(no answer)")):
@@ -273,6 +275,8 @@ def test_reflection_from_the_command_line(arguments, samples, tmp_path, monkeypa
     given = ["--exemplars", str(tmp_path / "play" / "train.jsonl"), "--out", str(tmp_path / "reflect")]
     exemplars.main(["reflect", *arguments, *given, "--share", "0.25"])
     rows = lines(tmp_path / "reflect" / "train.jsonl")
+    with pytest.raises(DataError, match="learn_failures was False and is True now"):
+        exemplars.main(["reflect", *arguments, *given, "--learn_failures"])
     own = [row for row in rows if row["messages"][1].get("weight") == 0]
     assert len(rows) == len(samples) + len(own) and len(own) == round(len(samples) / 3)
     for row in own:

@@ -23,6 +23,7 @@ from prompts import (
     parse_tool_call,
     strip_times,
     tag_ranges,
+    time_text,
     zoom_text,
 )
 
@@ -108,6 +109,11 @@ def test_zoom_text_asks_for_the_letter_and_shows_think_without_times():
     )
     shown = zoom_text("zoom_zero", "Why?", ["rain", "sun"], think="It rains <time>(3.0, 8.0)</time>.")
     assert shown == "It rains.\nWhy?\n(A) rain (B) sun\nRespond with only the letter of the option."
+
+
+def test_times_have_hundredths_however_late():
+    times = [0.0, 3.0, 3.5, 12.346, 10.0, 10800.125, 36000.0]
+    assert [time_text(time) for time in times] == ["0", "3", "3.5", "12.35", "10", "10800.12", "36000"]
 
 
 def test_braces_in_questions_and_options_survive():
@@ -290,7 +296,8 @@ def test_parsers_never_raise_and_return_what_they_promise(text):
             assert answer is None or answer in LETTERS
         call = parse_tool_call(wrapped)
         assert call is None or isinstance(call, str) or 0 <= call.span[0] < call.span[1]
-        assert (call is None) == ("<video_zoom>" not in wrapped.rpartition("</think>")[2])
+        tried = "<video_zoom>" in wrapped.rpartition("</think>")[2] or wrapped.rstrip().endswith("</video_zoom>")
+        assert (call is not None) == tried
         assert "<time>" not in strip_times(wrapped)
         for template in ("zoom_zero", "longvtg_r1", "videozoomer", "world"):
             if format_ok(wrapped, template) and template != "videozoomer":  # strict implies readable
@@ -435,6 +442,9 @@ def test_parse_think():
         (CALL + CALL, "exactly one call"),
         (CALL + "<video_zoom>", "exactly one call"),
         (CALL[:-13], "exactly one call"),
+        ("</video_zoom>", "exactly one call"),
+        (f"<think>a{CALL[:-13]}</think></video_zoom>", "exactly one call"),
+        (CALL.replace("<video_zoom>", "<video_zoom><think></think>"), "after thinking"),
         (CALL + "<answer>B</answer>", "not both"),
         ("<video_zoom></video_zoom>", "not one JSON object"),
         ("<video_zoom>{} {}</video_zoom>", "not one JSON object"),

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
+from numbered import get
 
 import config as configuration
 import trajectories
@@ -39,7 +41,11 @@ def same(one, other) -> bool:
 # ---------------------------------------------------------------- as the policy sees them
 
 
-@pytest.mark.parametrize("changes", [{}, {"max_frames": 7, "question_first": True}, {"system_prompt": "Be brief."}])
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"max_frames": 7, "question_first": True}, {"system_prompt": "Be brief."}, {"paired_frames": True}],
+    ids=str,
+)
 def test_an_episode_written_as_messages_gives_what_the_rollout_gave(samples, config, vocabulary, model64, changes):
     for name, value in changes.items():
         setattr(config, name, value)
@@ -59,6 +65,21 @@ def test_an_episode_written_as_messages_gives_what_the_rollout_gave(samples, con
         assert ours.after == after and same(ours.prompt, theirs)
         position = theirs.next_position
     assert len(example.observations) == 3
+
+
+def test_frames_of_a_file_that_holds_fewer_keep_their_size(folder, samples, config, vocabulary, model64):
+    config.zoom_budget, config.v_max, config.frames_per_call = 600, 64, 60
+    view = view_video(replace(samples[0], video=str(get(folder, "vfr.mp4"))), config)
+    asked = json.dumps({"segment": [0, view.info.duration], "fps": view.info.fps})
+    episode = replay(Scene(view, config), [f"<video_zoom>{asked}</video_zoom>", ANSWER], vocabulary)
+    shown, said = episode.turns[0].shown, messages(episode, view, config)
+    assert len(shown.videos) < shown.planned == said[2]["planned"]
+    found = trajectories.read_trajectory(row(messages=said))
+    _, frames = trajectories.load_shown(found, config)
+    assert [video.patches.shape for video in frames] == [video.patches.shape for video in shown.videos]
+    crowded = replace(found.messages[2], planned=4 * shown.planned)
+    _, smaller = trajectories.load_shown(replace(found, messages=(*found.messages[:2], crowded)), config)
+    assert len(smaller[0].patches) < len(frames[0].patches)
 
 
 def test_turns_of_weight_0_are_read_only(samples, config, vocabulary, model64):
@@ -130,6 +151,7 @@ GOOD = [{"role": "user", "text": "Q"}, {"role": "assistant", "text": "A"}]
         ({"messages": GOOD, "images": ["a.jpg"]}, "row 3, field 'images': frames as images are not read"),
         ({"messages": GOOD, "videos": [{"video": "a.mp4", "times": [2, 1]}]}, "field 'times': expected rising seconds"),
         ({"messages": GOOD, "videos": [{"video": "a.mp4", "times": []}]}, "videos[0], field 'times': expected rising"),
+        ({"messages": GOOD, "videos": [{"video": "a", "times": [1], "step": 1e300}]}, "'step': expected at most 86400"),
         ({"messages": GOOD, "videos": [{"times": [1]}]}, "videos[0], field 'video': is missing"),
     ],
 )  # fmt: skip
@@ -153,6 +175,8 @@ def test_bad_files_are_named(tmp_path, samples, config, vocabulary, model64):
 
     with pytest.raises(DataError, match=r"row 1: the assistant's text has the special token <\|im_end\|>"):
         trajectories.build_example(one("A<|im_end|>", [1.0]), config, vocabulary, model64.config)
+    with pytest.raises(DataError, match=r"row 1: a turn ends with </video_zoom>, but here 'and so on' follows"):
+        trajectories.build_example(one(CALL + " and so on", [1.0]), config, vocabulary, model64.config)
     with pytest.raises(VideoError, match="the trajectory shows 21 s of a video of 20"):
         trajectories.build_example(one("A", [21.0]), config, vocabulary, model64.config)
     with pytest.raises(DataError, match=r"row 1: there is no video gone.mp4; check video_root"):
