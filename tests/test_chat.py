@@ -9,11 +9,11 @@ import json
 import random
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import pytest
 import torch
+from conftest import completion
 from PIL import Image
 
 import chat
@@ -26,55 +26,10 @@ from video import Clip
 ASKED = [Message("user", ("What is this?",))]
 
 
-def completion(text: str | None, **more) -> str:
-    usage = {"prompt_tokens": 7, "completion_tokens": 3}
-    return json.dumps({"choices": [{"message": {"role": "assistant", "content": text, **more}}], "usage": usage})
-
-
 def clip(seed: int = 0, n: int = 2, size: int = 28, step: float = 0.5) -> Clip:
     generator = torch.Generator().manual_seed(seed)
     frames = torch.randint(0, 256, (n, 3, size, size), generator=generator, dtype=torch.uint8)
     return Clip(frames, [k * step for k in range(n)], step)
-
-
-@pytest.fixture
-def server():
-    """A server that goes through a list of (status, body, headers); status 0 cuts the connection, -1 cuts the body,
-    -2 says nothing until the client has given up. What it was sent is in `bodies` and `headers`.
-    """
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self):
-            here.bodies.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
-            here.paths.append(self.path)
-            here.keys.append(self.headers["Authorization"])
-            status, body, headers = here.answers.pop(0) if here.answers else (200, completion("fine"), {})
-            if status == -2:
-                here.given_up.wait(20)
-            if status in (0, -2):
-                self.close_connection = True
-                return
-            sent = body.encode()
-            self.send_response_only(abs(status) if status > 0 else 200)
-            for name, value in {"Content-Length": len(sent), **headers}.items():
-                self.send_header(name, str(value))
-            self.end_headers()
-            self.wfile.write(sent[: len(sent) // 2] if status == -1 else sent)
-
-        def log_message(self, *_):
-            pass
-
-    here = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    here.answers, here.bodies, here.paths, here.keys = [], [], [], []
-    here.given_up = threading.Event()
-    here.url = f"http://127.0.0.1:{here.server_port}/v1"
-    thread = threading.Thread(target=here.serve_forever, args=(0.01,))
-    thread.start()
-    yield here
-    here.given_up.set()
-    here.shutdown()
-    thread.join()
-    here.server_close()
 
 
 def endpoint(server, slept: list[float] | None = None, **more) -> Endpoint:

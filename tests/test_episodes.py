@@ -32,9 +32,9 @@ from config import ConfigError
 from decode import VideoError, VideoInfo
 from episodes import Episode, Scene, lay_out, messages, read_turn, replay, roll_out_episodes
 from policy import Policy, Prompt, Video, Vocabulary, build_prompt, load
-from rollout import Group, coarse_prompt, view_video
+from rollout import Group, coarse_plan, coarse_prompt, view_video
 from train import advantages, micro_batches, score
-from video import decode, plan_clip
+from video import decode
 
 AGENT = ["--template", "world_zoomer", "--max_frames", "20", "--zoom_budget", "256"]
 AGENT += ["--tokenadv", "off", "--zoom_reward", "false"]
@@ -93,8 +93,6 @@ def test_the_glance_has_at_most_so_many_frames(samples, config):
     assert len(view_video(samples[0], replace(config, fps=0.5, max_frames=64)).clip.times) == 10
     view = view_video(samples[0], replace(config, max_frames=7))
     assert len(view.clip.times) == 7 and view.clip.step == pytest.approx(20 / 7)
-    hour = VideoInfo("x.mp4", 3600.0, 25.0, 320, 240)
-    assert len(plan_clip(hour, None, min(0.5, 64 / hour.duration), 8192, 16, 768).times) == 64
 
 
 def test_the_prompt_states_the_limits(scene, vocabulary, model64):
@@ -110,6 +108,27 @@ def test_equal_clips_are_decoded_once(scene, vocabulary, monkeypatch):
     one, two, three = (replay(scene, replies, vocabulary) for replies in asked)
     assert len(loaded) == 3
     assert one.turns[0].shown.videos[0] is two.turns[0].shown.videos[0] is three.turns[1].shown.videos[0]
+
+
+def test_a_clip_that_a_group_asks_for_is_decoded_once(samples, small, loaded, monkeypatch):
+    """All responses of a group make one call in all of their turns."""
+    plans, load = [], episodes.load_clip
+    monkeypatch.setattr(episodes, "load_clip", lambda plan, *rest, **_: plans.append(plan) or load(plan, *rest))
+    monkeypatch.setattr(episodes, "read_turn", lambda ids, _: episodes.Turn(ids, call(3, 5, 4), []))
+    model, vocabulary = loaded
+    groups = roll_out_episodes(model, views_of(samples, small, 2), small, vocabulary, 0)
+    assert [len(episode.clips) for group in groups for episode in group.responses] == [3] * 2 * small.group_size
+    assert len(plans) == 2  # one for each group
+
+
+def test_the_recipe_has_the_papers_limits_and_the_released_weights():
+    recipe = configuration.parse(["--config", "recipes/videozoomer_rl.yaml"])
+    limits = recipe.max_frames, recipe.frames_per_call, recipe.max_turns, recipe.max_calls, recipe.total_frames
+    assert limits == (64, 16, 5, 4, 128)
+    assert (recipe.accuracy_weight, recipe.format_weight, recipe.tool_weight) == (0.9, 0.1, 0.5)
+    assert (recipe.clip_low, recipe.clip_high, recipe.group_size) == (0.2, 0.27, 16)
+    for seconds, frames in ((60.0, 30), (128.0, 64), (3600.0, 64)):
+        assert len(coarse_plan(VideoInfo("x.mp4", seconds, 25.0, 320, 240), recipe).times) == frames
 
 
 # ---------------------------------------------------------------- limits and illegal calls

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import run_in_two_processes
+from conftest import completion, run_in_two_processes
 
 import config as configuration
 import data
@@ -166,6 +166,24 @@ def test_what_is_not_right_is_dropped_with_a_reason(scenes, replies, reason):
     scene = scenes["fine"]
     said = [r.replace("{}", scene.view.sample.answer) if isinstance(r, str) else r for r in replies]
     assert play(Dialogue(Scripted(*said)), scene, Episode()) == reason
+
+
+def test_an_endpoint_plays_a_data_set(arguments, samples, server, tmp_path, monkeypatch):
+    """It looks at 1 to 2 s, then says A; so those questions are kept whose answer that is."""
+    monkeypatch.setenv("OPENAI_API_KEY", "any")
+    looks, knows = (completion(words) for words in (call(1, 2, 1), ANSWER.format("A")))
+    server.answers += [(200, body, {}) for _ in samples for body in (looks, knows)]
+    asked = ["--expert", "endpoint", "--endpoint", server.url, "--judge_model", "m", "--workers", "1"]
+    exemplars.main(["play", *arguments, *asked, "--out", str(tmp_path)])
+    right = [sample.id for sample in samples if sample.answer == "A"]
+    kept = lines(tmp_path / "train.jsonl")
+    assert [row["id"] for row in kept] == right and 0 < len(right) < len(samples)
+    assert all([m["text"] for m in row["messages"][1::2]] == [call(1, 2, 1), ANSWER.format("A")] for row in kept)
+    assert len(server.bodies) == 2 * len(samples)
+    assert {body["max_tokens"] for body in server.bodies} == {configuration.parse(arguments).max_tokens}
+    server.bodies.clear()
+    exemplars.main(["play", *arguments, *asked, "--out", str(tmp_path)])
+    assert not server.bodies  # what has a line is not played again
 
 
 # ---------------------------------------------------------------- reflection

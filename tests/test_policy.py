@@ -761,6 +761,17 @@ def test_a_response_stops_where_its_text_says_so(model64, vocabulary, scene):
                 assert n == (said.index(True) + 1 if any(said) else len(whole))
 
 
+def test_a_call_ends_where_the_released_tokenizer_fuses_its_end():
+    if not (REALDATA / "tokenizer").is_dir():
+        pytest.skip(f"{REALDATA}/tokenizer is not there")
+    tokenizer = AutoTokenizer.from_pretrained(REALDATA / "tokenizer")
+    stop = stops_at(tokenizer, ["</video_zoom>"])
+    for after, fused in (("", ""), ("\n", "\n"), ("\n\nSo", "\n\n"), (")", ")"), (" I", "")):
+        ids = tokenizer.encode(f'<video_zoom>{{"segment": [1, 2], "fps": 2}}</video_zoom>{after}')
+        ends = [n for n in range(1, len(ids) + 1) if stop(ids[:n])]
+        assert len(ends) == 1 and tokenizer.decode(ids[: ends[0]]).partition("</video_zoom>")[2] == fused
+
+
 def test_the_states_are_those_the_tokens_were_chosen_from(model64, vocabulary, scene):
     prompts, _, _ = scene
     states: list[torch.Tensor] = []
