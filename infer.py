@@ -246,6 +246,7 @@ def repeated_zoom(agent: Agent, sample: Sample, settings: Settings) -> Result:
     return Result.of(last, spans or last.spans, looks)
 
 
+@torch.no_grad()
 def play_episode(agent: Agent, sample: Sample, settings: Settings) -> Result:
     """The model asks for clips until it answers; the result's spans are those of its clips. VideoZoomer section 3.1."""
     view = view_video(sample, agent.config, agent.frames)
