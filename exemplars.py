@@ -183,10 +183,9 @@ def dialogue(episode: Episode, scene: Scene) -> list[Message]:
         shown = message.get("videos", [])
         frames = iter(single_frames(view.sample.video, next(clips)) if shown else [])
         for words, video in zip(rest, shown, strict=True):
+            timed = len(video["times"]) > 1  # a single frame has its time before it
             for time, frame in itertools.islice(frames, len(video["times"])):
-                parts += (
-                    [f"{text.time_text(time)}s", frame] if len(video["times"]) > 1 else [frame]
-                )  # a single one has it before it
+                parts += [f"{text.time_text(time)}s", frame] if timed else [frame]
             parts.append(words)
         said.append(Message(message["role"], tuple(part for part in parts if part)))
     return said
