@@ -175,7 +175,7 @@ def main() -> None:
     parser.add_argument("--exemplars", type=Path, help="a cold start without reflection data")
     parser.add_argument("--coarse", type=Path, default=ROOT / "runs" / "cpu_world" / "checkpoint")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--report", action="store_true", help="run nothing; the tables are about what is finished")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, each with one thread")
     given = parser.parse_args()

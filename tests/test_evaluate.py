@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import subprocess
@@ -95,7 +96,10 @@ def test_an_unreadable_video_counts_as_unanswered(samples):
 def test_what_an_answer_took_is_counted_where_there_was_one(samples):
     """An unreadable video has no frames, and not 0 of them; the test is about the questions that both results have."""
     seen = [row(id=f"{k}", video=f"{k}.mp4", calls=1, frames=30 + k, visual_tokens=60) for k in range(4)]
-    lost = unanswered(replace(samples[0], id="3", video="3.mp4"), "3.mp4: broken", "world_zoomer")
+    for r, name in itertools.product(seen, ("zoom_answer", "true_zoom_answer", "shuffled_spans")):
+        r.pop(name, None)  # an episode has no zoom pass
+    sample = replace(samples[0], id="3", video="3.mp4", kind=seen[0]["kind"])
+    lost = unanswered(sample, "3.mp4: broken", "world_zoomer")
     assert scores([*seen[:3], lost])["frames"] == 31
     lines = table({"one": [*seen[:3], lost], "two": [{**r, "frames": r["frames"] + 2} for r in seen]}).splitlines()
     (line,) = [line for line in lines if line.startswith("frames ")]
