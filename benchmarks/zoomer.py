@@ -6,10 +6,10 @@ Ablations: runs of recipes/cpu_world_agent.yaml from the same cold start, with R
 0.25 and 1; from `--exemplars`, a cold start without reflection data; and from checkpoints/tiny, which has never made a
 call. Accuracy and calls are those of greedy episodes about the test questions; sampled calls are those of training.
 
-Accuracy against frames: the trained agent, as it is and with no or one call allowed; the same one answering at once
-from frames spread over the whole video, as many as it uses on average ("uniform"); and `--coarse`, a policy trained for
-spans (recipes/cpu_world.yaml): from such frames, coarse-to-fine and by divide-and-conquer. Frames are those of all
-passes of the model.
+Accuracy against frames: agents trained with R_tool, as they are and with one call allowed; agents trained without it,
+as they are, with no call allowed, and so from frames spread over the whole video, as many as the former use on average
+("uniform"); and `--coarse`, a policy trained for spans (recipes/cpu_world.yaml): from such frames, coarse-to-fine and
+by divide-and-conquer. Frames are those of all passes of the model; no answer is a wrong one.
 
 Runs go to runs/zoomer/VARIANT-SEED; what is finished is not repeated. Writes benchmarks/results/zoomer.md and .png.
 """
@@ -119,21 +119,23 @@ def asked(agent: Agent, ask: Callable[[Agent, Sample], Result], samples: list[Sa
     }
 
 
-def strategies(trained: list[Path], coarse: Path) -> dict[str, list[dict[str, float]]]:
-    """Each strategy's accuracy and cost: of every trained agent, and of the policy that was trained for spans."""
+def strategies(paid: list[Path], unpaid: list[Path], coarse: Path) -> dict[str, list[dict[str, float]]]:
+    """Each strategy's accuracy and cost: of agents trained with R_tool and without it, and of a policy for spans."""
     device = torch.device("cpu")
     own = configuration.parse(RECIPE)
     samples = world.load_samples("world", "test", own)
-    agents = [infer.load_agent(replace(own, model=str(model)), device) for model in trained]
 
-    def play(**changes: float) -> list[dict[str, float]]:
+    def play(models: list[Path], **changes: float) -> list[dict[str, float]]:
+        agents = [infer.load_agent(replace(own, model=str(model)), device) for model in models]
         limited = [replace(agent, config=replace(agent.config, **changes)) for agent in agents]
         return [asked(agent, partial(infer.play_episode, settings=Settings()), samples) for agent in limited]
 
-    found = {"agent": play(), "agent, one call": play(max_turns=2, max_calls=1), "agent, no call": play(max_turns=1)}
+    found = {"agent": play(paid), "agent, one call": play(paid, max_turns=2, max_calls=1)}
     used = round(statistics.mean(one["frames"] for one in found["agent"]))
     spread_out = {"fps": used / own.world_duration, "max_frames": used}
-    found[f"agent, {used} uniform frames"] = play(max_turns=1, **spread_out)
+    found["agent without R_tool"] = play(unpaid)
+    found["the same, no call"] = play(unpaid, max_turns=1)
+    found[f"the same, {used} uniform frames"] = play(unpaid, max_turns=1, **spread_out)
     policy = infer.load_agent(configuration.parse(["--model", str(coarse)]), device)
     spread_out["budget"] = max(policy.config.budget, 4 * used)
     uniform = replace(policy, config=replace(policy.config, **spread_out))
@@ -155,7 +157,7 @@ def picture(
 ) -> None:
     """Accuracy against frames, a point for each model; calls over training, a mean over seeds and `TEN` steps."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
-    for (name, points), marker in zip(found.items(), "o<>s^Dv", strict=True):
+    for (name, points), marker in zip(found.items(), "o<p>xs^D", strict=True):
         left.plot([p["frames"] for p in points], [p["accuracy"] for p in points], marker, label=name)
     left.set(xlabel="frames per question", ylabel="accuracy", ylim=(0, 1))
     for name, runs in results.items():
@@ -189,7 +191,11 @@ def main() -> None:
         jobs = {(n, seed): pool.submit(run, n, lines[n][1], seed, given.steps) for n, seed in wanted}
         results = {n: [job.result() for (name, _), job in jobs.items() if name == n] for n in lines}
         results = {name: runs for name, runs in results.items() if runs}
-    found = strategies([RUNS / f"{n}-{seed}" / "checkpoint" for n, seed in jobs if n == "tool-0.5"], given.coarse)
+    paid, unpaid = (
+        [RUNS / f"{name}-{seed}" / "checkpoint" for name, seed in jobs if name == wanted]
+        for wanted in ("tool-0.5", "tool-0")
+    )
+    found = strategies(paid, unpaid, given.coarse)
     scores = ("accuracy", "coarse", "others", "frames", "visual tokens")
     table = [[name, *(spread([p[key] for p in points]) for key in scores)] for name, points in found.items()]
     out = ROOT / "benchmarks" / "results"

@@ -229,7 +229,7 @@ def test_a_line_per_variant_has_the_means_of_its_runs(tmp_path):
     cells = [cell.split(" ± ")[0].strip() for cell in first.split("|")[2:-1]]
     assert list(map(float, cells)) == [0.45, 1.45, 1, 1, 1, 1, 0.125, 1, 1, 1]
     point = {"frames": 20.0, "accuracy": 0.5}
-    zoomer.picture({str(k): [point] for k in range(7)}, lines, results, tmp_path / "x.png")
+    zoomer.picture({str(k): [point] for k in range(8)}, lines, results, tmp_path / "x.png")
     assert (tmp_path / "x.png").stat().st_size > 0
 
 
