@@ -192,8 +192,8 @@ def main() -> None:
         results = {n: [job.result() for (name, _), job in jobs.items() if name == n] for n in lines}
         results = {name: runs for name, runs in results.items() if runs}
     paid, unpaid = (
-        [RUNS / f"{name}-{seed}" / "checkpoint" for name, seed in jobs if name == wanted]
-        for wanted in ("tool-0.5", "tool-0")
+        [RUNS / f"{name}-{seed}" / "checkpoint" for name, seed in jobs if name == variant]
+        for variant in ("tool-0.5", "tool-0")
     )
     found = strategies(paid, unpaid, given.coarse)
     scores = ("accuracy", "coarse", "others", "frames", "visual tokens")
