@@ -319,12 +319,15 @@ def messages(episode: Episode, view: View, config: Config) -> list[dict]:
 def written_ids(reply: str, vocabulary: Vocabulary) -> list[int]:
     """The ids of a turn as the policy would write it: it stops where a call ends, or with <|im_end|>.
 
-    Raises ValueError for text after the end of a call.
+    Raises ValueError for text after the end of a call, and for a special token in the text.
     """
     said, end, more = reply.partition(CALL_END)
     if more.strip():
         raise ValueError(f"a turn ends with {CALL_END}, but here {more.strip()[:20]!r} follows")
-    return vocabulary.ids(said + end) + ([] if end else [vocabulary.eos[0]])
+    ids = vocabulary.ids(said + end)
+    if special := {*ids} & {*vocabulary.eos, *vocabulary.banned}:
+        raise ValueError(f"the text has the special token {vocabulary.tokenizer.decode(special.pop())}")
+    return ids + ([] if end else [vocabulary.eos[0]])
 
 
 def replay(scene: Scene, replies: Sequence[str], vocabulary: Vocabulary) -> Episode:
@@ -341,9 +344,6 @@ def replay(scene: Scene, replies: Sequence[str], vocabulary: Vocabulary) -> Epis
             ids = written_ids(reply, vocabulary)
         except ValueError as error:
             raise ValueError(f"turn {number} of {len(replies)}: {error}") from None
-        if special := set(vocabulary.ids(reply)) & {*vocabulary.eos, *vocabulary.banned}:
-            name = vocabulary.tokenizer.decode(special.pop())
-            raise ValueError(f"turn {number} of {len(replies)}: the text has the special token {name}")
         episode.turns.append(read_turn(torch.tensor(ids), vocabulary))
         scene.respond(episode)
     return episode

@@ -58,7 +58,7 @@ from data import DataError, Sample
 from episodes import CALL_END, Episode, Scene, Turn, messages, roll_out_episodes
 from filters import finished, identity, save
 from infer import DECISIVE, Agent, load_agent
-from lessons import asked_colour, glimpse, span_text
+from lessons import asked_colour, asked_pattern, glimpse, span_text
 from policy import BANNED_TOKENS, EOS_TOKENS, ModelError
 from rewards import turns_format_reward
 from rollout import View, check_samples
@@ -134,7 +134,7 @@ def noted(sample: Sample, episode: Episode) -> list[str]:
             if not any(start <= time < end for start, end in sample.spans):
                 words.append("none")
             elif sample.kind in ("coarse", "fine"):
-                words.append(sample.options["ABCD".index(sample.answer)])
+                words.append(asked_pattern(sample))
             elif frame[:, frame.shape[1] // 2, frame.shape[2] // 2].float().mean() > world.GREY:
                 words.append(asked_colour(sample))
             else:
@@ -304,11 +304,8 @@ def run(given: argparse.Namespace, config: Config) -> None:
     with accelerator.main_process_first():
         samples = world.load_samples(config.train_data, "train", config)
     check_samples(samples, ("options", "answer"), config.train_data)
-    for number, sample in enumerate(samples, 1):
-        if trajectories.MARK in sample.question + "".join(sample.options):
-            where = f"{config.train_data}: row {number} ({sample.id})"
-            raise DataError(f"{where}: {trajectories.MARK} in the question would stand for a clip in a trajectory")
-    expert = load_expert(given, out, samples, config)
+    check_playable(samples, given.expert, config.train_data)
+    expert = load_expert(given, out, config)
     made_with = {"what": given.what, "expert": expert.name}
     made_with |= {name: getattr(config, name) for name in DECISIVE}
     if given.what == "reflect":
@@ -347,15 +344,23 @@ def read_exemplars(path: str, config: Config) -> list[dict]:
     return [trajectory.row.fields for trajectory in trajectories.load(path, config.video_root)]
 
 
-def load_expert(given: argparse.Namespace, out: Path, samples: Sequence[Sample], config: Config) -> Expert:
-    """Raises ChatError naming what an endpoint lacks, DataError for questions that the oracle does not know."""
-    if given.expert == "endpoint":
-        return Dialogue(Cached(connect(given.endpoint, given.judge_model, config.max_tokens), out / "replies"))
+def check_playable(samples: Sequence[Sample], expert: str, path: str) -> None:
+    """Raise DataError for a question that a trajectory cannot have, or that the oracle does not know."""
     for number, sample in enumerate(samples, 1):
-        if sample.kind not in world.KINDS or not sample.spans:
-            where = f"{config.train_data}: row {number} ({sample.id})"
-            raise DataError(f"{where}: the oracle knows the questions of the built-in world only")
-    return Oracle()
+        problem = ""
+        if trajectories.MARK in sample.question + "".join(sample.options):
+            problem = f"{trajectories.MARK} in the question would stand for a clip in a trajectory"
+        elif expert == "oracle" and (sample.kind not in world.KINDS or not sample.spans):
+            problem = "the oracle knows the questions of the built-in world only"
+        if problem:
+            raise DataError(f"{path}: row {number} ({sample.id}): {problem}")
+
+
+def load_expert(given: argparse.Namespace, out: Path, config: Config) -> Expert:
+    """Raises ChatError naming what an endpoint lacks."""
+    if given.expert == "oracle":
+        return Oracle()
+    return Dialogue(Cached(connect(given.endpoint, given.judge_model, config.max_tokens), out / "replies"))
 
 
 def summary(rows: Sequence[Mapping]) -> str:

@@ -66,6 +66,11 @@ def asked_colour(sample: Sample) -> str:
     return next(colour for colour in world.COLOURS if f" {colour} " in sample.question)
 
 
+def asked_pattern(sample: Sample) -> str:
+    """The pattern that the right answer to a question names."""
+    return sample.options["ABCD".index(sample.answer)]
+
+
 def span_text(spans: Spans) -> str:
     """Spans as the policy writes them: (3.0,8.0),(12.0,14.0)."""
     return ",".join(f"({start:.1f},{end:.1f})" for start, end in spans)
@@ -92,7 +97,7 @@ def locations(samples: Sequence[Sample]) -> list[str]:
 def glimpse(sample: Sample) -> str:
     """What the coarse pass shows of the evidence: a coarse pattern, a light's colour, of a fine pattern nothing."""
     if sample.kind == "coarse":
-        return sample.options["ABCD".index(sample.answer)]
+        return asked_pattern(sample)
     return "none" if sample.kind == "fine" else asked_colour(sample)
 
 
@@ -174,10 +179,15 @@ class Batch:
         return cls(prompts, ids, kind >= 0, weight)
 
 
+def unasked_prompts(scenes: Sequence[Scene], config: Config, vocabulary: Vocabulary, model_config) -> list[Prompt]:
+    """The coarse pass of each video without a question, up to where a response has its thoughts."""
+    ids = vocabulary.ids(chat_text("", config) + "<think>")
+    return [build_prompt(ids, [scene.coarse], model_config) for scene in scenes]
+
+
 def perception_batch(scenes: Sequence[Scene], config: Config, vocabulary: Vocabulary, model_config) -> Batch:
     """When each colour of these videos is on, and the colour of every second, where a response has its thoughts."""
-    ids = vocabulary.ids(chat_text("", config) + "<think>")
-    prompts = [build_prompt(ids, [scene.coarse], model_config) for scene in scenes]
+    prompts = unasked_prompts(scenes, config, vocabulary, model_config)
     answers = [[*locations(s.samples), timeline(s.samples, config.world_duration)] for s in scenes]
     kinds = [[0] * len(scene.samples) + [1] for scene in scenes]
     return Batch.of(prompts, [[vocabulary.ids(answer) for answer in group] for group in answers], kinds)
@@ -185,15 +195,13 @@ def perception_batch(scenes: Sequence[Scene], config: Config, vocabulary: Vocabu
 
 def glance_batch(scenes: Sequence[Scene], config: Config, vocabulary: Vocabulary, model_config) -> Batch:
     """When each colour of these videos is on, and, counting as much as all of that, what the coarse pass shows then."""
-    ids = vocabulary.ids(chat_text("", config) + "<think>")
-    prompts = [build_prompt(ids, [scene.coarse], model_config) for scene in scenes]
     answers, kinds = [], []
     for scene in scenes:
         found = list(map(vocabulary.ids, locations(scene.samples)))
         shown = [vocabulary.ids(f" {glimpse(sample)}") for sample in scene.samples]
         answers.append([when + what for when, what in zip(found, shown, strict=True)])
         kinds.append([[0] * len(when) + [1] * len(what) for when, what in zip(found, shown, strict=True)])
-    return Batch.of(prompts, answers, kinds)
+    return Batch.of(unasked_prompts(scenes, config, vocabulary, model_config), answers, kinds)
 
 
 def demonstration_batch(

@@ -814,21 +814,19 @@ def redraw(
     3.3 (dynamic sampling).
     """
     config, accelerator = run.config, run.accelerator
-    epoch = [sample for k, part in enumerate(sets) for sample in part.once(config.seed, "redraw part", k, step)]
 
     def name(sample: Sample) -> tuple[str, str]:
         return sample.video, sample.id
 
-    def names(some: Sequence[Group]) -> list[tuple[str, str]]:  # of all processes
-        return gather_object([name(group.view.sample) for group in some])
-
-    tried = set(names(groups))
+    tried: set[tuple[str, str]] = set()  # by all processes
     count = 0
     for attempt in range(config.max_redraws):
         flat = [k for k, group in enumerate(groups) if not advantages(group, config).any()]
         found = torch.tensor(len(flat), device=accelerator.device)
         if not accelerator.reduce(found, "sum"):  # all processes go on, or none
             break
+        tried.update(gather_object([name(group.view.sample) for group in groups]))
+        epoch = [sample for k, part in enumerate(sets) for sample in part.once(config.seed, "redraw part", k, step)]
         order = torch.randperm(len(epoch), generator=generator(config.seed, "redraw", step, attempt)).tolist()
         shuffled = [epoch[i] for i in order]
         others = list({name(s): s for s in shuffled if name(s) not in tried}.values()) or shuffled
@@ -841,7 +839,6 @@ def redraw(
         score(fresh, config)
         for k, group in zip(flat, fresh, strict=True):
             groups[k] = group
-        tried.update(names(fresh))
         count += len(flat)
     return count
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -9,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -247,6 +249,18 @@ def page_in_browser(page: Path, script: str) -> str:
 # ---------------------------------------------------------------- a chat endpoint
 
 
+@contextlib.contextmanager
+def serving(server: ThreadingHTTPServer, closing: threading.Event) -> Iterator[ThreadingHTTPServer]:
+    """A server at work in a thread of its own; `closing` frees requests that it keeps waiting, at the end."""
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+    thread.start()
+    yield server
+    closing.set()
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
 def completion(text: str | None, **more) -> str:
     usage = {"prompt_tokens": 7, "completion_tokens": 3}
     return json.dumps({"choices": [{"message": {"role": "assistant", "content": text, **more}}], "usage": usage})
@@ -283,10 +297,5 @@ def server():
     here.answers, here.bodies, here.paths, here.keys = [], [], [], []
     here.given_up = threading.Event()
     here.url = f"http://127.0.0.1:{here.server_port}/v1"
-    thread = threading.Thread(target=here.serve_forever, args=(0.01,))
-    thread.start()
-    yield here
-    here.given_up.set()
-    here.shutdown()
-    thread.join()
-    here.server_close()
+    with serving(here, here.given_up):
+        yield here

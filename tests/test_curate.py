@@ -20,7 +20,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import loud_model, run_in_two_processes
+from conftest import loud_model, run_in_two_processes, serving
 from PIL import Image
 
 import chat
@@ -379,13 +379,8 @@ class Handler(BaseHTTPRequestHandler):
 @pytest.fixture
 def judge():
     server = Judge()
-    thread = threading.Thread(target=server.serve_forever, args=(0.01,))
-    thread.start()
-    yield server
-    server.closing.set()
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    with serving(server, server.closing):
+        yield server
 
 
 @pytest.fixture

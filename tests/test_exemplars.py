@@ -89,10 +89,6 @@ def test_the_oracle_makes_one_call_for_two_events_where_its_frames_are_enough(sc
     assert play(Oracle(), tight, Episode()) == "no calls or frames left for the evidence"
 
 
-def pattern_of(scene: Scene) -> str:
-    return scene.view.sample.options["ABCD".index(scene.view.sample.answer)]
-
-
 def test_the_oracle_says_what_each_frame_shows(scenes, vocabulary):
     def said(kind: str, *calls: str, wrong: str | None = "A") -> str:
         return Oracle().turn(scenes[kind], replay(scenes[kind], list(calls), vocabulary), wrong)
@@ -101,7 +97,7 @@ def test_the_oracle_says_what_each_frame_shows(scenes, vocabulary):
         return lessons.asked_colour(scenes[kind].view.sample)
 
     glimpses = {kind: colour(kind) for kind in ("blink", "pair")}
-    glimpses |= {"coarse": pattern_of(scenes["coarse"]), "fine": "none"}
+    glimpses |= {"coarse": lessons.asked_pattern(scenes["coarse"].view.sample), "fine": "none"}
     for kind, glimpse in glimpses.items():
         times = lessons.span_text(scenes[kind].view.sample.spans)
         assert said(kind, wrong=None).startswith(f"<think>{colour(kind)}<time>{times}</time> {glimpse}</think>")
