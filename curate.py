@@ -57,7 +57,9 @@ import world
 from chat import Cached, Chat, ChatError, Local, Message, Reply, RequestError, Shown, Usage, one_line
 from config import Config, ConfigError
 from data import DataError, Row, Sample
-from decode import FrameCache, VideoError, probe
+from media.decode import probe
+from media.frames import FrameCache
+from media.source import VideoError
 from policy import ModelError
 from rollout import Spans
 from scenes import SceneError

@@ -26,7 +26,8 @@ from torch import Tensor
 import prompts as text
 from advantage import token_offsets
 from config import Config
-from decode import FrameCache, VideoError
+from media.frames import FrameCache
+from media.source import VideoError
 from policy import Episodes, Observation, Prompt, Video, Vocabulary, build_prompt, keep_tokens, stops_at
 from prompts import ToolCall
 from rollout import Group, Spans, View, coarse_prompt, coarse_words, episode_limits, response_seed

@@ -43,8 +43,8 @@ import report
 import world
 from config import Config
 from data import Sample
-from decode import VideoError
 from episodes import roll_out_episodes
+from media.source import VideoError
 from metrics import COSTS, as_spans
 from policy import ModelError, Vocabulary, load
 from prompts import EPISODES

@@ -55,9 +55,11 @@ import world
 from chat import Cached, Chat, ChatError, Message, RequestError, Shown, connect
 from config import Config, ConfigError, suiting_recipe
 from data import DataError, Sample
-from decode import VideoError, prefetch, probe
 from evaluate import view_all
 from infer import DECISIVE, Agent, load_agent
+from media.decode import probe
+from media.prefetch import prefetch
+from media.source import VideoError
 from policy import ModelError
 from rewards import accuracy_reward, iou_reward, merge
 from rollout import View, answer_clips, check_samples, roll_out, zoom_clips

@@ -65,8 +65,10 @@ import prompts
 import world
 from config import Config, ConfigError, suiting_recipe
 from data import DataError, Sample
-from decode import FrameCache, VideoError, VideoInfo, probe
 from episodes import roll_out_episodes
+from media.decode import VideoInfo, probe
+from media.frames import FrameCache
+from media.source import VideoError
 from policy import ModelError, Video, Vocabulary, window_layout
 from report import ReportError
 from rewards import interval_iou, merge

@@ -44,7 +44,8 @@ import config as configuration
 import policy
 import world
 from data import DataError, Report, Row, read_rows, video_path
-from decode import VideoError, probe
+from media.decode import probe
+from media.source import VideoError
 from policy import ModelError, Video, encode_videos
 from video import decode, plan_clip
 

@@ -30,7 +30,8 @@ import kl
 import lessons
 import trajectories
 import world
-from decode import VideoError, prefetch
+from media.prefetch import prefetch
+from media.source import VideoError
 from train import (
     KL_CHUNK,
     Run,

@@ -47,9 +47,10 @@ import world
 from advantage import CREDIT, SEGMENTS, group_advantages, segment_ids, token_advantages
 from config import Config
 from data import Sample
-from decode import VideoError, prefetch
 from episodes import Episode, Shown, clip_failures, roll_out_episodes
 from grpo import grpo_loss, loss_count
+from media.prefetch import prefetch
+from media.source import VideoError
 from metrics import write_results
 from policy import (
     ModelError,

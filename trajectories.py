@@ -33,8 +33,9 @@ import data
 import prompts as text
 from config import Config
 from data import Row
-from decode import VideoError, VideoInfo, probe
 from episodes import written_ids
+from media.decode import VideoInfo, probe
+from media.source import VideoError
 from policy import Observation, Prompt, Video, Vocabulary, build_prompt
 from rollout import coarse_plan
 from video import ClipPlan, frame_budget, frame_size, load_clips, plan_clip

@@ -28,8 +28,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from decode import CLOCK, MAX_PIXELS, FrameCache, Picture, VideoError, VideoInfo, open_source, show_pictures
-from decode import probe as probe
+from media.decode import Picture, VideoInfo, open_source, show_pictures
+from media.decode import probe as probe
+from media.frames import FrameCache
+from media.source import CLOCK, MAX_PIXELS, VideoError
 
 TOKEN = 28  # pixels along a side of a visual token, which is 2 x 2 patches
 PATCH = 14  # pixels along a side of a patch

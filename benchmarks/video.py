@@ -1,4 +1,4 @@
-"""Time, memory and exactness of `decode.py` and `video.py` against other readers, on videos made here with a number in
+"""Time, memory and exactness of `media/` and `video.py` against other readers, on videos made here with a number in
 every frame.
 
     python benchmarks/video.py --out benchmarks/results/video.md

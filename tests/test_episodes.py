@@ -29,8 +29,9 @@ import tiny
 import train
 import world
 from config import ConfigError
-from decode import VideoError, VideoInfo
 from episodes import Episode, Scene, lay_out, messages, read_turn, replay, roll_out_episodes
+from media.decode import VideoInfo
+from media.source import VideoError
 from policy import Policy, Prompt, Video, Vocabulary, build_prompt, load
 from rollout import Group, coarse_plan, coarse_prompt, view_video
 from train import advantages, micro_batches, score

@@ -38,8 +38,10 @@ import train
 import video
 from config import ConfigError
 from data import DataError, Sample
-from decode import FrameCache, VideoError, VideoInfo
 from infer import RELEASED, STRATEGIES, Agent, Look, Settings, load_agent, to_video_time
+from media.decode import VideoInfo
+from media.frames import FrameCache
+from media.source import VideoError
 from policy import ModelError, Video, Vocabulary, group_hidden, last_hidden
 from rollout import (
     answer_clips,

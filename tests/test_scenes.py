@@ -18,7 +18,7 @@ import scenes
 import world
 from benchmarks import scenes as baseline
 from data import DataError
-from decode import VideoError
+from media.source import VideoError
 from policy import Video, encode_videos
 from scenes import Detector, Labelled, SceneError, merge_shots
 from video import decode

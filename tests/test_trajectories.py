@@ -12,8 +12,8 @@ from numbered import get
 import config as configuration
 import trajectories
 from data import DataError, Row
-from decode import VideoError
 from episodes import Scene, messages, replay
+from media.source import VideoError
 from policy import build_prompt
 from prompts import next_turn
 from rollout import coarse_prompt, view_video

@@ -14,7 +14,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from numbered import HEIGHT, WIDTH, X264, get, read_number, sequential, write_video
 
-from decode import FrameCache, Source, VideoError, VideoInfo, _Painter, prefetch, probe
+from media.decode import VideoInfo, _Painter, probe
+from media.frames import FrameCache
+from media.prefetch import prefetch
+from media.source import Source, VideoError
 from video import (
     decode,
     decode_patches,
@@ -333,7 +336,7 @@ def test_every_frame_at_the_rate_of_a_millisecond_clock(folder):
 def test_cached_frames_are_not_decoded_again(folder, monkeypatch, name):
     path, cache = get(folder, name), FrameCache(10**7)
     first, times = decode(path, [0.0, 0.4, 0.9], (56, 56), cache=cache)
-    monkeypatch.setattr("decode._answer", lambda *_: pytest.fail("decoded again"))
+    monkeypatch.setattr("media.decode._answer", lambda *_: pytest.fail("decoded again"))
     monkeypatch.setattr(Source, "_scan", lambda *_: pytest.fail("read through again"))
     again, same = decode(path, [0.9, 0.0, 0.4], (56, 56), cache=cache)
     assert torch.equal(again, first[[2, 0, 1]]) and same == [times[2], times[0], times[1]]

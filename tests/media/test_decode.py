@@ -1,4 +1,4 @@
-"""`decode.py` against a plain sequential decode, on files with a number in every frame, real ones, and bad ones."""
+"""`source.py`, `decode.py` against a plain sequential decode: files with a number in every frame, real and bad ones."""
 
 import gc
 import itertools
@@ -35,21 +35,11 @@ from numbered import (
     write_video,
 )
 
-from decode import (
-    FrameCache,
-    Prefetcher,
-    SideDataType,
-    Source,
-    VideoError,
-    _can_skip,
-    _needed,
-    _Painter,
-    prefetch,
-    probe,
-)
+from media.decode import SideDataType, _can_skip, _needed, _Painter, probe
+from media.source import Source, VideoError
 from video import decode, load_clip, plan_clip, resize
 
-REAL = Path(__file__).resolve().parents[2] / "shared" / "realdata" / "videos"
+REAL = Path(__file__).resolve().parents[3] / "shared" / "realdata" / "videos"
 FIXED = settings(derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
 
 
@@ -99,7 +89,7 @@ def test_several_workers_give_the_same(folder, monkeypatch):
     path, times = get(folder, "b.mp4"), times_of("b.mp4")
     alone, _ = decode(path, times, (56, 84), threads=1)
     opened = []
-    monkeypatch.setattr("decode.WORTH_THREADS", 0)
+    monkeypatch.setattr("media.decode.WORTH_THREADS", 0)
     monkeypatch.setattr(
         Source, "_open", lambda self, real=Source._open: (opened.append(threading.get_ident()), real(self))
     )
@@ -509,7 +499,7 @@ def test_large_frames_are_refused_before_decoding(tmp_path, monkeypatch):
         stream.width, stream.height, stream.pix_fmt = 16384, 8192, "gray"
         file.mux(stream.encode(av.VideoFrame(16384, 8192, "gray")))
         file.mux(stream.encode())
-    monkeypatch.setattr("decode._answer", None)  # nothing is decoded
+    monkeypatch.setattr("media.decode._answer", None)  # nothing is decoded
     with pytest.raises(VideoError, match=r"16384 x 8192 pixels are more than max_pixels=35389440; "):
         probe(path)
     small = write_video(tmp_path / "small.mp4", n=2)
@@ -548,82 +538,6 @@ def test_a_thousand_opens_leak_nothing(folder, plain):
     assert memory_after - memory < 8e6
 
 
-# ---------------------------------------------------------------- cache
-
-
-def test_frame_cache_is_bounded_and_drops_the_oldest():
-    cache = FrameCache(100)
-    for name in "abc":
-        cache.put((name,), name, 40)
-    assert cache.get(("a",)) is None and cache.get(("b",)) == "b"
-    cache.put(("d",), "d", 40)
-    assert cache.get(("c",)) is None and cache.get(("b",)) == "b" and cache.n_bytes == 80
-    cache.put(("b",), "B", 60)
-    assert cache.get(("b",)) == "B" and cache.n_bytes == 100
-    cache.put(("e",), "e", 101)
-    assert cache.get(("e",)) is None and cache.n_bytes == 100
-
-
-# ---------------------------------------------------------------- working ahead
-
-
-def test_prefetch_keeps_the_order():
-    rng = random.Random(0)
-    delays = [rng.random() / 200 for _ in range(40)]
-    jobs = [lambda k=k, s=s: (time.sleep(s), k)[1] for k, s in enumerate(delays)]
-    with prefetch(jobs, ahead=5, workers=4) as results:
-        assert list(results) == list(range(40))
-
-
-def test_prefetch_raises_where_it_belongs():
-    def job(k):
-        if k == 2:
-            raise VideoError("b.mp4", "damaged", "get it again")
-        return k
-
-    with prefetch([lambda k=k: job(k) for k in range(5)], ahead=4) as results:
-        assert next(results) == 0 and next(results) == 1
-        with pytest.raises(VideoError, match=r"b\.mp4"):
-            next(results)
-        assert list(results) == [3, 4]
-
-
-def test_prefetch_raises_the_error_of_its_jobs_iterator_in_turn():
-    def jobs():
-        yield lambda: 1
-        yield lambda: 2
-        raise KeyError("sample 3")
-
-    results = prefetch(jobs(), ahead=5)
-    assert next(results) == 1 and next(results) == 2
-    with pytest.raises(KeyError, match="sample 3"):
-        next(results)
-    with pytest.raises(StopIteration):
-        next(results)
-
-
-def test_prefetch_is_bounded():
-    started = []
-    with Prefetcher((lambda k=k: started.append(k) for k in range(100)), ahead=3) as results:
-        for _ in range(10):
-            next(results)
-        time.sleep(0.05)
-        assert len(started) <= 10 + 3
-
-
-@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
-def test_prefetch_leaves_nothing_behind(error):
-    before = threading.active_count()
-    begun = []
-    with (
-        pytest.raises(error),
-        prefetch([lambda k=k: (begun.append(k), time.sleep(0.01)) for k in range(50)], ahead=20) as results,
-    ):
-        next(results)
-        raise error
-    assert threading.active_count() == before and len(begun) < 50
-
-
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 def test_decoding_leaves_nothing_behind(plain, monkeypatch, error):
     """What stops a worker reaches the caller, and no worker stays."""
@@ -634,7 +548,7 @@ def test_decoding_leaves_nothing_behind(plain, monkeypatch, error):
             raise error
         return real(self, frame, pts)
 
-    monkeypatch.setattr("decode.WORTH_THREADS", 0)
+    monkeypatch.setattr("media.decode.WORTH_THREADS", 0)
     monkeypatch.setattr(_Painter, "picture", picture)
     with pytest.raises(error):
         decode(plain, times_of("b.mp4"), (56, 56), threads=2)
