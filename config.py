@@ -59,7 +59,7 @@ class Config:
     test_data: str = option(
         "", "Annotations for the table before and after training; `world` is the test split; empty for no table."
     )
-    data_format: str = option("records", "Format of both files, a reader of data.py.")
+    data_format: str = option("records", "Format of both files, a reader of annotations/formats.py.")
     video_root: str = option("", "Folder put before relative video paths; empty for the current one.")
     max_failed_videos: float = option(
         0.05, "Stop when more than this share of the prompts so far had an unreadable video."

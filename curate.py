@@ -14,8 +14,8 @@
 | `unique.jsonl`    | question   | whether it is kept: no scene of five before and after has all clues, or the answer  |
 
 and a line that something is wrong with says why, as "skipped" or "reason". `train.jsonl` has the kept questions as
-records of data.py, with the scene as evidence; `statistics.txt` and `.png` show durations and shares of the video, as
-Figure 3 does.
+records of annotations/formats.py, with the scene as evidence; `statistics.txt` and `.png` show durations and shares of
+the video, as Figure 3 does.
 
 Questions and verdicts are asked for through chat.py: of an endpoint, a checkpoint (`--model`), or the ground truth. A
 reply that cannot be used is answered with the reason, up to `--tries` times. What was interrupted goes on where it was;
@@ -48,15 +48,15 @@ from tqdm import tqdm
 
 import chat
 import config as configuration
-import data
 import evaluate
 import journal
 import report
 import scenes
 import world
+from annotations.rows import LETTERS, DataError, Row, Sample, letter_of_answer, read_rows, strip_letters
+from annotations.samples import VIDEO_SUFFIXES, spread, write_samples
 from chat import Cached, Chat, ChatError, Local, Message, Reply, RequestError, Shown, Usage, one_line
 from config import Config, ConfigError
-from data import DataError, Row, Sample
 from media.decode import probe
 from media.frames import FrameCache
 from media.source import VideoError
@@ -186,9 +186,9 @@ def read_question(text: str) -> dict:
         raise ReplyError("its question is not a text")
     if plain(question) in plain(QUESTION):
         raise ReplyError("it repeats the request")
-    options = data.strip_letters(distinct_texts(value, "options", 2, len(data.LETTERS)))
+    options = strip_letters(distinct_texts(value, "options", 2, len(LETTERS)))
     clues = distinct_texts(value, "clues", 1, MAX_CLUES)
-    letter = data.letter_of_answer(answer, options) if isinstance(answer, str) else None
+    letter = letter_of_answer(answer, options) if isinstance(answer, str) else None
     if letter is None:
         raise ReplyError(f"its answer is not the letter of an option: {one_line(repr(answer), 40)}")
     return {"question": question.strip(), "options": list(options), "answer": letter, "clues": clues}
@@ -262,7 +262,7 @@ class Truth:
             }
         else:
             asked = json.loads(words.removeprefix(VERDICT))
-            answers = [one["options"][data.LETTERS.index(one["answer"].strip("()"))] for one in here]
+            answers = [one["options"][LETTERS.index(one["answer"].strip("()"))] for one in here]
             there = [clue in [one["question"] for one in here] for clue in asked["clues"]]
             said = {"clues": there, "answer": asked["answer"] in answers}
         return Reply(json.dumps(said))
@@ -321,7 +321,7 @@ def unique_row(task: Task, spans: dict[str, Spans], viewer: Viewer, judge: Chat,
     """Whether a question is kept: whether its scene alone is meant, among its neighbours in `spans`, by video."""
     others = spans[task.video]
     row = {name: value for name, value in task.row.items() if name not in ("skipped", "made_with")}
-    answer = row["options"][data.LETTERS.index(row["answer"])]
+    answer = row["options"][LETTERS.index(row["answer"])]
     asked = json.dumps({"question": row["question"], "clues": row["clues"], "answer": answer}, ensure_ascii=False)
     for number in neighbours(row["number"], len(others)):
         try:
@@ -441,23 +441,23 @@ def finish(out: Path, unique: Sequence[dict], folder: Path) -> None:
         raise CurateError(f"{out}: no question is left; unique.jsonl and questions.jsonl say why")
     samples = [
         Sample(
-            row["id"],
-            row["video"],
-            row["question"],
-            tuple(row["options"]),
-            row["answer"],
-            (tuple(row["scene"]),),
-            row["duration"],
-            "scenetg",
-            {"clues": row["clues"]},
+            id=row["id"],
+            video=row["video"],
+            question=row["question"],
+            options=tuple(row["options"]),
+            answer=row["answer"],
+            evidence=(tuple(row["scene"]),),
+            duration=row["duration"],
+            kind="scenetg",
+            meta={"clues": row["clues"]},
         )
         for row in kept
     ]
     part = out / "train.jsonl.part"
-    data.save(part, samples)
+    write_samples(part, samples)
     part.replace(out / "train.jsonl")
     durations = list({sample.video: sample.duration for sample in samples}.values())
-    shares = [(end - start) / sample.duration for sample in samples for start, end in sample.spans]
+    shares = [(end - start) / sample.duration for sample in samples for start, end in sample.evidence]
     figures = statistics_text(durations, shares)
     (out / "statistics.txt").write_text(f"{figures}\n")
     print(f"\n{figures}")
@@ -493,11 +493,11 @@ def statistics_text(durations: Sequence[float], shares: Sequence[float]) -> str:
     question.
     """
     lines = [
-        f"seconds of a video             {data.spread(list(durations))}",
+        f"seconds of a video             {spread(list(durations))}",
         *bars(durations, report.round_edges(durations)),
     ]
     percent = [100 * share for share in shares]
-    lines += [f"percent of it in a question     {data.spread(percent)}", *bars(percent, report.round_edges(percent))]
+    lines += [f"percent of it in a question     {spread(percent)}", *bars(percent, report.round_edges(percent))]
     return "\n".join(lines)
 
 
@@ -536,14 +536,14 @@ def sources(given: argparse.Namespace, config: Config) -> Sources:
     folder = Path(given.videos)
     if not folder.is_dir():
         raise CurateError(f"--videos {folder}: {'a file, not a folder' if folder.exists() else 'no such folder'}")
-    files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in data.VIDEO_SUFFIXES)
+    files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in VIDEO_SUFFIXES)
     if not files:
-        raise CurateError(f"--videos {folder}: there are no videos in it ({', '.join(data.VIDEO_SUFFIXES)})")
+        raise CurateError(f"--videos {folder}: there are no videos in it ({', '.join(VIDEO_SUFFIXES)})")
     return Sources(folder, [file.relative_to(folder).as_posix() for file in files], known, truth)
 
 
 def read_by_video(path: str) -> dict[str, Row]:
-    return {row.text("video"): row for row in data.read_rows(Path(path))}
+    return {row.text("video"): row for row in read_rows(Path(path))}
 
 
 def connect(given: argparse.Namespace, config: Config, truth: dict[str, Row] | None, device: torch.device) -> Cached:

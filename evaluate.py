@@ -36,20 +36,19 @@ from accelerate.utils import InitProcessGroupKwargs, gather_object
 from tqdm import tqdm
 
 import config as configuration
-import data
 import metrics
 import pages
 import report
-import world
+from annotations.rows import DataError, Sample
+from annotations.samples import check_samples, check_videos, load_samples
 from config import Config
-from data import Sample
 from episodes import roll_out_episodes
 from media.source import VideoError
 from metrics import COSTS, as_spans
 from policy import ModelError, Vocabulary, load
 from prompts import EPISODES
 from rewards import format_reward, interval_iou, turns_format_reward
-from rollout import View, answer_clips, check_samples, roll_out, view_video, zoom_clips, zoom_pass
+from rollout import View, answer_clips, roll_out, view_video, zoom_clips, zoom_pass
 
 log = logging.getLogger("zoomgrpo")
 
@@ -92,7 +91,7 @@ def evaluate(
     # A process that left right after a gather could deadlock: Gloo's thread still gives the gathered tensors back.
     accelerator.wait_for_everyone()
     if gathered and all(row["error"] for row in gathered):
-        raise data.DataError(f"none of the {len(gathered)} videos can be read; the first: {gathered[0]['error']}")
+        raise DataError(f"none of the {len(gathered)} videos can be read; the first: {gathered[0]['error']}")
     return gathered
 
 
@@ -199,7 +198,7 @@ def add_controls(
     for row, view in zip(rows, views, strict=True):
         row["true_zoom_answer"] = None
         try:
-            jobs.append((view.sample, zoom_clips(view, [list(view.sample.spans)], config)[0], None))
+            jobs.append((view.sample, zoom_clips(view, [list(view.sample.evidence)], config)[0], None))
             zoomed.append(row)
         except VideoError as error:
             log.warning("sample %s has no zoom on its true spans: %s", view.sample.id, error)
@@ -315,7 +314,7 @@ def official_scores(rows: list[dict], benchmark: str) -> dict:
         return {}
     try:
         return metrics.official(benchmark, rows)
-    except data.DataError as error:
+    except DataError as error:
         return {"not scored": str(error)}
 
 
@@ -384,7 +383,7 @@ def save_and_print(
 def check_test_samples(samples: Sequence[Sample], config: Config) -> None:
     """Raise DataError for samples that cannot be asked or scored."""
     answered = () if config.template == "longvtg_r1" and not config.eval_controls else ("options", "answer")
-    check_samples(samples, (*answered, *(["spans"] if config.eval_controls else [])), config.test_data)
+    check_samples(samples, (*answered, *(["evidence"] if config.eval_controls else [])), config.test_data)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -405,11 +404,11 @@ def main(arguments: list[str] | None = None) -> None:
         raise configuration.ConfigError("nothing to evaluate on: give --test_data")
     accelerator = patient_accelerator(config)
     with accelerator.main_process_first():
-        samples = world.load_samples(config.test_data, "test", config)
+        samples = load_samples(config.test_data, "test", config)
     if not given.results:
         check_test_samples(samples, config)
     if given.skip_missing or not given.results:
-        samples = data.check_videos(samples, given.skip_missing)
+        samples = check_videos(samples, given.skip_missing)
     if given.results:
         results = {label: metrics.read_results(path, samples) for label, path in labelled(given.results).items()}
     else:
@@ -435,5 +434,5 @@ if __name__ == "__main__":
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     try:
         main()
-    except (configuration.ConfigError, data.DataError, ModelError, report.ReportError) as error:
+    except (configuration.ConfigError, DataError, ModelError, report.ReportError) as error:
         sys.exit(f"error: {error}")

@@ -46,22 +46,22 @@ from tqdm import tqdm
 from transformers.utils.logging import disable_progress_bar
 
 import config as configuration
-import data
 import evaluate
 import journal
 import prompts as text
-import trajectories
 import world
+from annotations import trajectories
+from annotations.rows import DataError, Sample
+from annotations.samples import check_samples, check_videos, load_samples
 from chat import Cached, Chat, ChatError, Message, RequestError, Shown, connect
 from config import Config, ConfigError
-from data import DataError, Sample
 from episodes import CALL_END, Episode, Scene, Turn, messages, roll_out_episodes
 from filters import finished, identity, save
 from infer import DECISIVE, Agent, load_agent
 from lessons import asked_colour, asked_pattern, glimpse, span_text
 from policy import BANNED_TOKENS, EOS_TOKENS, ModelError
 from rewards import turns_format_reward
-from rollout import View, check_samples
+from rollout import View
 from video import Clip
 
 NOTE = (
@@ -102,7 +102,7 @@ class Oracle:
         """What the last clip shows, frame by frame, and a call for what is still to be seen, or the answer."""
         sample = scene.view.sample
         colour = asked_colour(sample)
-        hidden = [span for span in sample.spans if not shows(episode, span, sample.kind)]
+        hidden = [span for span in sample.evidence if not shows(episode, span, sample.kind)]
         seen = " ".join([colour, *noted(sample, episode)])
         if hidden:
             seen += f"<time>{span_text(hidden)}</time>"
@@ -131,7 +131,7 @@ def noted(sample: Sample, episode: Episode) -> list[str]:
     for clip in (turn.shown.clip for turn in episode.turns if turn.shown):
         words = []
         for frame, time in zip(clip.frames, clip.times, strict=True) if clip else ():
-            if not any(start <= time < end for start, end in sample.spans):
+            if not any(start <= time < end for start, end in sample.evidence):
                 words.append("none")
             elif sample.kind in ("coarse", "fine"):
                 words.append(asked_pattern(sample))
@@ -302,7 +302,7 @@ def run(given: argparse.Namespace, config: Config) -> None:
     accelerator = evaluate.patient_accelerator(config)
     exemplars = read_exemplars(given.exemplars, config) if given.exemplars else []
     with accelerator.main_process_first():
-        samples = world.load_samples(config.train_data, "train", config)
+        samples = load_samples(config.train_data, "train", config)
     check_samples(samples, ("options", "answer"), config.train_data)
     check_playable(samples, given.expert, config.train_data)
     expert = load_expert(given, out, config)
@@ -315,7 +315,7 @@ def run(given: argparse.Namespace, config: Config) -> None:
     done = finished(path, samples, made_with, config, accelerator)
     rest = [sample for sample in samples if sample.id not in done]
     if rest:
-        rest = data.check_videos(rest, given.skip_missing)
+        rest = check_videos(rest, given.skip_missing)
         mine = [rest[i] for i in evaluate.share(rest, accelerator)]
         model = load_agent(config, accelerator.device) if given.what == "reflect" else None
         shown = {"desc": f"{path}: {len(done)} done", "disable": None if accelerator.is_main_process else True}
@@ -350,7 +350,7 @@ def check_playable(samples: Sequence[Sample], expert: str, path: str) -> None:
         problem = ""
         if trajectories.MARK in sample.question + "".join(sample.options):
             problem = f"{trajectories.MARK} in the question would stand for a clip in a trajectory"
-        elif expert == "oracle" and (sample.kind not in world.KINDS or not sample.spans):
+        elif expert == "oracle" and (sample.kind not in world.KINDS or not sample.evidence):
             problem = "the oracle knows the questions of the built-in world only"
         if problem:
             raise DataError(f"{path}: row {number} ({sample.id}): {problem}")

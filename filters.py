@@ -47,14 +47,13 @@ from tqdm import tqdm
 from transformers.utils.logging import disable_progress_bar
 
 import config as configuration
-import data
 import evaluate
 import journal
 import prompts
-import world
+from annotations.rows import DataError, Sample
+from annotations.samples import check_samples, check_videos, load_samples, write_samples
 from chat import Cached, Chat, ChatError, Message, RequestError, Shown, connect
 from config import Config, ConfigError, suiting_recipe
-from data import DataError, Sample
 from evaluate import view_all
 from infer import DECISIVE, Agent, load_agent
 from media.decode import probe
@@ -62,7 +61,7 @@ from media.prefetch import prefetch
 from media.source import VideoError
 from policy import ModelError
 from rewards import accuracy_reward, iou_reward, merge
-from rollout import View, answer_clips, check_samples, roll_out, zoom_clips
+from rollout import View, answer_clips, roll_out, zoom_clips
 from video import Clip
 
 AT_ONCE = 8  # requests to an endpoint
@@ -120,7 +119,7 @@ def measure_responses(policy: Agent, views: Sequence[View]) -> list[dict]:
     rows = []
     for group in roll_out(policy.model, views, policy.config, policy.vocabulary, step=0):
         sample = group.view.sample
-        ious = [iou_reward(response.spans, list(sample.spans)) for response in group.responses]
+        ious = [iou_reward(response.spans, list(sample.evidence)) for response in group.responses]
         answers = [response.answer for response in group.responses] if sample.options and sample.answer else []
         accuracies = [accuracy_reward(answer, sample.answer) for answer in answers]
         rows.append({"accuracies": accuracies, "ious": ious, "delta": iou_delta(ious)})
@@ -140,7 +139,7 @@ def measure_clues(asked: Agent | Judge, views: Sequence[View]) -> list[dict]:
     clues: list[Clip | VideoError] = []
     for view in views:
         try:
-            clues += zoom_clips(view, [list(view.sample.spans)], asked.config)
+            clues += zoom_clips(view, [list(view.sample.evidence)], asked.config)
         except VideoError as error:
             clues.append(error)
     shown = [
@@ -208,14 +207,14 @@ class Filter:
 
 FILTERS = {
     "stage2": Filter(
-        ("options", "answer", "spans"),
+        ("options", "answer", "evidence"),
         measure_responses,
         {"paper": stage2_paper, "released": stage2_released},
         0.1,
         True,
     ),
     "plm_video": Filter(
-        ("options", "answer", "spans"),
+        ("options", "answer", "evidence"),
         measure_clues,
         {"paper": clue_only, "sufficient": clue_insufficient},
         None,
@@ -311,7 +310,7 @@ def summary(samples: Sequence[Sample], rows: Sequence[Mapping]) -> str:
     lines = [("", "samples", "video, s", "evidence, s")]
     for name, some in (("read", samples), ("kept", kept)):
         durations = [sample.duration for sample in some if sample.duration]
-        evidence = [sum(end - start for start, end in merge(list(s.spans))) for s in some if s.spans]
+        evidence = [sum(end - start for start, end in merge(list(s.evidence))) for s in some if s.evidence]
         lines.append((name, str(len(some)), *(f"{fmean(v):.1f}" if v else "-" for v in (durations, evidence))))
     lines += [(f"dropped: {reason}", str(n)) for reason, n in Counter(r["reason"] for r in rows).items() if reason]
     errors = [f"the first error: {row['error']}" for row in rows if "error" in row][:1]
@@ -323,9 +322,9 @@ def run(given: argparse.Namespace, rule: str, threshold: float | None, config: C
     chosen, out = FILTERS[given.filter], Path(given.out or f"runs/filters/{given.filter}")
     accelerator = evaluate.patient_accelerator(config)
     with accelerator.main_process_first():
-        samples = world.load_samples(config.train_data, "train", config)
+        samples = load_samples(config.train_data, "train", config)
     events = given.filter == "stage2" and config.template == "longvtg_r1"  # its template asks for events too
-    check_samples(samples, ("spans",) if events else chosen.needed, config.train_data)
+    check_samples(samples, ("evidence",) if events else chosen.needed, config.train_data)
     settings = {name: getattr(config, name) for name in (*DECISIVE, "model", "seed", "group_size", "temperature")}
     if given.judge_model:
         settings["model"] = f"{given.judge_model} at an endpoint"
@@ -334,7 +333,7 @@ def run(given: argparse.Namespace, rule: str, threshold: float | None, config: C
     done = finished(path, samples, made_with, config, accelerator)
     rest = [sample for sample in samples if sample.id not in done]
     if chosen.asks and rest:
-        there = {sample.id for sample in data.check_videos(rest, given.skip_missing)}
+        there = {sample.id for sample in check_videos(rest, given.skip_missing)}
         samples = [sample for sample in samples if sample.id in done or sample.id in there]
     load = (
         partial(load_judge, given, out, config)
@@ -352,7 +351,7 @@ def run(given: argparse.Namespace, rule: str, threshold: float | None, config: C
         kept = [sample for sample, row in zip(samples, rows, strict=True) if row["kept"]]
         if not kept:
             raise DataError(f"{training}: not written, since no sample is kept; {path} has the reasons")
-        save(training, partial(data.save, samples=[replace(s, video=identity(s, config)["video"]) for s in kept]))
+        save(training, partial(write_samples, samples=[replace(s, video=identity(s, config)["video"]) for s in kept]))
         print(f"{training}: the kept samples; {path}: a line for each")
 
 

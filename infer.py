@@ -56,15 +56,15 @@ from tqdm import tqdm
 from transformers.utils.logging import disable_progress_bar
 
 import config as configuration
-import data
 import evaluate
 import journal
 import metrics
 import pages
 import prompts
 import world
+from annotations.rows import DataError, Sample
+from annotations.samples import check_videos, load_samples
 from config import Config, ConfigError, suiting_recipe
-from data import DataError, Sample
 from episodes import roll_out_episodes
 from media.decode import VideoInfo, probe
 from media.frames import FrameCache
@@ -717,10 +717,10 @@ def whole_data_set(given: argparse.Namespace, settings: Settings, config: Config
         raise ConfigError("nothing to answer: give --video and --question, or --test_data")
     accelerator = evaluate.patient_accelerator(config)
     with accelerator.main_process_first():
-        samples = world.load_samples(config.test_data, "test", config)
+        samples = load_samples(config.test_data, "test", config)
     for number, one in enumerate(samples, 1):
         check_question(strategy, config, one.options, f"{config.test_data}: row {number} ({one.id})")
-    samples = data.check_videos(samples, given.skip_missing)
+    samples = check_videos(samples, given.skip_missing)
     ask, agent = prepare(strategy, config, grounding, accelerator.device)
     out = Path(given.out or f"runs/infer/{strategy}.jsonl")
     same = made_with(strategy, given.ground_model, settings, config)

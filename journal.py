@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from data import DataError, Row, as_row
+from annotations.rows import DataError, Row, as_row
 
 if TYPE_CHECKING:  # so that reading and writing a file needs no torch
     from accelerate import Accelerator

@@ -39,8 +39,9 @@ import evaluate
 import prompts as text
 import tiny
 import world
+from annotations.rows import Sample
+from annotations.samples import load_samples
 from config import Config, ConfigError
-from data import Sample
 from policy import Policy, Prompt, Video, Vocabulary, build_prompt, load
 from rollout import chat_text, coarse_prompt, view_video, zoom_clips
 
@@ -91,7 +92,7 @@ def widened(spans: Sequence[tuple[float, float]], most: float, duration: float, 
 
 def locations(samples: Sequence[Sample]) -> list[str]:
     """For each question's colour, when it is on."""
-    return [f"{asked_colour(sample)}<time>{span_text(list(sample.spans))}</time>" for sample in samples]
+    return [f"{asked_colour(sample)}<time>{span_text(list(sample.evidence))}</time>" for sample in samples]
 
 
 def glimpse(sample: Sample) -> str:
@@ -105,7 +106,7 @@ def timeline(samples: Sequence[Sample], duration: int) -> str:
     """The colour of every second."""
     colours = ["none"] * duration
     for sample in samples:
-        for start, end in sample.spans:
+        for start, end in sample.evidence:
             colours[int(start) : int(end)] = [asked_colour(sample)] * int(end - start)
     return " ".join(colours) + END
 
@@ -132,7 +133,7 @@ def load_scenes(samples: Sequence[Sample], config: Config, vocabulary: Vocabular
     grouped = [list(group) for _, group in itertools.groupby(samples, key=lambda sample: sample.video)]
     for group in tqdm(grouped, desc="decoding", unit="video", disable=None):
         view = view_video(group[0], config)
-        spans = [widened(s.spans, 1.0 if len(s.spans) == 1 else 0.25, view.info.duration, rng) for s in group]
+        spans = [widened(s.evidence, 1.0 if len(s.evidence) == 1 else 0.25, view.info.duration, rng) for s in group]
         clips = zoom_clips(view, spans, config)
         views = [replace(view, sample=sample) for sample in group]
         scenes.append(
@@ -211,7 +212,7 @@ def demonstration_batch(
     prompts, answers = [], []
     for scene in scenes:
         for sample, prompt in zip(scene.samples, scene.prompts, strict=True):
-            spans = widened(sample.spans, widen, config.world_duration, rng)
+            spans = widened(sample.evidence, widen, config.world_duration, rng)
             prompts.append(prompt)
             answers.append([vocabulary.ids(demonstration(sample, spans))])
     return Batch.of(prompts, answers)
@@ -329,7 +330,7 @@ def teach(config: Config) -> None:
     start = time.perf_counter()
     accelerator = Accelerator(mixed_precision=config.mixed_precision)
     set_seed(config.seed)
-    samples = world.load_samples("world", "train", config)
+    samples = load_samples("world", "train", config)
     if config.model:
         model, tokenizer = load(config.model)
     else:
@@ -346,6 +347,6 @@ def teach(config: Config) -> None:
     print(f"{out}: {sum(p.numel() for p in model.parameters()):,} parameters, {time.perf_counter() - start:.0f} s")
     if not config.test_data:
         return
-    test = world.load_samples("world", "val", config)
+    test = load_samples("world", "val", config)
     rows = evaluate.evaluate(model.eval(), test, config, vocabulary, accelerator, "validation split")
     print(evaluate.table({"cold start": rows}))

@@ -34,7 +34,8 @@ from pathlib import Path
 
 import numpy as np
 
-from data import KIND_SEPARATOR, DataError, Sample, read_rows
+from annotations.formats import KIND_SEPARATOR
+from annotations.rows import DataError, Sample, read_rows
 from rewards import interval_iog, interval_iop, interval_iou, merge
 
 CGBENCH_THRESHOLDS = (0.1, 0.2, 0.3, 0.4, 0.5)
@@ -205,7 +206,7 @@ def row_of(sample: Sample, predicted_answer: str | None, spans: list | None) -> 
         "duration": sample.duration,
         "answer": sample.answer,
         "predicted_answer": predicted_answer,
-        "glue": [list(span) for span in sample.spans],
+        "glue": [list(span) for span in sample.evidence],
         "spans": spans,
     }
 

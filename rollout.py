@@ -19,8 +19,8 @@ from torch import Tensor
 
 import prompts as text
 from advantage import token_offsets
+from annotations.rows import Sample
 from config import Config
-from data import DataError, Sample
 from policy import Observation, Prompt, Video, Vocabulary, build_prompt, last_hidden, sample
 from video import Clip, ClipPlan, FrameCache, VideoError, VideoInfo, load_clip, load_clips, plan_clip, probe
 
@@ -82,17 +82,6 @@ class Group:
         ids = torch.nn.utils.rnn.pad_sequence([response.ids for response in self.responses], batch_first=True)
         lengths = torch.tensor([len(response.ids) for response in self.responses])
         return ids, torch.arange(ids.shape[1]) < lengths[:, None]
-
-
-def check_samples(samples: Sequence[Sample], needed: Sequence[str], path: str) -> None:
-    """Raise DataError naming file, row and fields for a sample that lacks one of the `needed` fields."""
-    for number, row in enumerate(samples, 1):
-        missing = [name for name in needed if not getattr(row, name)]
-        if missing:
-            raise DataError(f"{path}: row {number} ({row.id}): {', '.join(missing)} needed, but missing or empty")
-        if len(row.options) > len(text.LETTERS):
-            n = len(row.options)
-            raise DataError(f"{path}: row {number} ({row.id}): {n} options, but only {len(text.LETTERS)} letters")
 
 
 def response_seed(*parts: object) -> int:

@@ -43,7 +43,8 @@ from tqdm import tqdm
 import config as configuration
 import policy
 import world
-from data import DataError, Report, Row, read_rows, video_path
+from annotations.rows import DataError, Report, Row, read_rows
+from annotations.samples import video_path
 from media.decode import probe
 from media.source import VideoError
 from policy import ModelError, Video, encode_videos

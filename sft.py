@@ -5,7 +5,7 @@
     python sft.py                                            # makes checkpoints/tiny from nothing (lessons.py)
     python sft.py --config recipes/cpu_longvtg_sft.yaml      # goes on with it on longer videos, for LongVTG-R1
 
-`train_data` names a file of trajectories (trajectories.py, exemplars.py), or is `world` for lessons.py.
+`train_data` names a file of trajectories (annotations/trajectories.py, exemplars.py), or is `world` for lessons.py.
 
 Loss is the mean negative log-likelihood over the tokens that assistants wrote in the step's trajectories, all processes
 together. What stands between turns is only read. Everything else is as in train.py: signals, --resume, checkpoints.
@@ -28,8 +28,9 @@ import config as configuration
 import evaluate
 import kl
 import lessons
-import trajectories
-import world
+from annotations import trajectories
+from annotations.samples import load_samples
+from annotations.trajectories import Example, Trajectory, build_example
 from media.prefetch import prefetch
 from media.source import VideoError
 from train import (
@@ -52,7 +53,6 @@ from train import (
     start_tracker,
     timed,
 )
-from trajectories import Example, Trajectory, build_example
 
 RECIPE = configuration.RECIPES / "cpu_world_sft.yaml"
 
@@ -167,7 +167,7 @@ def main(arguments: list[str] | None = None) -> None:
     if config.epochs:
         config = replace(config, steps=max(1, round(config.epochs * len(rows) / config.prompts_per_step)))
     with accelerator.main_process_first():
-        test = world.load_samples(config.test_data, "test", config) if config.test_data else []
+        test = load_samples(config.test_data, "test", config) if config.test_data else []
     evaluate.check_test_samples(test, config)
     claim_folder(config, accelerator)
     start_tracker(config, accelerator)

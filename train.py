@@ -37,16 +37,15 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from tqdm import tqdm
 
 import config as configuration
-import data
 import evaluate
 import kl
 import pages
 import report
 import rewards
-import world
 from advantage import CREDIT, SEGMENTS, group_advantages, segment_ids, token_advantages
+from annotations.rows import DataError, Sample
+from annotations.samples import DataSet, load_samples, load_training
 from config import Config
-from data import Sample
 from episodes import Episode, Shown, clip_failures, roll_out_episodes
 from grpo import grpo_loss, loss_count
 from media.prefetch import prefetch
@@ -65,7 +64,7 @@ from policy import (
     whole_weights,
 )
 from prompts import EPISODES
-from rollout import Group, Spans, View, check_samples, response_seed, roll_out, view_video, zoom_pass
+from rollout import Group, Spans, View, response_seed, roll_out, view_video, zoom_pass
 
 log = logging.getLogger("zoomgrpo")
 KL_CHUNK = 1024  # rows of logits held at a time
@@ -115,61 +114,6 @@ class Run:
 # ---------------------------------------------------------------- sample
 
 
-@dataclass(frozen=True)
-class DataSet:
-    """One of the data sets of a mixture: each of its samples comes `weight` times per epoch.
-
-    Of a weight's fraction, so large a share of the samples is drawn, anew in each epoch.
-    """
-
-    samples: list[Sample]
-    weight: float = 1.0
-
-    def __len__(self) -> int:
-        """The number of samples of an epoch."""
-        return int(self.weight) * len(self.samples) + self.extra
-
-    @property
-    def extra(self) -> int:
-        """How many of them are drawn."""
-        return round((self.weight - int(self.weight)) * len(self.samples))
-
-    def once(self, *seed: object) -> list[Sample]:
-        """The samples of one epoch, not yet shuffled."""
-        drawn = (
-            torch.randperm(len(self.samples), generator=generator(*seed))[: self.extra].tolist() if self.extra else []
-        )
-        return self.samples * int(self.weight) + [self.samples[i] for i in drawn]
-
-
-def load_training(config: Config) -> list[DataSet]:
-    """The training data: one file, or the files of a mixture. Raises DataError."""
-    if Path(config.train_data).suffix not in (".yaml", ".yml"):
-        entries = [data.Entry(config.train_data, config.data_format, config.video_root)]
-    else:
-        entries = data.read_mixture(config.train_data)
-    sets = []
-    for entry in entries:
-        own = replace(config, data_format=entry.format, video_root=entry.video_root)
-        sets.append(DataSet(world.load_samples(entry.data, "train", own), entry.weight))
-        check_training(sets[-1].samples, config, entry.data)
-    if not any(map(len, sets)):
-        raise data.DataError(f"{config.train_data}: its weights leave no sample in an epoch; give larger ones")
-    return sets
-
-
-def check_training(samples: Sequence[Sample], config: Config, path: str) -> None:
-    """Raise DataError naming the row that lacks what its prompt or every reward needs."""
-    if config.template in EPISODES:
-        return check_samples(samples, ("options", "answer"), path)
-    if config.template != "longvtg_r1":
-        return check_samples(samples, ("options", "answer", "spans"), path)
-    check_samples(samples, (), path)
-    for number, row in enumerate(samples, 1):
-        if not row.spans and not (row.options and row.answer):
-            raise data.DataError(f"{path}: row {number} ({row.id}): neither evidence nor an answer to reward")
-
-
 def draw(run: Run, sets: Sequence[DataSet], step: int) -> Iterator[list[Sample]]:
     """For each of this process' prompts of a step: the sample, and others to take if its video cannot be read.
 
@@ -186,7 +130,8 @@ def draw(run: Run, sets: Sequence[DataSet], step: int) -> Iterator[list[Sample]]
         for position in range(first, first + mine):
             epoch, index = divmod(position, length)
             if epoch not in shuffled:
-                once = [row for k, part in enumerate(sets) for row in part.once(config.seed, "part", k, epoch)]
+                parts = [part.once(generator(config.seed, "part", k, epoch)) for k, part in enumerate(sets)]
+                once = [row for part in parts for row in part]
                 order = torch.randperm(length, generator=generator(config.seed, "epoch", epoch))
                 shuffled[epoch] = [once[i] for i in order.tolist()]
             spare = torch.randint(length, (SPARE,), generator=generator(config.seed, "spare", position))
@@ -284,7 +229,7 @@ def score(groups: Sequence[Group], config: Config) -> None:
             }
             continue
         gold = sample.answer if sample.options else None
-        evidence = list(sample.spans)
+        evidence = list(sample.evidence)
         group.rewards = {
             "format": [rewards.format_reward(r.text, config.template, bool(sample.options)) for r in responses]
         }
@@ -599,7 +544,7 @@ def episode(group: Group, config: Config) -> dict:
         "options": list(sample.options),
         "answer": sample.answer,
         "duration": group.view.info.duration,
-        "glue": [list(span) for span in sample.spans],
+        "glue": [list(span) for span in sample.evidence],
         "coarse": {"times": clip.times, "frames": clip.frames.numpy()},
         "responses": responses,
     }
@@ -967,7 +912,7 @@ def main(arguments: list[str] | None = None) -> None:
     accelerator = start_processes(config)
     with accelerator.main_process_first():  # one process writes the built-in videos, the others find them
         sets = load_training(config)
-        test = world.load_samples(config.test_data, "test", config) if config.test_data else []
+        test = load_samples(config.test_data, "test", config) if config.test_data else []
     evaluate.check_test_samples(test, config)
     claim_folder(config, accelerator)
     start_tracker(config, accelerator)
@@ -995,7 +940,7 @@ def run_main(job: Callable[[], None]) -> None:
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     try:
         job()
-    except (configuration.ConfigError, data.DataError, ModelError, TrainingError) as error:
+    except (configuration.ConfigError, DataError, ModelError, TrainingError) as error:
         sys.exit(f"error: {error}")
     except Stopped as stop:
         print(f"stopped by {signal.Signals(stop.number).name}, with a checkpoint; --resume continues", file=sys.stderr)

@@ -40,9 +40,6 @@ import av
 import numpy as np
 from tqdm import tqdm
 
-import data
-from config import Config
-
 SIZE = 112  # pixels; the pattern fills the central half
 FPS = 8
 # Colours as (Y, U, V), so that frames are written without any colour conversion.
@@ -407,12 +404,3 @@ def build_long(
 def _check_split(split: str) -> None:
     if split not in SPLITS:
         raise ValueError(f"no split {split!r}: {', '.join(SPLITS)}")
-
-
-def load_samples(name: str, split: str, config: Config) -> list[data.Sample]:
-    """The samples of an annotation file, or of the built-in benchmark's split for `world`. Raises DataError."""
-    if name != "world":
-        return data.load(name, config.data_format, video_root=config.video_root or None)
-    n_videos = config.world_train_videos if split == "train" else config.world_test_videos
-    path = build(config.cache, split, n_videos, config.world_seed, config.world_duration, config.world_events)
-    return data.load(path, video_root=path.parent)

@@ -32,7 +32,7 @@ sys.path.insert(0, str(ROOT))
 
 import config as configuration  # noqa: E402
 import lessons  # noqa: E402
-import world  # noqa: E402
+from annotations.samples import load_samples  # noqa: E402
 from benchmarks.main_job import finished_run, spread  # noqa: E402
 from policy import Policy, Vocabulary, load  # noqa: E402
 
@@ -98,15 +98,15 @@ def make_late_start() -> None:
     config = configuration.parse([*RECIPE, "--world_train_videos", "100"])
     model, tokenizer = load(str(START))
     vocabulary, policy = Vocabulary.of(tokenizer), Policy(model).train()
-    scenes = lessons.load_scenes(world.load_samples("world", "train", config), config, vocabulary, model.config)
+    scenes = lessons.load_scenes(load_samples("world", "train", config), config, vocabulary, model.config)
     optimizer, steps, rng = torch.optim.AdamW(policy.parameters(), betas=(0.9, 0.98)), 100, random.Random(0)
     for step in range(steps):
         optimizer.param_groups[0]["lr"] = 3e-4 * (1 - step / steps)
         prompts, answers = [], []
         for scene in rng.sample(scenes, 8):
             for sample, prompt in zip(scene.samples, scene.prompts, strict=True):
-                shifts = [min(LATE, sample.duration - end) for _, end in sample.spans]
-                late = [(start + s, end + s) for (start, end), s in zip(sample.spans, shifts, strict=True)]
+                shifts = [min(LATE, sample.duration - end) for _, end in sample.evidence]
+                late = [(start + s, end + s) for (start, end), s in zip(sample.evidence, shifts, strict=True)]
                 prompts.append(prompt)
                 answers.append([vocabulary.ids(lessons.demonstration(sample, late))])
         batch = lessons.Batch.of(prompts, answers)

@@ -22,11 +22,12 @@ from accelerate import Accelerator
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+
 import config as configuration
 import infer
 import metrics
-import world
-from data import DataError
+from annotations.rows import DataError
+from annotations.samples import load_samples
 from infer import RELEASED, STRATEGIES, Settings, load_agent
 from policy import ModelError
 
@@ -133,7 +134,7 @@ def run(given: argparse.Namespace, duration: int, accelerator: Accelerator) -> d
     wanted = {"model": given.model, "cache": given.cache, "world_test_videos": given.videos, "world_duration": duration}
     config = configuration.parse([w for k, v in wanted.items() for w in (f"--{k}", str(v))], recipe=RECIPE)
     with accelerator.main_process_first():
-        samples = world.load_samples("world", "test", config)
+        samples = load_samples("world", "test", config)
     agent = load_agent(config, accelerator.device)
     results = {}
     for entry in ENTRIES:

@@ -37,9 +37,9 @@ import matplotlib.pyplot as plt  # noqa: E402
 
 import config as configuration  # noqa: E402
 import infer  # noqa: E402
-import world  # noqa: E402
+from annotations.rows import Sample  # noqa: E402
+from annotations.samples import load_samples  # noqa: E402
 from benchmarks.main_job import finished_run, spread  # noqa: E402
-from data import Sample  # noqa: E402
 from infer import Agent, Result, Settings  # noqa: E402
 
 RUNS = ROOT / "runs" / "zoomer"
@@ -123,7 +123,7 @@ def strategies(paid: list[Path], unpaid: list[Path], coarse: Path) -> dict[str, 
     """Each strategy's accuracy and cost: of agents trained with R_tool and without it, and of a policy for spans."""
     device = torch.device("cpu")
     own = configuration.parse(RECIPE)
-    samples = world.load_samples("world", "test", own)
+    samples = load_samples("world", "test", own)
 
     def play(models: list[Path], **changes: float) -> list[dict[str, float]]:
         agents = [infer.load_agent(replace(own, model=str(model)), device) for model in models]

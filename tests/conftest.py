@@ -21,11 +21,12 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 from numbered import get
 from safetensors.torch import load_file, save_file
 
-import data
 import lessons
 import prompts
 import tiny
 import world
+from annotations.rows import Sample
+from annotations.samples import read_samples
 from policy import Policy, Video, Vocabulary, build_prompt
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -108,9 +109,9 @@ def small_world(tmp_path_factory) -> dict[str, Path]:
 
 
 @pytest.fixture(scope="module")
-def samples(small_world) -> list[data.Sample]:
+def samples(small_world) -> list[Sample]:
     """The small world's training samples."""
-    return data.load(small_world["train"], video_root=small_world["train"].parent)
+    return read_samples(small_world["train"], video_root=small_world["train"].parent)
 
 
 @pytest.fixture(scope="session")

@@ -26,10 +26,11 @@ from PIL import Image
 import chat
 import config as configuration
 import curate
-import data
 import journal
 import scenes
 import world
+from annotations.rows import DataError
+from annotations.samples import read_samples
 from chat import ChatError, Message, Reply, RequestError
 from config import ConfigError
 from curate import CurateError, NothingToAskError, ReplyError, Task, Viewer, ask, read_question, read_verdict
@@ -274,11 +275,11 @@ def test_from_videos_to_a_training_file(told, long_world):
     assert len({kept for _, kept in expected.values()}) == 2 and all(row["kept"] or row["reason"] for row in unique)
     nothing = [row["id"] for row in rows_of(told / "questions.jsonl") if row["skipped"] == "nothing distinctive"]
     assert set(nothing) | set(expected) == {f"{video}:{n}" for video in truth for n in range(7)}
-    samples = data.load(told / "train.jsonl", video_root=long_world.parent)
+    samples = read_samples(told / "train.jsonl", video_root=long_world.parent)
     assert [sample.id for sample in samples] == [key for key, (_, kept) in expected.items() if kept]
     for sample in samples:
         video, n = sample.id.rsplit(":", 1)
-        assert list(sample.spans[0]) == truth[video]["scenes"][int(n)] and Path(sample.video).is_file()
+        assert list(sample.evidence[0]) == truth[video]["scenes"][int(n)] and Path(sample.video).is_file()
         assert sample.duration == pytest.approx(truth[video]["duration"]) and sample.meta["clues"] == [sample.question]
     assert Image.open(told / "statistics.png").size[0] > 500
 
@@ -292,9 +293,7 @@ def test_a_finished_run_asks_nothing_again(told, long_world, monkeypatch, capsys
 
 
 def test_other_options_need_another_folder(told, long_world):
-    with pytest.raises(
-        data.DataError, match=r"questions\.jsonl: row 1, .*budget was 40 and is 44 now; give another --out"
-    ):
+    with pytest.raises(DataError, match=r"questions\.jsonl: row 1, .*budget was 40 and is 44 now; give another --out"):
         run(told, "--oracle", long_world, "--budget", "44")
 
 
@@ -416,7 +415,7 @@ def test_a_run_beside_a_failing_server_ends_complete(judge, impatient, long_worl
     n, printed = sum(judge.answered.values()), capsys.readouterr().out
     cost = f"{n} requests, 0 known already, {100 * n} prompt and {10 * n} completion tokens, cost {n * 280e-6:.2f}"
     assert f"asked      {cost}" in printed
-    assert len(data.load(tmp_path / "train.jsonl")) == sum(row["kept"] for row in unique) > 0
+    assert len(read_samples(tmp_path / "train.jsonl")) == sum(row["kept"] for row in unique) > 0
 
 
 KILLED = """
@@ -549,7 +548,7 @@ def test_videos_that_give_nothing_are_counted(long_world, tmp_path, capsys):
     assert skipped == {"brief.mp4": None, "single.mp4": "one scene: there is nothing to find in it", "whole.mp4": None}
     questions = {row["id"]: row["skipped"] for row in rows_of(tmp_path / "out" / "questions.jsonl")}
     assert questions["brief.mp4:1"] == "shorter than a frame"
-    assert {sample.video for sample in data.load(tmp_path / "out" / "train.jsonl")} == {"whole.mp4"}
+    assert {sample.video for sample in read_samples(tmp_path / "out" / "train.jsonl")} == {"whole.mp4"}
     printed = capsys.readouterr().out
     assert "videos     6, " in printed and "\n  1 x unreadable\n" in printed and "  1 x one scene\n" in printed
     assert "  1 x shorter than a frame\n" in printed

@@ -28,6 +28,7 @@ import prompts
 import tiny
 import train
 import world
+from annotations.samples import DataSet
 from config import ConfigError
 from episodes import Episode, Scene, lay_out, messages, read_turn, replay, roll_out_episodes
 from media.decode import VideoInfo
@@ -615,7 +616,7 @@ def test_groups_without_variance_are_redrawn_within_a_bound(samples, config, mon
         groups = list(map(group_of, first))
         score(groups, config)
         asked.clear()
-        count = train.redraw(run, [train.DataSet(samples)], groups, 0, {}, None)
+        count = train.redraw(run, [DataSet(samples)], groups, 0, {}, None)
         assert count == sum(map(len, asked)) and len(asked) <= 2
         assert [g.view.sample.id for g in groups[-2:]] == [s.id for s in samples[8:10]]  # those with variance stay
         assert len({i for ids in asked for i in ids} | {s.id for s in first}) == len(first) + count  # nobody twice
@@ -625,7 +626,7 @@ def test_groups_without_variance_are_redrawn_within_a_bound(samples, config, mon
     groups = list(map(group_of, samples[:2]))
     score(groups, config)
     asked.clear()
-    assert train.redraw(run, [train.DataSet(samples)], groups, 0, {}, None) == 4 and len(asked) == 2
+    assert train.redraw(run, [DataSet(samples)], groups, 0, {}, None) == 4 and len(asked) == 2
     left = groups[0]
     assert not train.group_rows(left, run.config)[1].any()  # no part in the loss
     assert train.group_rows(left, replace(run.config, max_redraws=0))[1].all()
@@ -649,7 +650,7 @@ def test_two_processes_redraw_different_samples(samples, config, monkeypatch):
         alone = SimpleNamespace(process_index=rank, num_processes=2, device="cpu", reduce=lambda found, how: found)
         run = SimpleNamespace(config=replace(config, max_redraws=1), accelerator=alone, unreadable={})
         with pytest.raises(StopIteration):
-            train.redraw(run, [train.DataSet(samples)], groups, 0, {}, None)
+            train.redraw(run, [DataSet(samples)], groups, 0, {}, None)
     one, other = asked
     assert len(one) == len(other) == 3 and not one & other and not (one | other) & {id for _, id in all_names}
 
@@ -670,7 +671,7 @@ def test_redraws_follow_the_weights_of_a_mixture_and_have_spares(samples, config
     monkeypatch.setattr(train, "advantages", lambda *_: torch.zeros(1))
     groups = [SimpleNamespace(view=SimpleNamespace(sample=samples[0]))]
     run = SimpleNamespace(config=replace(config, max_redraws=1), accelerator=Accelerator(cpu=True), unreadable={})
-    sets = [train.DataSet(samples[:2], weight=4), train.DataSet(samples[2:], weight=1 / len(samples[2:]))]
+    sets = [DataSet(samples[:2], weight=4), DataSet(samples[2:], weight=1 / len(samples[2:]))]
     for step in range(60):
         with pytest.raises(StopIteration):
             train.redraw(run, sets, groups, step, {}, None)

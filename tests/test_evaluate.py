@@ -19,9 +19,10 @@ from test_metrics import REAL, real
 from test_pages import Tree
 
 import config as configuration
-import data
 import evaluate
 import metrics
+from annotations.rows import LETTERS, DataError
+from annotations.samples import read_samples, write_samples
 from evaluate import by_kind, chance_iou, main, save_and_print, scores, share, table, unanswered
 from policy import load
 
@@ -35,7 +36,7 @@ def config(recipe):
 
 @pytest.fixture(scope="module")
 def samples(small_world):
-    return data.load(small_world["test"], video_root=small_world["test"].parent)
+    return read_samples(small_world["test"], video_root=small_world["test"].parent)
 
 
 @pytest.fixture(scope="module")
@@ -206,8 +207,8 @@ def test_controls_ask_other_questions_and_zoom_on_the_true_spans(model, samples,
         assert other.sample.question == samples[(i + shift) % len(samples)].question
     for sample, (asked_about, clip, think) in zip(samples, zoomed[-1], strict=True):
         assert asked_about == sample and think is None
-        inside = [any(s <= t < e for s, e in sample.spans) for t in clip.times]
-        assert all(inside) or min(e - s for s, e in sample.spans) < 1
+        inside = [any(s <= t < e for s, e in sample.evidence) for t in clip.times]
+        assert all(inside) or min(e - s for s, e in sample.evidence) < 1
 
 
 def test_an_unreadable_video_is_named_once_and_the_rest_goes_on(model, samples, config, vocabulary, tmp_path, caplog):
@@ -226,9 +227,7 @@ def test_an_unreadable_video_is_named_once_and_the_rest_goes_on(model, samples, 
 
 def test_a_test_set_without_any_readable_video(model, samples, config, vocabulary, tmp_path):
     lost = [replace(s, video=str(tmp_path / "nowhere.mp4")) for s in samples]
-    with pytest.raises(
-        data.DataError, match=f"none of the {len(samples)} videos can be read; the first: .*nowhere.mp4"
-    ):
+    with pytest.raises(DataError, match=f"none of the {len(samples)} videos can be read; the first: .*nowhere.mp4"):
         evaluate.evaluate(model, lost, config, vocabulary, Accelerator(cpu=True), "test")
 
 
@@ -281,10 +280,10 @@ def scored(capsys, *arguments: object) -> str:
 @pytest.fixture
 def written(samples, tmp_path):
     """A data set and two result files about it: one always says A and names the first 5 s, the other knows all."""
-    data.save(tmp_path / "data.jsonl", samples)
+    write_samples(tmp_path / "data.jsonl", samples)
     for name, known in (("guess", False), ("oracle", True)):
         rows = [
-            {"id": s.id, "predicted_answer": s.answer if known else "A", "spans": s.spans if known else [[0, 5]]}
+            {"id": s.id, "predicted_answer": s.answer if known else "A", "spans": s.evidence if known else [[0, 5]]}
             for s in samples
         ]
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
@@ -309,11 +308,11 @@ def test_the_official_scores_of_a_result_file_are_printed(tmp_path, capsys):
     truth = REAL / "nextgqa/val.csv"
     spans, answers = (json.loads((REAL / f"nextgqa/preds/val{x}.json").read_text()) for x in ("_ground", "-res"))
     rows = []
-    for s in data.load(truth, "nextgqa"):
+    for s in read_samples(truth, "nextgqa"):
         start, end = spans.get(s.id, (None, None))
         # A result file has no reversed spans. They score 0; so do spans after the video.
         claimed = None if start is None else [[start, end] if start <= end else [9e9, 9e9 + 1]]
-        letter = data.LETTERS[answers[s.id]["prediction"]]
+        letter = LETTERS[answers[s.id]["prediction"]]
         rows.append({"id": s.id, "predicted_answer": letter, "spans": claimed})
     (tmp_path / "r.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     arguments = ["--data_format", "nextgqa", "--test_data", truth, "--results", tmp_path / "r.jsonl"]
@@ -344,11 +343,11 @@ def test_files_are_named_by_as_many_folders_as_needed(tmp_path):
 
 def test_missing_videos_are_named_before_a_model_is_loaded(recipe, samples, tmp_path, monkeypatch, capsys):
     path = tmp_path / "data.jsonl"
-    data.save(path, [samples[0], replace(samples[1], video="nowhere.mp4")])
+    write_samples(path, [samples[0], replace(samples[1], video="nowhere.mp4")])
     arguments = ["--config", str(recipe), "--test_data", str(path), "--out", str(tmp_path / "out")]
     with monkeypatch.context() as patch:
         patch.setattr(evaluate, "load_policy", lambda *_: pytest.fail("a model was loaded"))
-        with pytest.raises(data.DataError, match=r"1 video files are missing: .*nowhere\.mp4"):
+        with pytest.raises(DataError, match=r"1 video files are missing: .*nowhere\.mp4"):
             main(arguments)
     main([*arguments, "--skip_missing"])
     assert "policy: 1 questions" in capsys.readouterr().out
@@ -376,7 +375,7 @@ def test_mistakes_end_with_one_line(recipe, arguments, expected):
 def test_questions_without_options_are_refused(recipe, tmp_path):
     path = tmp_path / "open.jsonl"
     path.write_text('{"video": "v.mp4", "question": "What?", "options": [], "answer": "A", "glue": [[0, 1]]}\n')
-    with pytest.raises(data.DataError, match=r"open.jsonl.*row 1.*options"):
+    with pytest.raises(DataError, match=r"open.jsonl.*row 1.*options"):
         main(["--config", str(recipe), "--test_data", str(path)])
 
 

@@ -10,16 +10,15 @@ import torch
 from conftest import completion, run_in_two_processes
 
 import config as configuration
-import data
 import exemplars
 import lessons
 import prompts
-import trajectories
 import world
+from annotations import trajectories
+from annotations.rows import DataError, Row
 from chat import ChatError, Reply, RequestError
 from chat import Shown as Frames
 from config import ConfigError
-from data import DataError
 from episodes import Episode, Scene, replay
 from exemplars import Dialogue, Oracle, mixed, play, reflect
 from rollout import view_video
@@ -69,16 +68,16 @@ def test_the_oracle_sees_all_of_the_evidence_and_no_more_then_answers(scenes):
         assert (episode.calls == 0) == (kind == "coarse")
         shown = [time for clip in episode.clips for time in clip.times]
         if kind in ("blink", "pair"):
-            for start, end in sample.spans:
+            for start, end in sample.evidence:
                 assert set(torch.arange(start, end, 0.5).tolist()) <= set(shown)
-        if len(episode.clips) == len(sample.spans):
-            assert all(any(start <= time < end for start, end in sample.spans) for time in shown)
+        if len(episode.clips) == len(sample.evidence):
+            assert all(any(start <= time < end for start, end in sample.evidence) for time in shown)
 
 
 def test_the_oracle_makes_one_call_for_two_events_where_its_frames_are_enough(scenes):
     scene = scenes["pair"]
     sample = scene.view.sample
-    (first, _), (_, last) = sample.spans[0], sample.spans[-1]
+    (first, _), (_, last) = sample.evidence[0], sample.evidence[-1]
     for most, calls in (((last - first) * 2, 1), ((last - first) * 2 - 1, 2)):
         limited = Scene(
             scene.view, replace(scene.config, frames_per_call=int(most), total_frames=200, zoom_budget=9999)
@@ -99,10 +98,10 @@ def test_the_oracle_says_what_each_frame_shows(scenes, vocabulary):
     glimpses = {kind: colour(kind) for kind in ("blink", "pair")}
     glimpses |= {"coarse": lessons.asked_pattern(scenes["coarse"].view.sample), "fine": "none"}
     for kind, glimpse in glimpses.items():
-        times = lessons.span_text(scenes[kind].view.sample.spans)
+        times = lessons.span_text(scenes[kind].view.sample.evidence)
         assert said(kind, wrong=None).startswith(f"<think>{colour(kind)}<time>{times}</time> {glimpse}</think>")
 
-    (start, end), name = scenes["blink"].view.sample.spans[0], colour("blink")
+    (start, end), name = scenes["blink"].view.sample.evidence[0], colour("blink")
     elsewhere = start - 2 if start >= 2 else end + 1
     missed = said("blink", call(elsewhere, elsewhere + 1, 1))
     assert missed.startswith(f"<think>{name} none<time>({start:.1f},{end:.1f})</time></think><video_zoom>")
@@ -200,7 +199,7 @@ def test_reflection_keeps_the_failed_turns_without_their_last_message(scenes, vo
     assert f"(wrong answer: {wrong})" in chat.asked[0][0].parts[0]
     for learn, weights in ((False, [0, 0, 1, 1]), (True, [1, 1, 1, 1])):
         line = exemplars.as_row(episode, n, reason, scene.view, scene.config, learn)
-        found = trajectories.read_trajectory(data.Row("x", "row 1", json.loads(json.dumps(line))))
+        found = trajectories.read_trajectory(Row("x", "row 1", json.loads(json.dumps(line))))
         assert [message.weight for message in found.messages[1::2]] == weights
         assert line["failed_turns"] == 2 and line["clips"] == 2 and line["calls"] == 3
     assert reflect(Dialogue(chat), scene, [right])[2] == "no attempt failed"

@@ -15,11 +15,11 @@ from conftest import run_in_two_processes
 from test_metrics import REAL, real
 
 import config as configuration
-import data
 import filters
+from annotations.rows import DataError
+from annotations.samples import read_samples, write_samples
 from chat import ChatError, Reply, RequestError
 from config import ConfigError
-from data import DataError
 from evaluate import view_all
 from filters import FILTERS, iou_delta, measure_clues, measure_responses, verdict
 from infer import Agent
@@ -101,9 +101,9 @@ def test_qvhighlights_keeps_videos_above_120_seconds(tmp_path, capsys):
     filters.main([*command, "--video_root", "videos", "--out", str(tmp_path)])
     verdicts = read_lines(tmp_path)
     assert [row["duration"] for row in verdicts if not row["kept"]] == [120]
-    samples = data.load(tmp_path / "val.jsonl", "qvhighlights")
+    samples = read_samples(tmp_path / "val.jsonl", "qvhighlights")
     assert len(verdicts) == len(samples) == 39
-    assert data.load(tmp_path / "train.jsonl") == [sample for sample in samples if sample.duration != 120]
+    assert read_samples(tmp_path / "train.jsonl") == [sample for sample in samples if sample.duration != 120]
     assert "not above 120 s" in capsys.readouterr().out
     filters.main([*command, "--video_root", "videos", "--out", str(tmp_path), "--threshold", "140"])
     assert {row["kept"] for row in read_lines(tmp_path) if row["duration"] <= 140} == {False}
@@ -131,20 +131,20 @@ def test_events_without_options_are_judged_by_their_spans(agent, samples, recipe
     [row] = measure_responses(agent, view_all([event], agent.config)[0])
     assert row["accuracies"] == [] and len(row["ious"]) == agent.config.group_size
     assert verdict({**row, "delta": 0.2}, FILTERS["stage2"], "paper", 0.1)["kept"]
-    data.save(tmp_path / "data.jsonl", [event])
+    write_samples(tmp_path / "data.jsonl", [event])
     arguments = ["stage2", "--config", str(recipe), "--train_data", str(tmp_path / "data.jsonl")]
     with pytest.raises(DataError, match=r"row 1 .* options, answer needed"):
         filters.main(arguments)
 
 
 def test_the_clue_and_the_whole_video_get_the_same_question(agent, samples):
-    outside = replace(samples[1], spans=((900.0, 901.0),))
+    outside = replace(samples[1], evidence=((900.0, 901.0),))
     views, _ = view_all([samples[0], outside, samples[2]], agent.config)
     with torch.no_grad():
         rows = measure_clues(agent, views)
     assert list(rows[1]) == ["error"] and outside.video in rows[1]["error"]
     for row, view in ((rows[0], views[0]), (rows[2], views[2])):
-        clue = zoom_clips(view, [list(view.sample.spans)], agent.config)[0]
+        clue = zoom_clips(view, [list(view.sample.evidence)], agent.config)[0]
         jobs = [(view.sample, clip, None) for clip in (view.clip, clue)]
         whole, part = answer_clips(agent.model, jobs, agent.config, agent.vocabulary)
         assert row == {"answer": view.sample.answer, "whole_answer": whole.answer, "clue_answer": part.answer}
@@ -175,8 +175,8 @@ class Judge:
 
 
 def test_a_judge_answers_in_the_policys_place(samples, recipe, tmp_path, monkeypatch):
-    single = [replace(s, question=f"{s.id}: {s.question}") for s in samples if len(s.spans) == 1][:5]
-    data.save(tmp_path / "data.jsonl", single)
+    single = [replace(s, question=f"{s.id}: {s.question}") for s in samples if len(s.evidence) == 1][:5]
+    write_samples(tmp_path / "data.jsonl", single)
     judge = Judge(single, refused=single[-1].question, breaks_after=5)
     monkeypatch.setattr(filters, "connect", lambda endpoint, model: judge)
     monkeypatch.setattr(filters, "load_agent", lambda *_: pytest.fail("a model was loaded"))
@@ -206,7 +206,7 @@ def test_another_rule_needs_no_model(asking, samples, small_world, tmp_path, mon
         line.split()[:2] for line in printed.splitlines()
     ]
     # The file names videos as the one before did, so that it is read with the same --video_root.
-    written = data.load(tmp_path / "out/train.jsonl", video_root=small_world["train"].parent)
+    written = read_samples(tmp_path / "out/train.jsonl", video_root=small_world["train"].parent)
     assert written == kept and not any(Path(row["video"]).is_absolute() for row in first)
 
     monkeypatch.setattr(filters, "load_agent", lambda *_: pytest.fail("a model was loaded"))
@@ -250,7 +250,7 @@ def damaged(samples, tmp_path):
     """The training file, in which the first two of the samples have a video that cannot be read."""
     (tmp_path / "broken.mp4").write_bytes(b"not a video")
     broken = [replace(sample, video=str(tmp_path / "broken.mp4")) for sample in samples[:2]]
-    data.save(tmp_path / "damaged.jsonl", [*broken, *samples[2:]])
+    write_samples(tmp_path / "damaged.jsonl", [*broken, *samples[2:]])
     return str(tmp_path / "damaged.jsonl")
 
 
@@ -292,17 +292,17 @@ def test_what_is_refused_before_a_model_is_loaded(asking, samples, tmp_path, mon
     monkeypatch.setattr(filters, "load_agent", lambda *_: pytest.fail("a model was loaded"))
     path, out = tmp_path / "data.jsonl", tmp_path / "out"
     asking += ["--train_data", str(path), "--out", str(out)]
-    data.save(path, [samples[0], replace(samples[1], spans=())])
+    write_samples(path, [samples[0], replace(samples[1], evidence=())])
     with pytest.raises(DataError, match=r"data\.jsonl: row 2 \(.*\): spans needed, but missing or empty"):
         filters.main(asking)
-    data.save(path, [samples[0], replace(samples[1], video="nowhere.mp4")])
+    write_samples(path, [samples[0], replace(samples[1], video="nowhere.mp4")])
     with pytest.raises(DataError, match=r"1 video files are missing: .*nowhere\.mp4"):
         filters.main(asking)
 
 
 def test_verdicts_of_something_else_are_refused(asking, samples, tmp_path, monkeypatch):
     path = tmp_path / "data.jsonl"
-    data.save(path, samples[:2])
+    write_samples(path, samples[:2])
     asking += ["--train_data", str(path), "--out", str(tmp_path / "out"), "--threshold", "0"]
     filters.main(asking)
     monkeypatch.setattr(filters, "load_agent", lambda *_: pytest.fail("a model was loaded"))
@@ -310,10 +310,10 @@ def test_verdicts_of_something_else_are_refused(asking, samples, tmp_path, monke
         filters.main([*asking, "--temperature", "0.5"])
     with pytest.raises(DataError, match=r"filter was 'stage2' and is 'plm_video' now"):
         filters.main(["plm_video", *asking[1:-2]])
-    data.save(path, [samples[0], replace(samples[1], question="Who?")])
+    write_samples(path, [samples[0], replace(samples[1], question="Who?")])
     with pytest.raises(DataError, match=r"row 2, field 'question': .* is not in .*data\.jsonl; give another --out"):
         filters.main(asking)
-    data.save(path, samples[:1])
+    write_samples(path, samples[:1])
     with pytest.raises(DataError, match=r"row 2, field 'id': .* is not in .*data\.jsonl"):
         filters.main(asking)
 

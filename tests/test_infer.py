@@ -29,15 +29,15 @@ from transformers import AutoTokenizer
 
 import attention
 import config as configuration
-import data
 import evaluate
 import infer
 import metrics
 import prompts
 import train
 import video
+from annotations.rows import DataError, Sample
+from annotations.samples import write_samples
 from config import ConfigError
-from data import DataError, Sample
 from infer import RELEASED, STRATEGIES, Agent, Look, Settings, load_agent, to_video_time
 from media.decode import VideoInfo
 from media.frames import FrameCache
@@ -545,7 +545,7 @@ def test_a_process_killed_while_it_writes_a_line_loses_only_that_line(asking, sa
 
 def test_missing_videos_are_named_before_a_model_is_loaded(asking, samples, tmp_path, monkeypatch, capsys):
     path = tmp_path / "data.jsonl"
-    data.save(path, [*samples[:2], replace(samples[2], video="nowhere.mp4")])
+    write_samples(path, [*samples[:2], replace(samples[2], video="nowhere.mp4")])
     arguments = [*asking, "--test_data", str(path), "--out", str(tmp_path / "rows.jsonl")]
     with monkeypatch.context() as patch:
         patch.setattr(infer, "load_agent", lambda *_: pytest.fail("a model was loaded"))
@@ -686,7 +686,7 @@ def test_an_unreadable_video_is_refused_before_a_model_is_loaded(own, tmp_path, 
 
 def test_a_data_set_with_a_question_without_options_is_refused(own, samples, tmp_path):
     path = tmp_path / "data.jsonl"
-    data.save(path, [samples[0], replace(samples[1], options=(), answer=None)])
+    write_samples(path, [samples[0], replace(samples[1], options=(), answer=None)])
     with pytest.raises(ConfigError, match=r"data.jsonl: row 2 \(.*\): coarse-to-fine ends with the letter"):
         infer.main([*own[:-2], "--test_data", str(path)])
 

@@ -13,7 +13,7 @@ import pytest
 from accelerate import Accelerator
 
 import journal
-from data import DataError
+from annotations.rows import DataError
 from journal import JournalError
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -10,12 +10,12 @@ import pytest
 import torch
 
 import config as configuration
-import data
 import lessons
 import prompts
 import sft
 import tiny
 import world
+from annotations.samples import read_samples
 from config import Config, ConfigError
 from policy import Policy, Vocabulary, load
 
@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[1]
 @pytest.fixture(scope="module")
 def samples(tmp_path_factory):
     path = world.build(tmp_path_factory.mktemp("world"), "train", 6, workers=1)
-    return data.load(path, video_root=path.parent)
+    return read_samples(path, video_root=path.parent)
 
 
 @pytest.fixture(scope="module")
@@ -40,10 +40,10 @@ def config():
 
 def test_demonstrations_follow_the_format_and_read_back(samples):
     for sample in samples:
-        words = lessons.demonstration(sample, list(sample.spans)).removesuffix(lessons.END)
+        words = lessons.demonstration(sample, list(sample.evidence)).removesuffix(lessons.END)
         assert prompts.format_ok(words, "world")
         assert prompts.parse_answer(words) == sample.answer
-        assert prompts.parse_spans(words) == list(sample.spans)
+        assert prompts.parse_spans(words) == list(sample.evidence)
         assert lessons.asked_colour(sample) in sample.question
 
 
@@ -63,8 +63,8 @@ def test_perception_says_every_second_and_every_colour(samples):
     assert len(words) == 20
     for sample, text in zip(video, located, strict=True):
         colour = lessons.asked_colour(sample)
-        assert text.startswith(f"{colour}<time>({sample.spans[0][0]:.1f},")
-        seconds = {k for start, end in sample.spans for k in range(int(start), int(end))}
+        assert text.startswith(f"{colour}<time>({sample.evidence[0][0]:.1f},")
+        seconds = {k for start, end in sample.evidence for k in range(int(start), int(end))}
         assert {k for k, word in enumerate(words) if word == colour} == seconds
 
 

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import data
 import metrics
-from data import DataError, Sample
+from annotations.rows import LETTERS, DataError, Sample
+from annotations.samples import read_samples, read_with_report
 
 REAL = Path(__file__).resolve().parents[2] / "shared" / "realdata"
 real = pytest.mark.skipif(not REAL.is_dir(), reason=f"the real annotation files are not at {REAL}")
@@ -45,13 +45,13 @@ def row(answer="A", predicted="A", glue=((2, 6),), spans=((2, 6),), id="q", vide
 @real
 @pytest.mark.parametrize("split", ["val", "test"])
 def test_nextgqa_reproduces_the_official_scores(split):
-    samples = data.load(REAL / f"nextgqa/{split}.csv", "nextgqa")
+    samples = read_samples(REAL / f"nextgqa/{split}.csv", "nextgqa")
     spans, answers = load_json(f"nextgqa/preds/{split}_ground.json"), load_json(f"nextgqa/preds/{split}-res.json")
     rows = [
-        metrics.row_of(s, data.LETTERS[answers[s.id]["prediction"]], [spans[s.id]] if s.id in spans else None)
+        metrics.row_of(s, LETTERS[answers[s.id]["prediction"]], [spans[s.id]] if s.id in spans else None)
         for s in samples
     ]
-    assert all(s.answer == data.LETTERS[answers[s.id]["answer"]] for s in samples)
+    assert all(s.answer == LETTERS[answers[s.id]["answer"]] for s in samples)
     expected = load_json(f"nextgqa/preds/{split}_expected.json")
     scores = metrics.official("nextgqa", rows)
     for name, value in expected["official_printed"].items():
@@ -64,7 +64,7 @@ def test_nextgqa_reproduces_the_official_scores(split):
 
 @real
 def test_rextime_reproduces_the_official_scores():
-    samples = data.load(REAL / "rextime/rextime_val.jsonl", "rextime")
+    samples = read_samples(REAL / "rextime/rextime_val.jsonl", "rextime")
     submission = {line["qid"]: line for line in load_lines("rextime/preds/submission.jsonl")}
     rows = [metrics.row_of(s, submission[s.id]["ans"], submission[s.id]["pred_relevant_windows"]) for s in samples]
     assert metrics.official("rextime", rows) == load_json("rextime/preds/expected.json")
@@ -72,14 +72,14 @@ def test_rextime_reproduces_the_official_scores():
 
 @real
 def test_cgbench_reproduces_the_official_scores_from_texts():
-    samples = data.load(REAL / "cgbench/cgbench_mini.json", "cgbench")
+    samples = read_samples(REAL / "cgbench/cgbench_mini.json", "cgbench")
     responses = {str(line["qid"]): line for line in load_lines("cgbench/preds/responses.jsonl")}
     rows = []
     for s in samples:
         answer = metrics.cgbench_answer(responses[s.id]["long_acc_response"], s.answer)
         spans = metrics.cgbench_spans(responses[s.id]["miou_response"])
         rows.append(metrics.row_of(s, answer, spans))
-        assert metrics.cgbench_iou(spans, s.spans) == pytest.approx(responses[s.id]["official_iou"], **EXACT)
+        assert metrics.cgbench_iou(spans, s.evidence) == pytest.approx(responses[s.id]["official_iou"], **EXACT)
         assert (answer == s.answer) == responses[s.id]["official_acc"]
     scores = metrics.official("cgbench", rows)
     totals = {key.split("_")[0]: value for key, value in load_json("cgbench/preds/expected.json").items()}
@@ -111,7 +111,7 @@ def test_qvhighlights_reproduces_the_official_scores(truths, predictions, expect
 
 @real
 def test_charades_sta_reproduces_both_conventions():
-    samples = data.load(REAL / "charades_sta/charades_sta_test.txt", "charades_sta")
+    samples = read_samples(REAL / "charades_sta/charades_sta_test.txt", "charades_sta")
     predictions = load_lines("charades_sta/preds/topn.jsonl")
     rows = [metrics.row_of(s, None, line["pred"]) for s, line in zip(samples, predictions, strict=True)]
     expected = load_json("charades_sta/preds/topn_expected.json")
@@ -125,9 +125,9 @@ def test_charades_sta_reproduces_both_conventions():
 
 @real
 def test_charades_sta_reproduces_the_scores_of_free_text():
-    samples = data.load(REAL / "charades_sta/temporal_grounding_charades.json", "charades_sta")
+    samples = read_samples(REAL / "charades_sta/temporal_grounding_charades.json", "charades_sta")
     responses = load_json("charades_sta/preds/tvg_responses.json")
-    keys = [f"{s.video}>>>{s.question}>>>{list(s.spans[0])}" for s in samples]
+    keys = [f"{s.video}>>>{s.question}>>>{list(s.evidence[0])}" for s in samples]
     spans = [metrics.charades_span(responses[key]) for key in keys]
     rows = [metrics.row_of(s, None, [span] if span else None) for s, span in zip(samples, spans, strict=True)]
     scores = metrics.official("charades_sta", rows)
@@ -139,7 +139,7 @@ def test_charades_sta_reproduces_the_scores_of_free_text():
 
 @real
 def test_ego4d_nlq_reproduces_the_official_scores():
-    samples, report = data.load_with_report(REAL / "format_examples/ego4d_nlq_gt.json", "ego4d_nlq")
+    samples, report = read_with_report(REAL / "format_examples/ego4d_nlq_gt.json", "ego4d_nlq")
     results = load_json("format_examples/ego4d_nlq_preds.json")["results"]
     spans = {f"{r['clip_uid']}_{r['annotation_uid']}_{r['query_idx']}": r["predicted_times"] for r in results}
     scores = metrics.official("ego4d_nlq", [metrics.row_of(s, None, spans.get(s.id)) for s in samples])

@@ -9,16 +9,16 @@ import torch
 from conftest import loud_model
 
 import config as configuration
-import data
 import lessons
 import prompts as text
 import rollout
+from annotations.rows import DataError
+from annotations.samples import check_samples
 from policy import load
 from rollout import (
     Group,
     Zoom,
     answer_clips,
-    check_samples,
     coarse_prompt,
     read_response,
     response_seed,
@@ -247,10 +247,10 @@ def test_a_video_that_fails_in_the_zoom_pass_is_reported(samples, config, vocabu
 
 
 def test_samples_without_a_needed_field_are_named(samples):
-    check_samples(samples, ("options", "answer", "spans"), "train.jsonl")
-    broken = [samples[0], replace(samples[1], answer=None, spans=())]
-    with pytest.raises(data.DataError, match=f"train.jsonl: row 2 .{samples[1].id}.: answer, spans"):
-        check_samples(broken, ("options", "answer", "spans"), "train.jsonl")
+    check_samples(samples, ("options", "answer", "evidence"), "train.jsonl")
+    broken = [samples[0], replace(samples[1], answer=None, evidence=())]
+    with pytest.raises(DataError, match=f"train.jsonl: row 2 .{samples[1].id}.: answer, evidence"):
+        check_samples(broken, ("options", "answer", "evidence"), "train.jsonl")
     many = [replace(samples[0], options=tuple(map(str, range(30))))]
-    with pytest.raises(data.DataError, match="30 options"):
+    with pytest.raises(DataError, match="30 options"):
         check_samples(many, ("options",), "train.jsonl")

@@ -16,8 +16,8 @@ import torch.nn.functional as F
 
 import scenes
 import world
+from annotations.rows import DataError
 from benchmarks import scenes as baseline
-from data import DataError
 from media.source import VideoError
 from policy import Video, encode_videos
 from scenes import Detector, Labelled, SceneError, merge_shots

@@ -11,15 +11,15 @@ import torch.nn.functional as F
 from test_train import TWO_SHARDED, assert_same_run, call
 
 import config as configuration
-import data
 import policy
 import sft
-import trajectories
+from annotations import trajectories
+from annotations.rows import DataError
+from annotations.trajectories import Example
 from episodes import Scene, messages, replay
 from policy import load
 from rollout import view_video
 from train import Stopped, StopSignal
-from trajectories import Example
 
 AGENT = ["--template", "world_zoomer", "--max_frames", "20", "--zoom_budget", "256"]
 CALL = '<think>closer</think><video_zoom>{"segment": [3, 5], "fps": 2}</video_zoom>'
@@ -184,6 +184,6 @@ def test_two_processes_with_shards_are_one_run(arguments, tmp_path, monkeypatch)
 
 def test_a_bad_file_is_one_sentence(arguments, tmp_path):
     (tmp_path / "t.jsonl").write_text('{"messages": []}\n')
-    with pytest.raises(data.DataError, match="row 1, field 'messages': user and assistant must take turns"):
+    with pytest.raises(DataError, match="row 1, field 'messages': user and assistant must take turns"):
         sft.main([*arguments, "--out", str(tmp_path / "run")])
     assert not (tmp_path / "run").exists()

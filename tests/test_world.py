@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import data
 import video
 import world
+from annotations.samples import read_samples
 from world import Event
 
 DURATION = 20
@@ -37,11 +37,11 @@ def built(tmp_path_factory):
 def test_rows_have_the_public_format_and_load_as_samples(built):
     rows, paths = built
     for split in world.SPLITS:
-        samples = data.load(paths[split], video_root=paths[split].parent)
+        samples = read_samples(paths[split], video_root=paths[split].parent)
         assert [sample.kind for sample in samples] == [row["kind"] for row in rows[split]]
         for sample, row in zip(samples, rows[split], strict=True):
             assert sample.answer == row["answer"].strip("()")
-            assert [list(span) for span in sample.spans] == row["glue"]
+            assert [list(span) for span in sample.evidence] == row["glue"]
             assert video.probe(sample.video).duration == pytest.approx(DURATION)
 
 

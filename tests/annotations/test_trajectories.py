@@ -10,8 +10,8 @@ import torch
 from numbered import get
 
 import config as configuration
-import trajectories
-from data import DataError, Row
+from annotations import trajectories
+from annotations.rows import DataError, Row
 from episodes import Scene, messages, replay
 from media.source import VideoError
 from policy import build_prompt

@@ -29,10 +29,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-import data
 import prompts as text
+from annotations.rows import DataError, Row, as_row, read_rows
+from annotations.samples import video_path
 from config import Config
-from data import Row
 from episodes import written_ids
 from media.decode import VideoInfo, probe
 from media.source import VideoError
@@ -75,8 +75,8 @@ class Trajectory:
     messages: tuple[Message, ...]
     system: str | None = None
 
-    def error(self, problem: str) -> data.DataError:
-        return data.DataError(f"{self.row.file}: {self.row.where}: {problem}")
+    def error(self, problem: str) -> DataError:
+        return DataError(f"{self.row.file}: {self.row.where}: {problem}")
 
 
 # ---------------------------------------------------------------- reading
@@ -84,13 +84,13 @@ class Trajectory:
 
 def load(path: str | Path, video_root: str = "") -> list[Trajectory]:
     """The trajectories of a file. Raises DataError naming file, row and field."""
-    return [read_trajectory(row, video_root) for row in data.read_rows(Path(path))]
+    return [read_trajectory(row, video_root) for row in read_rows(Path(path))]
 
 
 def read_trajectory(row: Row, video_root: str = "") -> Trajectory:
     """One row, of any layout. Raises DataError."""
     name = "conversations" if "conversations" in row.fields else "messages"
-    turns = [data.as_row(row.file, f"{row.where}, {name}[{k}]", turn) for k, turn in enumerate(row.get(name, list))]
+    turns = [as_row(row.file, f"{row.where}, {name}[{k}]", turn) for k, turn in enumerate(row.get(name, list))]
     if "images" in row.fields:
         raise row.error("images", "frames as images are not read; give videos, with times")
     clips = iter(read_clips(row, video_root))
@@ -133,10 +133,10 @@ def read_clips(row: Row, video_root: str) -> list[Shown]:
     found = []
     for k, clip in enumerate(row.get("videos", list) if "videos" in row.fields else []):
         if isinstance(clip, str):
-            found.append(Shown(data.video_path(clip, video_root or None)))
+            found.append(Shown(video_path(clip, video_root or None)))
             continue
-        entry = data.as_row(row.file, f"{row.where}, videos[{k}]", clip)
-        path = data.video_path(entry.text("video"), video_root or None)
+        entry = as_row(row.file, f"{row.where}, videos[{k}]", clip)
+        path = video_path(entry.text("video"), video_root or None)
         times = entry.get("times", list)
         known = all(isinstance(t, (int, float)) and not isinstance(t, bool) and 0 <= t < math.inf for t in times)
         if not times or not known or times != sorted(times):

@@ -1,0 +1,480 @@
+"""One reader per published annotation format, listed in `READERS`: adding a format is one function and one entry.
+
+A reader takes a file's path and a `Report`, and yields a `Sample` per question. Rules that hold for every format:
+
+- Times are seconds. Spans stay as published, also where they start below 0, end after the video, overlap, are unsorted
+  or have zero length, because the official scores count them so. Only a reversed span has its ends swapped.
+- Options lose their letter ("A. ", "(A) ", "A) ", "A: ") when every option of the question carries its own.
+- The answer is a letter. Where the file gives the option's text, it is the first option with that text.
+- A row with an empty question, or with an answer that is not among its options, is dropped and reported.
+- A video without a known file suffix gets ".mp4".
+
+Our own format is the record released with Zoom-Zero: a JSON list, or one JSON object per line, of
+
+    {"video": "a.mp4", "question": "...", "options": ["...", ...], "answer": "(C)", "glue": [[3, 8]], "duration": 16}
+
+with optional "id", "kind" and "meta". All six fields must be there: an absence is written out (`[]` for no options
+or no evidence, `null` for no answer or an unknown duration).
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+from annotations.rows import (
+    LETTERS,
+    DataError,
+    Report,
+    Row,
+    Sample,
+    as_row,
+    letter_of_answer,
+    letter_of_text,
+    read_csv,
+    read_object,
+    read_rows,
+    read_text,
+    strip_letters,
+)
+
+KIND_SEPARATOR = " + "  # between the types of a question that has several
+PLM_FPS = 24  # frame numbers of PLM-Video count the frames of SA-V videos
+
+
+# ---------------------------------------------------------------- our own format
+
+
+def read_records(path: Path, report: Report) -> Iterator[Sample]:
+    """Our records, also as released with Zoom-Zero, where "glue" may be a text holding the list.
+
+    Without an "id", the sample's id is the file's name and the row. Without options, an answer other than "(C)" is
+    the free-text reference.
+    """
+    for number, row in enumerate(read_rows(path), start=1):
+        options = row.options("options")
+        given = row.get("answer", str, type(None))
+        bare_text = given is not None and not options and not re.fullmatch(r"\([A-H]\)", given)
+        answer = None if given is None or bare_text else letter_of_answer(given, options)
+        if given is not None and not bare_text and answer is None:
+            report.drop(row.where, "the answer is not among the options")
+            continue
+        meta = row.get("meta", dict) if "meta" in row.fields else {}
+        yield Sample(
+            id=str(row.get("id", str, int)) if "id" in row.fields else f"{path.stem}:{number}",
+            video=row.text("video"),
+            question=row.text("question"),
+            options=options,
+            answer=answer,
+            evidence=written_out(row, "glue").spans("glue", report),
+            duration=None if row.fields.get("duration", "") is None else row.number("duration"),
+            kind=row.text("kind") if "kind" in row.fields else "",
+            meta={**meta, "reference": given} if bare_text else meta,
+        )
+
+
+def written_out(row: Row, name: str) -> Row:
+    """The row with a list that is written as a text, "[[1, 2]]", turned into that list."""
+    value = row.fields.get(name)
+    if not isinstance(value, str):
+        return row
+    try:
+        return replace(row, fields={**row.fields, name: ast.literal_eval(value)})
+    except (ValueError, SyntaxError) as error:
+        raise row.error(name, f"expected a list, got the text {value!r}") from error
+
+
+# ---------------------------------------------------------------- question answering with evidence
+
+
+def read_nextgqa(path: Path, report: Report) -> Iterator[Sample]:
+    """NExT-GQA: `val.csv` or `test.csv`, with `gsub_val.json` (spans) and `map_vid_vidorID.json` (folders) beside it.
+
+    A question is known by video and qid together. The duration is frame_count / fps, since the published one is
+    rounded to a second. TP questions count as TN, as in the paper. Questions without an entry in the gsub file (all
+    of `train.csv`) have no evidence.
+    """
+    spans_file = path.with_name(f"gsub_{path.stem}.json")
+    folders_file = path.with_name("map_vid_vidorID.json")
+    videos = read_object(spans_file) if spans_file.is_file() else {}
+    folders = read_object(folders_file) if folders_file.is_file() else {}
+    if not folders:
+        report.remarks.append(f"no {folders_file.name} beside it: videos are named without their folder")
+    for row in read_csv(path):
+        video, qid = row.text("video_id"), row.text("qid")
+        options = tuple(row.text(f"a{i}").strip() for i in range(5))
+        answer = letter_of_text(row.text("answer"), options)
+        if answer is None:
+            report.drop(row.where, "the answer is not among the options")
+            continue
+        spans, duration = (), None
+        if video in videos:
+            entry = as_row(spans_file, f"video {video}", videos[video])
+            locations = Row(spans_file, f"video {video}, location", entry.get("location", dict))
+            spans = locations.spans(qid, report) if qid in locations.fields else ()
+            duration = row.cell_number("frame_count") / entry.number("fps")
+        if not spans:
+            report.notes["questions without evidence"] += 1
+        kind = row.text("type")
+        yield Sample(
+            id=f"{video}_{qid}",
+            video=folders.get(video, video),
+            question=row.text("question"),
+            options=options,
+            answer=answer,
+            evidence=spans,
+            duration=duration,
+            kind="TN" if kind == "TP" else kind,
+        )
+
+
+def read_rextime(path: Path, report: Report) -> Iterator[Sample]:
+    """ReXTime: the repository's JSON lines (letters, but no options) or the hosted JSON list (with options)."""
+    for row in read_rows(path):
+        hosted = "options" in row.fields
+        options = row.options("options") if hosted else ()
+        if hosted:
+            spans = (row.span("span", row.get("span", list), report),)
+        else:
+            spans = row.spans("relevant_windows", report)
+        yield Sample(
+            id=row.text("qid"),
+            video=row.text("vid"),
+            question=row.text("question" if hosted else "query"),
+            options=options,
+            answer=row.letter("ans", options),
+            evidence=spans,
+            duration=row.number("duration"),
+            kind=row.text("category") if hosted else "",
+        )
+
+
+def read_cgbench(path: Path, report: Report) -> Iterator[Sample]:
+    """CG-Bench: `cgbench_mini.json` or `cgbench.json`; the exact duration is in `video_meta_info.json` beside it."""
+    exact_file = path.with_name("video_meta_info.json")
+    exact = read_object(exact_file) if exact_file.is_file() else {}
+    for row in read_rows(path):
+        video = row.text("video_uid")
+        options = row.options("choices")
+        yield Sample(
+            id=str(row.get("qid", int, str)),
+            video=video,
+            question=row.text("question"),
+            options=options,
+            answer=row.letter("right_answer", options),
+            evidence=row.spans("clue_intervals", report),
+            duration=(as_row(exact_file, f"video {video}", exact[video]) if video in exact else row).number("duration"),
+            kind=row.text("sub_category"),
+        )
+
+
+# ---------------------------------------------------------------- temporal grounding: no options, no answer
+
+
+def read_qvhighlights(path: Path, report: Report) -> Iterator[Sample]:
+    """QVHighlights, and whatever shares its JSON lines; the test file has no windows."""
+    for row in read_rows(path):
+        yield Sample(
+            id=str(row.get("qid", int, str)),
+            video=row.text("vid"),
+            question=row.text("query"),
+            options=(),
+            answer=None,
+            evidence=row.spans("relevant_windows", report) if "relevant_windows" in row.fields else (),
+            duration=row.number("duration"),
+        )
+
+
+def read_charades_sta(path: Path, report: Report) -> Iterator[Sample]:
+    """Charades-STA: the txt lines `ID start end##sentence`, or the JSON list of the same lines.
+
+    The duration is the `length` in `Charades_v1_{test,train}.csv` beside it, or else in `charades.json`.
+    """
+    durations = charades_durations(path)
+    if not durations:
+        report.remarks.append("no Charades_v1_*.csv or charades.json beside it: durations are unknown")
+    if path.suffix == ".json":
+        triples = [
+            (Path(r.text("video")).stem, r.get("timestamp", list), r.text("caption"), r) for r in read_rows(path)
+        ]
+    else:
+        triples = [charades_line(path, n, line) for n, line in enumerate(read_text(path).splitlines(), start=1) if line]
+    for number, (video, span, sentence, row) in enumerate(triples):
+        yield Sample(
+            id=f"{video}_{number}",
+            video=video,
+            question=sentence,
+            options=(),
+            answer=None,
+            evidence=(row.span("timestamp", span, report),),
+            duration=durations.get(video),
+        )
+
+
+def charades_line(path: Path, number: int, line: str) -> tuple[str, list[float], str, Row]:
+    match = re.fullmatch(r"(\S+) (\d+(?:\.\d+)?) (\d+(?:\.\d+)?)##(.*)", line)
+    if not match:
+        raise DataError(f"{path}: row {number}: expected 'ID start end##sentence', got {line!r}")
+    return match[1], [float(match[2]), float(match[3])], match[4], Row(path, f"row {number}", {})
+
+
+def charades_durations(path: Path) -> dict[str, float]:
+    tables = sorted(path.parent.glob("Charades_v1_*.csv"))
+    if tables:
+        return {row.text("id"): row.cell_number("length") for table in tables for row in read_csv(table)}
+    listing = path.with_name("charades.json")
+    if not listing.is_file():
+        return {}
+    return {video: as_row(listing, video, entry).number("duration") for video, entry in read_object(listing).items()}
+
+
+def read_captions(path: Path, report: Report) -> Iterator[Sample]:
+    """ActivityNet Captions and TACoS: `{video: {timestamps, sentences}}`.
+
+    TACoS gives frame numbers and `fps`: seconds are frame / fps. Space and newlines inside a sentence become single
+    spaces. The file's name is part of the id, because ActivityNet's val_1 and val_2 describe the same videos.
+    """
+    for video, entry in read_object(path).items():
+        row = as_row(path, f"video {video}", entry)
+        fps = row.number("fps") if "fps" in row.fields else 1
+        sentences = row.texts("sentences")
+        frames = row.spans("timestamps", report)
+        if len(sentences) != len(frames):
+            raise row.error("timestamps", f"{len(frames)} for {len(sentences)} sentences")
+        for number, (sentence, (start, end)) in enumerate(zip(sentences, frames, strict=True)):
+            yield Sample(
+                id=f"{path.stem}:{video}_{number}",
+                video=video,
+                question=" ".join(sentence.split()),
+                options=(),
+                answer=None,
+                evidence=((start / fps, end / fps),),
+                duration=row.number("num_frames") / fps if "fps" in row.fields else row.number("duration"),
+            )
+
+
+def read_ego4d_nlq(path: Path, report: Report) -> Iterator[Sample]:
+    """Ego4D-NLQ: the official JSON of videos, clips and annotations, or JSON lines like QVHighlights'.
+
+    The video is the clip and times count from its start. Queries that are absent, null or empty are dropped.
+    """
+    if path.suffix == ".jsonl":
+        yield from read_qvhighlights(path, report)
+        return
+    top = Row(path, "top level", read_object(path))
+    for video in top.get("videos", list):
+        for clip_object in as_row(path, "videos", video).get("clips", list):
+            clip = as_row(path, "clips", clip_object)
+            clip_id = clip.text("clip_uid")
+            duration = clip.get("clip_end_sec", int, float) - clip.get("clip_start_sec", int, float)
+            for annotation_object in clip.get("annotations", list):
+                annotation = as_row(path, f"clip {clip_id}", annotation_object)
+                for number, query in enumerate(annotation.get("language_queries", list)):
+                    id = f"{clip_id}_{annotation.text('annotation_uid')}_{number}"
+                    row = as_row(path, f"query {id}", query)
+                    if not row.fields.get("query"):
+                        report.drop(row.where, "empty question")
+                        continue
+                    labelled = "clip_end_sec" in row.fields  # the test file has no times
+                    ends = [row.get(f"clip_{end}_sec", int, float) for end in ("start", "end")] if labelled else []
+                    yield Sample(
+                        id=id,
+                        video=clip_id,
+                        question=row.text("query"),
+                        options=(),
+                        answer=None,
+                        evidence=(row.span("clip_start_sec", ends, report),) if labelled else (),
+                        duration=duration,
+                        kind=row.fields.get("template") or "",
+                    )
+
+
+# ---------------------------------------------------------------- long videos: options, mostly without evidence
+
+
+def read_videomme(path: Path, report: Report) -> Iterator[Sample]:
+    """Video-MME as a JSON list; its `duration` is a class (short, medium, long), so seconds are unknown."""
+    for row in read_rows(path):
+        options = row.options("options")
+        yield Sample(
+            id=row.text("question_id"),
+            video=row.text("videoID"),
+            question=row.text("question"),
+            options=options,
+            answer=row.letter("answer", options),
+            evidence=(),
+            duration=None,
+            kind=row.text("task_type"),
+            meta={"length": row.text("duration")},
+        )
+
+
+def read_mlvu(path: Path, report: Report) -> Iterator[Sample]:
+    """MLVU: one task's JSON list, or the folder of all of them; videos are in a folder named like the task's file.
+
+    The two tasks without candidates (free text) have no options; their answer is the reference.
+    """
+    files = sorted(path.glob("*.json")) if path.is_dir() else [path]
+    if not files:
+        raise DataError(f"{path}: no .json files in this folder")
+    for file in files:
+        for number, row in enumerate(read_rows(file), start=1):
+            options = row.options("candidates") if "candidates" in row.fields else ()
+            given = row.text("answer") if "answer" in row.fields else None
+            answer = letter_of_text(given, options) if given is not None else None
+            if options and given is not None and answer is None:
+                report.drop(f"{file.name}, {row.where}", "the answer is not among the options")
+                continue
+            yield Sample(
+                id=str(row.fields.get("question_id", f"{file.stem}:{number}")),
+                video=f"{file.stem}/{row.text('video')}",
+                question=row.text("question"),
+                options=options,
+                answer=answer,
+                evidence=(),
+                duration=row.number("duration"),
+                kind=row.text("question_type"),
+                meta={} if options or given is None else {"reference": given},
+            )
+
+
+def read_lvbench(path: Path, report: Report) -> Iterator[Sample]:
+    """LVBench: the original JSON lines (one video each, options inside the question) or the cleaned JSON list.
+
+    `time_reference` is "MM:SS-MM:SS" with minutes above 99; anything else (an open end, none) is no evidence. Many are
+    a single second ("00:52-00:52"), a span of zero length: an IoU with them says nothing.
+    A question of several types has them all in `kind`, joined by KIND_SEPARATOR.
+    """
+    for number, row in enumerate(read_rows(path), start=1):
+        if "qa" not in row.fields:
+            options = row.options("candidates")
+            answer = letter_of_answer(row.text("answer"), options)
+            if answer is None:
+                report.drop(row.where, "the answer is not among the options")
+                continue
+            yield lvbench_sample(
+                row, f"{path.stem}:{number}", row.text("video"), row.text("question"), options, answer, report
+            )
+            continue
+        for question_object in row.get("qa", list):
+            qa = as_row(path, row.where, question_object)
+            question, *options = re.split(r"\n(?=\([A-H]\))", qa.text("question"))
+            options = strip_letters(options)
+            answer = qa.letter("answer", options)
+            yield lvbench_sample(qa, str(qa.get("uid", str, int)), row.text("key"), question, options, answer, report)
+
+
+def lvbench_sample(
+    row: Row, id: str, video: str, question: str, options: tuple[str, ...], answer: str, report: Report
+) -> Sample:
+    reference = row.get("time_reference", str, type(None))
+    clock = re.fullmatch(r"(\d+(?::\d\d)+)-(\d+(?::\d\d)+)", reference or "")
+    evidence = ()
+    if clock:
+        evidence = (row.span("time_reference", [clock_seconds(clock[1]), clock_seconds(clock[2])], report),)
+    else:
+        report.notes["questions without evidence"] += 1
+    return Sample(
+        id=id,
+        video=video,
+        question=question,
+        options=options,
+        answer=answer,
+        evidence=evidence,
+        duration=None,
+        kind=KIND_SEPARATOR.join(row.texts("question_type")),
+    )
+
+
+def clock_seconds(text: str) -> int:
+    """Seconds of "MM:SS" or "H:MM:SS"; the first part may be any number."""
+    seconds = 0
+    for part in text.split(":"):
+        seconds = 60 * seconds + int(part)
+    return seconds
+
+
+def read_longvideobench(path: Path, report: Report) -> Iterator[Sample]:
+    """LongVideoBench: `lvb_val.json`, or a JSON list with `option0`..`option4` in which "N/A" means no option.
+
+    `correct_choice` counts from 0 and is absent in the test split. `position` gives frames of a video whose frame
+    rate the file does not tell, so there is no evidence.
+    """
+    for row in read_rows(path):
+        if "candidates" in row.fields:
+            options = row.options("candidates")
+        else:
+            options = tuple(row.text(f"option{i}") for i in range(5) if row.text(f"option{i}") != "N/A")
+        choice = row.get("correct_choice", int) if "correct_choice" in row.fields else None
+        if choice is not None and not 0 <= choice < len(options):
+            raise row.error("correct_choice", f"expected 0 to {len(options) - 1}, got {choice}")
+        yield Sample(
+            id=row.text("id"),
+            video=row.text("video_path"),
+            question=row.text("question"),
+            options=options,
+            answer=None if choice is None else LETTERS[choice],
+            evidence=(),
+            duration=row.number("duration"),
+            kind=row.text("question_category"),
+            meta={"length": str(row.get("duration_group", int))},
+        )
+
+
+def read_plm_video(path: Path, report: Report) -> Iterator[Sample]:
+    """PLM-VideoBench: rtloc (a caption to find, frame numbers) and fgqa (two options; counts only with its group).
+
+    Seconds are frame / PLM_FPS; an IoU does not depend on that number. The times in fgqa's metadata belong to the
+    video from which the clip was cut, so it has no evidence.
+    """
+    for row in read_rows(path):
+        if "start_frame" in row.fields:
+            frames = [row.get(name, int) for name in ("start_frame", "end_frame")]
+            yield Sample(
+                id=str(row.get("uid", int, str)),
+                video=row.text("video"),
+                question=row.text("caption"),
+                options=(),
+                answer=None,
+                evidence=(row.span("start_frame", [frame / PLM_FPS for frame in frames], report),),
+                duration=row.number("total_frames") / PLM_FPS,
+            )
+            continue
+        named = row.get("options", dict)
+        options = tuple(Row(path, f"{row.where}, options", named).text(f"option_{i}") for i in range(len(named)))
+        answer = letter_of_text(row.text("answer"), options)
+        if answer is None:
+            report.drop(row.where, "the answer is not among the options")
+            continue
+        yield Sample(
+            id=row.text("uid"),
+            video=row.text("video"),
+            question=row.text("question"),
+            options=options,
+            answer=answer,
+            evidence=(),
+            duration=None,
+            kind=row.get("metadata", dict).get("question_type", "") if "metadata" in row.fields else "",
+            meta={"group": row.text("qa_uid" if "qa_uid" in row.fields else "qa_id")},
+        )
+
+
+READERS = {
+    "records": read_records,
+    "nextgqa": read_nextgqa,
+    "rextime": read_rextime,
+    "cgbench": read_cgbench,
+    "qvhighlights": read_qvhighlights,
+    "charades_sta": read_charades_sta,
+    "activitynet": read_captions,
+    "tacos": read_captions,
+    "ego4d_nlq": read_ego4d_nlq,
+    "videomme": read_videomme,
+    "mlvu": read_mlvu,
+    "lvbench": read_lvbench,
+    "longvideobench": read_longvideobench,
+    "plm_video": read_plm_video,
+}
