@@ -17,7 +17,7 @@ and a line that something is wrong with says why, as "skipped" or "reason". `tra
 records of annotations/formats.py, with the scene as evidence; `statistics.txt` and `.png` show durations and shares of
 the video, as Figure 3 does.
 
-Questions and verdicts are asked for through chat.py: of an endpoint, a checkpoint (`--model`), or the ground truth. A
+Questions and verdicts are asked for (harness/chat.py) of an endpoint, a checkpoint (`--model`), or the ground truth. A
 reply that cannot be used is answered with the reason, up to `--tries` times. What was interrupted goes on where it was;
 replies are kept in `--out`/replies. Under `accelerate launch`, processes share the videos.
 
@@ -46,17 +46,16 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from tqdm import tqdm
 
-import chat
 import config as configuration
 import evaluate
-import journal
 import report
 import scenes
 import world
 from annotations.rows import LETTERS, DataError, Row, Sample, letter_of_answer, read_rows, strip_letters
 from annotations.samples import VIDEO_SUFFIXES, spread, write_samples
-from chat import Cached, Chat, ChatError, Local, Message, Reply, RequestError, Shown, Usage, one_line
 from config import Config, ConfigError
+from harness import chat, journal
+from harness.chat import Cached, Chat, ChatError, Local, Message, Reply, RequestError, Shown, Usage, one_line
 from media.decode import probe
 from media.frames import FrameCache
 from media.source import VideoError

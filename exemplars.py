@@ -15,7 +15,7 @@ Kept is what ends with the right answer and in which every turn of the expert fo
 turns of the failed policy have weight 0: they are what the expert's turns follow, not what is to be learned (the
 summary of the paper leaves this open); `--learn_failures` gives them weight 1.
 
-An expert is a vision-language model at a chat endpoint (chat.py), which sees frames with their times, or the oracle of
+An expert is a vision-language model at a chat endpoint, which sees frames with their times, or the oracle of
 the built-in world, which knows the evidence: it answers coarse questions at once, unless that has failed, and for
 others calls for the parts of the evidence that no clip has shown, at 2 frames per second for lights and 1 for patterns.
 It says what each frame of a clip shows; of a light, how often it has been out.
@@ -47,16 +47,16 @@ from transformers.utils.logging import disable_progress_bar
 
 import config as configuration
 import evaluate
-import journal
 import prompts as text
 import world
 from annotations import trajectories
 from annotations.rows import DataError, Sample
 from annotations.samples import check_samples, check_videos, load_samples
-from chat import Cached, Chat, ChatError, Message, RequestError, Shown, connect
 from config import Config, ConfigError
 from episodes import CALL_END, Episode, Scene, Turn, messages, roll_out_episodes
 from filters import finished, identity, save
+from harness import journal
+from harness.chat import Cached, Chat, ChatError, Message, RequestError, Shown, connect
 from infer import DECISIVE, Agent, load_agent
 from lessons import asked_colour, asked_pattern, glimpse, span_text
 from policy import BANNED_TOKENS, EOS_TOKENS, ModelError

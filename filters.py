@@ -48,13 +48,13 @@ from transformers.utils.logging import disable_progress_bar
 
 import config as configuration
 import evaluate
-import journal
 import prompts
 from annotations.rows import DataError, Sample
 from annotations.samples import check_samples, check_videos, load_samples, write_samples
-from chat import Cached, Chat, ChatError, Message, RequestError, Shown, connect
 from config import Config, ConfigError, suiting_recipe
 from evaluate import view_all
+from harness import journal
+from harness.chat import Cached, Chat, ChatError, Message, RequestError, Shown, connect
 from infer import DECISIVE, Agent, load_agent
 from media.decode import probe
 from media.prefetch import prefetch

@@ -57,7 +57,6 @@ from transformers.utils.logging import disable_progress_bar
 
 import config as configuration
 import evaluate
-import journal
 import metrics
 import pages
 import prompts
@@ -66,6 +65,7 @@ from annotations.rows import DataError, Sample
 from annotations.samples import check_videos, load_samples
 from config import Config, ConfigError, suiting_recipe
 from episodes import roll_out_episodes
+from harness import journal
 from media.decode import VideoInfo, probe
 from media.frames import FrameCache
 from media.source import VideoError

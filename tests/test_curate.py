@@ -23,18 +23,17 @@ import torch
 from conftest import loud_model, run_in_two_processes, serving
 from PIL import Image
 
-import chat
 import config as configuration
 import curate
-import journal
 import scenes
 import world
 from annotations.rows import DataError
 from annotations.samples import read_samples
-from chat import ChatError, Message, Reply, RequestError
 from config import ConfigError
 from curate import CurateError, NothingToAskError, ReplyError, Task, Viewer, ask, read_question, read_verdict
-from journal import JournalError
+from harness import chat, journal
+from harness.chat import ChatError, Message, Reply, RequestError
+from harness.journal import JournalError
 from scenes import SceneError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -422,7 +421,8 @@ KILLED = """
 import os, random, signal, sys
 sys.path.insert(0, {root!r})
 from dataclasses import replace
-import chat, curate, journal
+import curate
+from harness import chat, journal
 connect, append, left = chat.connect, journal.append, int(sys.argv[1])
 chat.connect = lambda *a: replace(connect(*a), sleep=lambda _: None, rng=random.Random(0))
 def interrupted(path, row):

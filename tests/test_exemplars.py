@@ -16,11 +16,11 @@ import prompts
 import world
 from annotations import trajectories
 from annotations.rows import DataError, Row
-from chat import ChatError, Reply, RequestError
-from chat import Shown as Frames
 from config import ConfigError
 from episodes import Episode, Scene, replay
 from exemplars import Dialogue, Oracle, mixed, play, reflect
+from harness.chat import ChatError, Reply, RequestError
+from harness.chat import Shown as Frames
 from rollout import view_video
 
 AGENT = ["--template", "world_zoomer", "--max_frames", "20", "--zoom_budget", "256", "--frames_per_call", "10"]

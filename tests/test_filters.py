@@ -18,10 +18,10 @@ import config as configuration
 import filters
 from annotations.rows import DataError
 from annotations.samples import read_samples, write_samples
-from chat import ChatError, Reply, RequestError
 from config import ConfigError
 from evaluate import view_all
 from filters import FILTERS, iou_delta, measure_clues, measure_responses, verdict
+from harness.chat import ChatError, Reply, RequestError
 from infer import Agent
 from policy import load
 from rollout import answer_clips, zoom_clips

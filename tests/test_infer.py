@@ -517,7 +517,8 @@ def test_two_processes_share_a_data_set(asking, samples, tmp_path, capsys):
 KILLED = """
 import json, os, signal, sys
 sys.path.insert(0, {root!r})
-import infer, journal
+import infer
+from harness import journal
 append, written = journal.append, []
 def interrupted(path, row):
     if len(written) == 2:

@@ -1,4 +1,4 @@
-"""chat.py: an endpoint that fails in every way, the checkpoint's own prompt, and replies that are asked for once."""
+"""An endpoint that fails in every way, the checkpoint's own prompt, and replies that are asked for once."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ import torch
 from conftest import completion
 from PIL import Image
 
-import chat
 import policy
-from chat import Cached, ChatError, Endpoint, Local, Message, Reply, RequestError, Shown, Usage
-from journal import JournalError
+from harness import chat
+from harness.chat import Cached, ChatError, Endpoint, Local, Message, Reply, RequestError, Shown, Usage
+from harness.journal import JournalError
 from policy import Video, Vocabulary
 from video import Clip
 

@@ -1,4 +1,4 @@
-"""journal.py: what is left of a journal after kill -9, a full disk and several processes at once."""
+"""What is left of a journal after kill -9, a full disk and several processes at once."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 from accelerate import Accelerator
 
-import journal
 from annotations.rows import DataError
-from journal import JournalError
+from harness import journal
+from harness.journal import JournalError
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def rows_of(path: Path) -> list[dict]:
@@ -24,7 +24,7 @@ def rows_of(path: Path) -> list[dict]:
 
 
 def run(script: str, *arguments: object) -> subprocess.Popen:
-    head = f"import os, signal, sys\nsys.path.insert(0, {str(ROOT)!r})\nimport journal\n"
+    head = f"import os, signal, sys\nsys.path.insert(0, {str(ROOT)!r})\nfrom harness import journal\n"
     return subprocess.Popen([sys.executable, "-c", head + script, *map(str, arguments)])
 
 

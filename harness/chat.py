@@ -40,7 +40,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from journal import JournalError
+from harness.journal import JournalError
 from policy import Video, Vocabulary, build_prompt, load, sample
 from video import Clip
 
