@@ -62,7 +62,7 @@ from media.source import VideoError
 from policy import ModelError
 from rollout import Spans
 from scenes import SceneError
-from video import load_clip, plan_clip
+from video import Budget, load_clip, plan_clip
 
 NEIGHBOURS = 5  # scenes before, and as many after
 MAX_CLUES = 8
@@ -122,8 +122,8 @@ class Viewer:
     def show(self, video: str, span: tuple[float, float]) -> Shown:
         """The frames of [start, end) seconds, under Eq. 3's budget. Raises VideoError."""
         info, config = probe(self.path(video), cache=self.frames), self.config
-        budget, paired = config.budget, config.paired_frames
-        plan = plan_clip(info, [span], config.fps, budget, config.v_min, config.v_max, paired=paired)
+        budget = Budget(config.budget, config.v_min, config.v_max, config.paired_frames)
+        plan = plan_clip(info, [span], config.fps, budget)
         return Shown(video, span, load_clip(plan, self.path(video), cache=self.frames))
 
 

@@ -31,7 +31,7 @@ from media.source import VideoError
 from policy import Episodes, Observation, Prompt, Video, Vocabulary, build_prompt, keep_tokens, stops_at
 from prompts import ToolCall
 from rollout import Group, Spans, View, coarse_prompt, coarse_words, episode_limits, response_seed
-from video import Clip, ClipPlan, load_clip, plan_clip
+from video import Budget, Clip, ClipPlan, load_clip, plan_clip
 
 CALL_END = "</video_zoom>"  # where the writing of a turn stops
 SCENE_BYTES = 2**26  # of decoded frames kept for further calls about the same video
@@ -203,8 +203,8 @@ class Scene:
         """The frames of a legal call. Raises VideoError."""
         config = self.config
         fps = max(call.fps, 1 / self.view.info.duration)  # no step is longer than the video
-        budget = config.zoom_budget or config.budget
-        return plan_clip(self.view.info, [call.span], fps, budget, config.v_min, config.v_max)
+        budget = Budget(config.zoom_budget or config.budget, config.v_min, config.v_max)
+        return plan_clip(self.view.info, [call.span], fps, budget)
 
     def load(self, plan: ClipPlan) -> tuple[Clip, list[Video]]:
         """These frames, together and one by one. Raises VideoError."""

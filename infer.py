@@ -83,7 +83,7 @@ from rollout import (
     visible_spans,
     zoom_clips,
 )
-from video import Clip, load_clips, plan_clip
+from video import Budget, Clip, load_clips, plan_clip
 
 MAX_EMBEDDED = 64 * 2**20  # bytes of a video inside a page
 FRAME_BYTES = 2**30  # frames and packet tables kept for further looks at a video
@@ -305,11 +305,9 @@ def window_views(
 ) -> list[View]:
     """A view of each part at the coarse pass' frame rate, decoded together. Raises VideoError."""
     config = agent.config
-    budget = settings.window_budget or config.budget
-    plans = [
-        plan_clip(info, part, config.fps, budget, config.v_min, config.v_max, paired=config.paired_frames)
-        for part in parts
-    ]
+    tokens = settings.window_budget or config.budget
+    budget = Budget(tokens, config.v_min, config.v_max, config.paired_frames)
+    plans = [plan_clip(info, part, config.fps, budget) for part in parts]
     clips = load_clips(sample.video, plans, cache=agent.frames)
     return [View(sample, info, clip, Video.from_frames(clip.frames, clip.step)) for clip in clips]
 

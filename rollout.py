@@ -22,7 +22,7 @@ from advantage import token_offsets
 from annotations.rows import Sample
 from config import Config
 from policy import Observation, Prompt, Video, Vocabulary, build_prompt, last_hidden, sample
-from video import Clip, ClipPlan, FrameCache, VideoError, VideoInfo, load_clip, load_clips, plan_clip, probe
+from video import Budget, Clip, ClipPlan, FrameCache, VideoError, VideoInfo, load_clip, load_clips, plan_clip, probe
 
 Spans = list[tuple[float, float]]
 
@@ -103,7 +103,7 @@ def coarse_plan(info: VideoInfo, config: Config) -> ClipPlan:
     fps = max(config.fps, config.min_frames / info.duration)
     if config.max_frames:
         fps = min(fps, config.max_frames / info.duration)
-    return plan_clip(info, None, fps, config.budget, config.v_min, config.v_max, paired=config.paired_frames)
+    return plan_clip(info, None, fps, Budget(config.budget, config.v_min, config.v_max, config.paired_frames))
 
 
 def chat_text(words: str, config: Config) -> str:
@@ -181,13 +181,8 @@ def zoom_clips(view: View, requests: Sequence[Spans], config: Config, cache: Fra
     """The zoomed clips of one video, one per list of spans (an empty list is the whole video); each frame is decoded
     once.
     """
-    budget = config.zoom_budget or config.budget
-    plans = [
-        plan_clip(
-            view.info, spans or None, config.zoom_fps, budget, config.v_min, config.v_max, paired=config.paired_frames
-        )
-        for spans in requests
-    ]
+    budget = Budget(config.zoom_budget or config.budget, config.v_min, config.v_max, config.paired_frames)
+    plans = [plan_clip(view.info, spans or None, config.zoom_fps, budget) for spans in requests]
     return load_clips(view.sample.video, plans, cache=cache)
 
 

@@ -48,7 +48,7 @@ from annotations.samples import video_path
 from media.decode import probe
 from media.source import VideoError
 from policy import ModelError, Video, encode_videos
-from video import decode, plan_clip
+from video import Budget, decode, plan_clip
 
 Shot = tuple[float, float]
 
@@ -150,7 +150,7 @@ def shot_frames(path: str | Path, shots: Sequence[Shot], tokens: int) -> Tensor:
     if late:
         cause = f"a shot begins at {late[0]:.3f} s, the video ends at {info.duration:.3f} s"
         raise VideoError(path, cause, "are these the shots of this file?")
-    plan = plan_clip(info, None, 1.0, tokens, tokens, tokens)
+    plan = plan_clip(info, None, 1.0, Budget(tokens, tokens, tokens))
     times = [start + (k + 0.5) / FRAMES * (end - start) for start, end in shots for k in range(FRAMES)]
     frames, _ = decode(path, times, size=(plan.height, plan.width))
     return frames.view(len(shots), FRAMES, *frames.shape[1:])

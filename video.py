@@ -4,7 +4,8 @@
   for the coarse pass over the whole video, and for the zoom pass over a few spans.
 - `decode` returns the frames shown at given times, `load_clips` those of several plans; each is resized, by the rule of
   Qwen's utilities, as soon as it is decoded.
-- `patchify` lays frames out as Qwen2.5-VL's vision tower takes them. Normalisation is last, so patches travel as bytes.
+- `patchify_uint8` lays frames out as Qwen2.5-VL's vision tower takes them. Normalisation is last: patches travel as
+  bytes.
 
 Differences from the paper: Eq. 3 leaves F * s unrounded, here every sampling interval that begins within the video has
 a frame; frames are t_k = start + k * step with the very step that M-RoPE is told, where Qwen's utilities spread them
@@ -22,6 +23,7 @@ import threading
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -31,7 +33,7 @@ from torch import Tensor
 from media.decode import Picture, VideoInfo, open_source, show_pictures
 from media.decode import probe as probe
 from media.frames import FrameCache
-from media.source import CLOCK, MAX_PIXELS, VideoError
+from media.source import CLOCK, VideoError
 
 TOKEN = 28  # pixels along a side of a visual token, which is 2 x 2 patches
 PATCH = 14  # pixels along a side of a patch
@@ -46,14 +48,26 @@ Span = tuple[float, float]
 # ---------------------------------------------------------------- how many frames, at which size
 
 
+@dataclass(frozen=True)
+class Budget:
+    """Visual tokens of a clip (L_v of Eq. 3), and of one of its frames at least (V_min) and at most (V_max).
+
+    `paired`: two frames, which share one temporal grid, count once. Qwen's utilities count so, Eq. 3 does not.
+    """
+
+    tokens: float
+    v_min: float
+    v_max: float
+    paired: bool = False
+
+
 def frame_budget(
     duration: float, fps: float, budget: float, v_min: float, v_max: float, paired: bool = False
 ) -> tuple[int, float]:
     """The number of frames N and the visual tokens per frame V_res (a real number) for `duration` seconds at `fps`.
 
     F * s is rounded up, and is at least 1; L_v / V_min is rounded down, so that N * V_res never exceeds the budget L_v.
-    Two frames share one temporal grid, hence its tokens: Qwen's utilities count that, Eq. 3 does not. `paired` does, by
-    doubling the budget. Raises ValueError. Zoom-Zero, Eq. 3.
+    `paired` (see `Budget`) doubles the budget. Raises ValueError. Zoom-Zero, Eq. 3.
     """
     if not (0 < duration < math.inf and 0 < fps < math.inf):
         raise ValueError(f"duration and fps must be positive and finite, got {duration} s and {fps}")
@@ -96,35 +110,12 @@ def frame_size(height: int, width: int, tokens_per_frame: float, v_min: float = 
     return r * TOKEN, c * TOKEN
 
 
-def smart_resize(height: int, width: int, min_pixels: float, max_pixels: float) -> tuple[int, int]:
-    """(H, W) by the rule of Qwen's utilities: sides rounded to multiples of 28, then scaled into the pixel limits.
-
-    Raises ValueError for an aspect ratio over 200.
-    """
-    if max(height, width) > MAX_ASPECT * min(height, width):
-        raise ValueError(f"aspect ratio over {MAX_ASPECT}: {width} x {height} pixels")
-    h, w = (max(TOKEN, round(side / TOKEN) * TOKEN) for side in (height, width))
-    if h * w > max_pixels:
-        scale = math.sqrt(height * width / max_pixels)
-        h, w = (max(TOKEN, math.floor(side / scale / TOKEN) * TOKEN) for side in (height, width))
-    elif h * w < min_pixels:
-        scale = math.sqrt(min_pixels / (height * width))
-        h, w = (math.ceil(side * scale / TOKEN) * TOKEN for side in (height, width))
-    return h, w
-
-
 # ---------------------------------------------------------------- at which times
 
 
-def sample_times(start: float, end: float, step: float, linspace: bool = False) -> list[float]:
-    """Times start + k * step strictly below `end`, in seconds; at least one.
-
-    `linspace` is the rule of Qwen's utilities: as many times, spread from start to end with both included. Their
-    distance is not `step`, which M-RoPE is told all the same.
-    """
+def sample_times(start: float, end: float, step: float) -> list[float]:
+    """Times start + k * step strictly below `end`, in seconds; at least one."""
     n = max(1, math.ceil((end - start) / step - 1e-6))
-    if linspace and n > 1:
-        return [start + k * (end - start) / (n - 1) for k in range(n)]
     return [start + k * step for k in range(n)]
 
 
@@ -171,27 +162,13 @@ class ClipPlan:
     distinct: bool = False
 
 
-def plan_clip(
-    info: VideoInfo,
-    spans: Sequence[Span] | None,
-    fps: float,
-    budget: float,
-    v_min: float,
-    v_max: float,
-    *,
-    paired: bool = False,
-    linspace: bool = False,
-    smart: bool = False,
-    min_length: float | None = None,
-) -> ClipPlan:
+def plan_clip(info: VideoInfo, spans: Sequence[Span] | None, fps: float, budget: Budget) -> ClipPlan:
     """Plan the coarse pass (`spans` None: the whole video) or the zoom pass over the union of `spans`.
 
     Eq. 3 with F = the length of the union gives frames and size; the rate is at most the source's average. A span (s,
     e) is sampled at s, s + step, ... below e, and all spans form one sequence. If that makes more than L_v / V_min
-    frames, the step grows; a span keeps its first frame while there are no more spans than frames. `min_length` is in
-    seconds, by default one frame of the source. `paired`: see `frame_budget`; `linspace`: see `sample_times`; `smart`:
-    the size is by `smart_resize`, whose limits are V_min and V_res. Raises VideoError for bad spans and for an aspect
-    ratio over 200.
+    frames, the step grows; a span keeps its first frame while there are no more spans than frames. A span is at least
+    one frame of the source long. Raises VideoError for bad spans and for an aspect ratio over 200.
     """
     if max(info.height, info.width) > MAX_ASPECT * min(info.height, info.width):
         cause = f"aspect ratio over {MAX_ASPECT}: {info.width} x {info.height} pixels"
@@ -199,26 +176,23 @@ def plan_clip(
     if spans is None:
         union = [(0.0, info.duration)]
     elif len(spans):
-        union = merge_spans(spans, info, 1 / info.fps if min_length is None else min_length)
+        union = merge_spans(spans, info, 1 / info.fps)
     else:
         raise VideoError(info.path, "an empty list of spans", "give at least one, or None for the whole video")
     fps = min(fps, info.fps)
     length = sum(end - start for start, end in union)
-    n_frames, _ = frame_budget(length, fps, budget, v_min, v_max, paired)
+    n_frames, _ = frame_budget(length, fps, budget.tokens, budget.v_min, budget.v_max, budget.paired)
     step = max(1 / fps, length / n_frames)
-    budget = 2 * budget if paired else budget
-    most = math.floor(budget / v_min)
-    times = [time for start, end in union for time in sample_times(start, end, step, linspace)]
+    tokens = 2 * budget.tokens if budget.paired else budget.tokens
+    most = math.floor(tokens / budget.v_min)
+    times = [time for start, end in union for time in sample_times(start, end, step)]
     while len(times) > max(most, len(union)):  # each span rounds its own number of frames up
         step *= len(times) / most
-        times = [time for start, end in union for time in sample_times(start, end, step, linspace)]
+        times = [time for start, end in union for time in sample_times(start, end, step)]
     if len(times) > most:
         times = [times[k * len(times) // most] for k in range(most)]
-    tokens = _tokens_per_frame(len(times), budget, v_min, v_max)
-    if smart:
-        height, width = smart_resize(info.height, info.width, v_min * TOKEN**2, tokens * TOKEN**2)
-    else:
-        height, width = frame_size(info.height, info.width, tokens, v_min)
+    tokens_per_frame = _tokens_per_frame(len(times), tokens, budget.v_min, budget.v_max)
+    height, width = frame_size(info.height, info.width, tokens_per_frame, budget.v_min)
     return ClipPlan(tuple(times), step, height, width, distinct=spans is not None)
 
 
@@ -232,18 +206,14 @@ class _Scratch(threading.local):
         self.arrays: dict[tuple[int, int, int, int], tuple[np.ndarray, np.ndarray]] = {}
 
 
-def resize(frames: Tensor, height: int, width: int, rule: str = "float") -> Tensor:
-    """Bicubic with antialias: uint8 [N, 3, h, w] -> uint8 [N, 3, height, width].
-
-    Rule "float" is bit-equal to Qwen's utilities (float32, then rounded), "uint8" to the transformers processor. Raises
-    ValueError for another rule.
-    """
+def resize(frames: Tensor, height: int, width: int) -> Tensor:
+    """Bicubic with antialias, uint8 [N, 3, h, w] -> uint8 [N, 3, height, width], bit-equal to Qwen's utilities."""
     scratch = _Scratch()
-    images = [_resize(frame, height, width, rule, scratch) for frame in frames.permute(0, 2, 3, 1).numpy()]
+    images = [_resize(frame, height, width, scratch) for frame in frames.permute(0, 2, 3, 1).numpy()]
     return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()
 
 
-def _resize(image: np.ndarray, height: int, width: int, rule: str, scratch: _Scratch) -> np.ndarray:
+def _resize(image: np.ndarray, height: int, width: int, scratch: _Scratch) -> np.ndarray:
     """One image, uint8 [h, w, 3] -> [height, width, 3].
 
     torch would share even a small image out among its threads, which costs milliseconds where the cores are busy. So it
@@ -253,10 +223,6 @@ def _resize(image: np.ndarray, height: int, width: int, rule: str, scratch: _Scr
     h, w, _ = image.shape
     if (h, w) == (height, width):
         return image
-    if rule == "uint8":
-        return _bicubic(np.ascontiguousarray(image), height, width)
-    if rule != "float":
-        raise ValueError(f"no resize rule {rule!r}: float, uint8")
     if (h, w, height, width) not in scratch.arrays:
         n_rows = max(1, (SERIAL - 1) // (3 * width))
         n_columns = max(n for n in range(1, width + 1) if width % n == 0 and (n == 1 or 3 * height * n < SERIAL))
@@ -284,60 +250,59 @@ def _bicubic(image: np.ndarray, height: int, width: int) -> np.ndarray:
 # ---------------------------------------------------------------- frames
 
 
-Put = Callable[[int, np.ndarray, float], None]  # row, image uint8 [H, W, 3], presentation time; from several threads
+class _Request(NamedTuple):
+    """Frames shown at `times`, resized to `size` (None: as displayed), each handed to `put` with its row."""
+
+    times: Sequence[float]
+    size: tuple[int, int] | None
+    put: Callable[[int, np.ndarray, float], None]  # row, image uint8 [H, W, 3], its time; from several threads
 
 
 def _read(
     path: str | Path,
-    requests: Sequence[tuple[Sequence[float], tuple[int, int] | None, Put]],
-    to_clock: bool,
+    requests: Sequence[_Request],
     *,
-    rule: str = "float",
+    to_clock: bool,
     threads: int | None = None,
     cache: FrameCache | None = None,
-    allow_damage: bool = False,
-    max_pixels: int = MAX_PIXELS,
 ) -> None:
-    """Put the frame shown at each time of each request (times, size, put): the union of all times is decoded, each
-    frame once.
+    """Put the frames of all requests: the union of their times is decoded, each frame once.
 
     `to_clock` rounds times to the stream's clock. Options as for `decode`.
     """
-    if not all(len(times) for times, _, _ in requests):
+    if not all(len(request.times) for request in requests):
         raise VideoError(path, "no times asked for", "give at least one")
-    for time in itertools.chain.from_iterable(times for times, _, _ in requests):
+    for time in itertools.chain.from_iterable(request.times for request in requests):
         if not (math.isfinite(time) and time >= -CLOCK):
             raise VideoError(path, f"no frame is shown at {time} s", "give finite seconds from 0 on")
     scratch = _Scratch()
-    source, identity = open_source(path, max_pixels, cache)
+    source, identity = open_source(path, cache)
     with source:
-        places: dict[int, list[tuple[int, int]]] = {}  # tick -> (request, row)
-        for r, (times, size, put) in enumerate(requests):
-            for row, time in enumerate(times):
+        places: dict[int, list[tuple[_Request, int]]] = {}  # tick -> requests and rows
+        for request in requests:
+            for row, time in enumerate(request.times):
                 tick = source.tick(time + source.clock / 2 if to_clock else time)
                 if source.cut and tick >= source.end:
-                    if not allow_damage or source.end <= source.start:
-                        raise source.cut_error()
-                    tick = source.end - 1
-                kept = None if cache is None else cache.get((*identity, rule, size, tick))
+                    raise source.cut_error()
+                kept = None if cache is None else cache.get((*identity, request.size, tick))
                 if kept is None:
-                    places.setdefault(tick, []).append((r, row))
+                    places.setdefault(tick, []).append((request, row))
                 else:
-                    put(row, *kept)
+                    request.put(row, *kept)
 
         def show(picture: Picture, ticks: list[int]) -> None:
             images: dict[tuple[int, int] | None, np.ndarray] = {}
             for tick in ticks:
-                for r, row in places[tick]:
-                    _, size, put = requests[r]
+                for request, row in places[tick]:
+                    size = request.size
                     if size not in images:
-                        images[size] = _resize(picture.pixels, *(size or picture.size), rule, scratch)
-                    put(row, images[size], picture.seconds)
+                        images[size] = _resize(picture.pixels, *(size or picture.size), scratch)
+                    request.put(row, images[size], picture.seconds)
                     if cache is not None:
                         kept = (images[size].copy(), picture.seconds)
-                        cache.put((*identity, rule, size, tick), kept, images[size].size)
+                        cache.put((*identity, size, tick), kept, images[size].size)
 
-        show_pictures(source, sorted(places), show, threads=threads, allow_damage=allow_damage)
+        show_pictures(source, sorted(places), show, threads=threads)
 
 
 class _Frames:
@@ -364,12 +329,11 @@ def decode(
     The frame shown at t is the one with the largest presentation time <= t, to within two microseconds; after the end
     it is the last. `size` is (height, width), by default as displayed.
 
-    Options: `rule` that of `resize`; `threads` (default: all cores); `cache` a FrameCache; `allow_damage`: the last
-    intact frame before it stands in for one that cannot be decoded, which is an error otherwise; `max_pixels` the
-    largest frame accepted. Damage is what the container or the codec reports. Raises VideoError.
+    Options: `threads` (default: all cores); `cache` a FrameCache. A frame that cannot be decoded is an error; damage is
+    what the container or the codec reports. Raises VideoError.
     """
     frames = _Frames(len(times))
-    _read(path, [(times, size, frames.put)], False, **options)
+    _read(path, [_Request(times, size, frames.put)], to_clock=False, **options)
     return torch.from_numpy(frames.frames), frames.times
 
 
@@ -393,8 +357,8 @@ def load_clips(path: str | Path, plans: Sequence[ClipPlan], **options) -> list[C
     which 2 / 30 would miss. Raises VideoError.
     """
     received = [_Frames(len(plan.times)) for plan in plans]
-    requests = [(p.times, (p.height, p.width), r.put) for p, r in zip(plans, received, strict=True)]
-    _read(path, requests, True, **options)
+    requests = [_Request(p.times, (p.height, p.width), r.put) for p, r in zip(plans, received, strict=True)]
+    _read(path, requests, to_clock=True, **options)
     clips = []
     for plan, r in zip(plans, received, strict=True):
         frames, times = torch.from_numpy(r.frames), r.times
@@ -420,7 +384,9 @@ def patchify_uint8(frames: Tensor) -> tuple[Tensor, tuple[int, int, int]]:
     An odd number of frames repeats the last one. The four patches of a visual token are neighbours, as the vision tower
     wants them. Raises ValueError if H or W is not a multiple of 28.
     """
-    _check_sides(*frames.shape[-2:])
+    if frames.shape[-2] % TOKEN or frames.shape[-1] % TOKEN:
+        sides = f"{frames.shape[-2]} x {frames.shape[-1]}"
+        raise ValueError(f"frame sides must be multiples of {TOKEN} pixels, got {sides}")
     if len(frames) % 2:
         frames = torch.cat([frames, frames[-1:]])
     n, _, height, width = frames.shape
@@ -433,47 +399,4 @@ def patchify_uint8(frames: Tensor) -> tuple[Tensor, tuple[int, int, int]]:
 def normalise_patches(patches: Tensor) -> Tensor:
     """Patches uint8 [..., 1176] -> float32 with CLIP's mean and deviation, on the device of the patches."""
     mean, std = (torch.tensor(x, device=patches.device).repeat_interleave(2 * PATCH * PATCH) for x in (MEAN, STD))
-    return _normalise(patches.to(torch.float32, copy=True), mean, std)
-
-
-def _normalise(pixels, mean, std):
-    """In place; torch tensors or numpy arrays."""
-    pixels /= 255
-    pixels -= mean
-    pixels /= std
-    return pixels
-
-
-def patchify(frames: Tensor) -> tuple[Tensor, tuple[int, int, int]]:
-    """Frames uint8 [N, 3, H, W] -> normalised pixel values float32 [T * h * w, 1176] and the grid (T, h, w)."""
-    patches, grid = patchify_uint8(frames)
-    return normalise_patches(patches), grid
-
-
-def decode_patches(
-    path: str | Path, times: Sequence[float], size: tuple[int, int], **options
-) -> tuple[Tensor, tuple[int, int, int], list[float]]:
-    """`decode` and `patchify` in one, in less memory: every frame goes to its place in the pixel values at once.
-
-    Returns pixel values float32 [T * h * w, 1176], the grid (T, h, w) and the presentation time of each frame. Options
-    and errors as for both.
-    """
-    _check_sides(*size)
-    n, (t, h, w) = len(times), ((len(times) + 1) // 2, size[0] // PATCH, size[1] // PATCH)
-    values, shown = np.empty((t, h // 2, w // 2, 2, 2, 3, 2, PATCH, PATCH), np.float32), [0.0] * n
-    mean, std = (np.array(x, np.float32)[:, None, None] for x in (MEAN, STD))
-
-    def put(row: int, image: np.ndarray, seconds: float) -> None:
-        pixels = _normalise(image.transpose(2, 0, 1).astype(np.float32, order="C"), mean, std)
-        patches = pixels.reshape(3, h // 2, 2, PATCH, w // 2, 2, PATCH).transpose(1, 4, 2, 5, 0, 3, 6)
-        for half in range(row % 2, 2 if row == n - 1 else row % 2 + 1):  # an odd last frame is both
-            values[row // 2, ..., half, :, :] = patches
-        shown[row] = seconds
-
-    _read(path, [(times, size, put)], False, **options)
-    return torch.from_numpy(values.reshape(t * h * w, -1)), (t, h, w), shown
-
-
-def _check_sides(height: int, width: int) -> None:
-    if height % TOKEN or width % TOKEN:
-        raise ValueError(f"frame sides must be multiples of {TOKEN} pixels, got {height} x {width}")
+    return patches.to(torch.float32, copy=True).div_(255).sub_(mean).div_(std)

@@ -38,7 +38,7 @@ from media.decode import VideoInfo, probe
 from media.source import VideoError
 from policy import Observation, Prompt, Video, Vocabulary, build_prompt
 from rollout import coarse_plan
-from video import ClipPlan, frame_budget, frame_size, load_clips, plan_clip
+from video import Budget, ClipPlan, frame_budget, frame_size, load_clips, plan_clip
 
 MARK = "<video>"
 MAX_STEP = 86400  # seconds from frame to frame: a day
@@ -249,4 +249,4 @@ def plan_shown(clip: Shown, message: Message, first: bool, info: VideoInfo, conf
     if first:
         return coarse_plan(info, config)
     fps = min(config.zoom_fps, config.frames_per_call / info.duration)
-    return plan_clip(info, None, fps, budget, config.v_min, config.v_max)
+    return plan_clip(info, None, fps, Budget(budget, config.v_min, config.v_max))

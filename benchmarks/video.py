@@ -142,7 +142,7 @@ def read_opencv(path: str, times: list[float], numbers: list[int], size) -> torc
 
 
 def read_ours_to_patches(path: str, times: list[float], numbers: list[int], size) -> torch.Tensor:
-    return video.decode_patches(path, times, size)[0]
+    return video.normalise_patches(video.patchify_uint8(video.decode(path, times, size)[0])[0])
 
 
 def read_qwen_to_patches(path: str, times: list[float], numbers: list[int], size) -> torch.Tensor:

@@ -1,8 +1,8 @@
 """The picture a video shows at a time: the one with the largest presentation time <= t, whatever the container.
 
 - `show_pictures` decodes what the asked times need, each group of pictures from its key frame on, in several threads,
-  and hands the pictures out one by one. At any sign of damage a group is decoded again, with care: damage is an error
-  or an intact picture from before, never a wrong one.
+  and hands the pictures out one by one. At any sign of damage a group is decoded again, with care: damage is an error,
+  never a wrong picture.
 - `probe` tells a file's length, rate and size.
 
 Times and ticks are those of `source.py`. Sizes are pixels as displayed: turned upright, with square pixels.
@@ -28,7 +28,7 @@ from av.sidedata.sidedata import Type as SideDataType
 from av.video.reformatter import VideoReformatter
 
 from media.frames import FrameCache
-from media.source import MAX_PIXELS, IrregularError, Source, VideoError
+from media.source import IrregularError, Source, VideoError
 
 SHOW_AHEAD = 4  # decoded frames that may wait to be shown
 WORTH_THREADS = 2e7  # decoded pixels from which a second worker pays
@@ -187,9 +187,7 @@ def _outputs(
             count += 1
 
 
-def _decode_carefully(
-    source: Source, key: int, ticks: list[int], emit: Emit, allow_damage: bool, stop: threading.Event
-) -> bool:
+def _decode_carefully(source: Source, key: int, ticks: list[int], emit: Emit, stop: threading.Event) -> bool:
     """Answer sorted ticks by decoding all from a key frame on, twice: to see which frames are intact, then to emit.
 
     Damage spoils what is decoded after it, up to the next key frame. Returns False if decoding has to start earlier.
@@ -222,9 +220,9 @@ def _decode_carefully(
         best, true = bisect_right(good, tick) - 1, bisect_right(every, tick) - 1
         if best < 0 or true < 0:
             return False
-        if good[best] != every[true] and not allow_damage:
+        if good[best] != every[true]:
             cause = f"damaged: the frame shown at {source.seconds(tick):.3f} s cannot be decoded"
-            raise VideoError(source.path, cause, "get it again, or allow_damage to see the last intact frame before")
+            raise VideoError(source.path, cause, "get it again, or ask for other times")
         chosen.setdefault(good[best], []).append(tick)
     for frame, number, time in _outputs(source, key, ticks[-1], [], stop):
         if frame is not None and time in chosen and intact(number, time):
@@ -232,7 +230,7 @@ def _decode_carefully(
     return True
 
 
-def _answer(source: Source, ticks: list[int], emit: Emit, allow_damage: bool, stop: threading.Event) -> None:
+def _answer(source: Source, ticks: list[int], emit: Emit, stop: threading.Event) -> None:
     """Emit the frames shown at the sorted ticks, group of pictures by group of pictures."""
     while ticks and not stop.is_set():
         key = source.key_of(ticks[0])
@@ -241,7 +239,7 @@ def _answer(source: Source, ticks: list[int], emit: Emit, allow_damage: bool, st
             if source.counted or not _decode_quickly(source, group, emit, stop):
                 source.reopen(threads=1)  # an error then belongs to the packet at hand
                 starts = [start for start in dict.fromkeys([key, source.key_before(key), 0]) if start is not None]
-                if not any(_decode_carefully(source, start, group, emit, allow_damage, stop) for start in starts):
+                if not any(_decode_carefully(source, start, group, emit, stop) for start in starts):
                     cause = f"damaged: there is no intact frame up to {source.seconds(group[0]):.3f} s"
                     raise VideoError(source.path, cause, "get it again, or ask for later times only")
         except IrregularError:
@@ -317,9 +315,7 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _paint(
-    source: Source, ticks: list[int], show: Show, allow_damage: bool, stop: threading.Event, apart: bool = False
-) -> None:
+def _paint(source: Source, ticks: list[int], show: Show, stop: threading.Event, apart: bool = False) -> None:
     """Show the pictures at sorted ticks, `apart`: in another thread, while decoding goes on."""
     painter = _Painter(source)
 
@@ -327,7 +323,7 @@ def _paint(
         show(painter.picture(frame, pts), answered)
 
     if not apart:
-        _answer(source, ticks, emit, allow_damage, stop)
+        _answer(source, ticks, emit, stop)
         return
     with ThreadPoolExecutor(1, thread_name_prefix="show") as showing:
         ahead: deque[Future] = deque()
@@ -337,26 +333,23 @@ def _paint(
             if len(ahead) > SHOW_AHEAD:
                 ahead.popleft().result()
 
-        _answer(source, ticks, emit_later, allow_damage, stop)
+        _answer(source, ticks, emit_later, stop)
         for done in ahead:
             done.result()
 
 
-def show_pictures(
-    source: Source, ticks: list[int], show: Show, *, threads: int | None = None, allow_damage: bool = False
-) -> None:
+def show_pictures(source: Source, ticks: list[int], show: Show, *, threads: int | None = None) -> None:
     """Call `show` with each picture that answers some of the sorted ticks, and with those ticks.
 
     The answer to a tick is the picture with the largest presentation time <= it. Calls come from up to `threads`
     threads (default: all cores) at the same time. Where a group of pictures is decoded again, a tick is answered again:
-    the last answer counts. With `allow_damage`, the last intact picture before it stands in for one that cannot be
-    decoded, which is an error otherwise. Raises VideoError.
+    the last answer counts. A picture that cannot be decoded is an error. Raises VideoError.
     """
     stop = threading.Event()
 
     def paint_alone(ticks: list[int]) -> None:
-        with Source(source.path, source.max_pixels, source.table) as own:
-            _paint(own, ticks, show, allow_damage, stop)
+        with Source(source.path, source.table) as own:
+            _paint(own, ticks, show, stop)
 
     if not ticks:
         return
@@ -364,7 +357,7 @@ def show_pictures(
     with ThreadPoolExecutor(max(1, len(others)), thread_name_prefix="decode") as pool:
         try:
             working = [pool.submit(paint_alone, share) for share in others]
-            _paint(source, first, show, allow_damage, stop, apart)
+            _paint(source, first, show, stop, apart)
             for done in working:
                 done.result()
         finally:
@@ -386,34 +379,30 @@ class VideoInfo:
     height: int
 
 
-def open_source(path: str | Path, max_pixels: int, cache: FrameCache | None) -> tuple[Source, tuple]:
+def open_source(path: str | Path, cache: FrameCache | None) -> tuple[Source, tuple]:
     """A source, whose table is taken from the cache or put there, and what identifies the file's present content."""
     if cache is None or not os.path.isfile(path):
-        return Source(path, max_pixels), ()
+        return Source(path), ()
     stat = os.stat(path)
     identity = (os.path.abspath(path), stat.st_mtime_ns, stat.st_size)
-    source = Source(path, max_pixels, cache.get((*identity, "table")))
+    source = Source(path, cache.get((*identity, "table")))
     if source.table is not None:
         cache.put((*identity, "table"), source.table, 200 * len(source.table.pts))
     return source, identity
 
 
-def probe(
-    path: str | Path, *, allow_damage: bool = False, cache: FrameCache | None = None, max_pixels: int = MAX_PIXELS
-) -> VideoInfo:
+def probe(path: str | Path, *, cache: FrameCache | None = None) -> VideoInfo:
     """What `plan_clip` needs to know about a file. Its first frame is decoded: only that tells the displayed size.
 
-    A truncated file is an error that says up to which second it is readable; with `allow_damage` it ends there. A frame
-    without a length lasts one frame period. Raises VideoError.
+    A truncated file is an error that says up to which second it is readable. A frame without a length lasts one frame
+    period. Raises VideoError.
     """
-    source, _ = open_source(path, max_pixels, cache)
+    source, _ = open_source(path, cache)
     with source:
-        if source.cut and (not allow_damage or source.end <= source.start):
+        if source.cut:
             raise source.cut_error()
         shown: list[Picture] = []
-        show_pictures(
-            source, [source.start], lambda picture, _: shown.append(picture), threads=1, allow_damage=allow_damage
-        )
+        show_pictures(source, [source.start], lambda picture, _: shown.append(picture), threads=1)
         height, width = shown[-1].size
         rate = float(source.stream.average_rate or source.stream.base_rate or 25)
         duration = source.seconds(source.find_end()) or 1 / rate

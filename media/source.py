@@ -64,8 +64,8 @@ class Source:
     through once, without decoding, for its `Table`. A key frame goes by its number in the index or in the table.
     """
 
-    def __init__(self, path: str | Path, max_pixels: int = MAX_PIXELS, table: Table | None = None):
-        self.path, self.max_pixels, self.table, self.threads = path, max_pixels, table, 1
+    def __init__(self, path: str | Path, table: Table | None = None):
+        self.path, self.table, self.threads = path, table, 1
         self._open()
         try:
             if table is not None or not self._read_index():
@@ -114,9 +114,9 @@ class Source:
         codec = streams[0].codec_context
         if codec is None:
             raise VideoError(self.path, "its codec is not known here", "convert it to H.264")
-        if codec.width * codec.height > self.max_pixels:
-            cause = f"{codec.width} x {codec.height} pixels are more than max_pixels={self.max_pixels}"
-            raise VideoError(self.path, cause, "scale it down or raise the limit")
+        if codec.width * codec.height > MAX_PIXELS:
+            cause = f"{codec.width} x {codec.height} pixels are more than {MAX_PIXELS}"
+            raise VideoError(self.path, cause, "scale it down")
         return streams[0]
 
     def reopen(self, threads: int) -> None:
@@ -238,9 +238,9 @@ class Source:
         return self.end
 
     def cut_error(self) -> VideoError:
-        """For a truncated file: up to where it can be used."""
+        """For a truncated file: up to where it can be read."""
         cause = f"truncated: readable up to {max(0.0, self.seconds(self.end)):.3f} s"
-        return VideoError(self.path, cause, "get it again, or allow_damage to use it up to there")
+        return VideoError(self.path, cause, "get it again")
 
     def tick(self, time: float) -> int:
         """The last tick at or before a time in seconds."""

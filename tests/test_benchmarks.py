@@ -14,7 +14,7 @@ from benchmarks import engine, memory, zoomer
 from benchmarks.engine import Cost, Ours
 from benchmarks.memory import Parameters
 from config import Config
-from video import VideoInfo, plan_clip
+from video import Budget, VideoInfo, plan_clip
 
 # ---------------------------------------------------------------- memory.py
 
@@ -57,7 +57,7 @@ def test_no_clip_has_more_visual_tokens(paired):
     found = []
     for seconds in [*range(1, 60), 100, 333, 600, 3600]:
         info = VideoInfo("v.mp4", float(seconds), 25.0, 1280, 720)
-        plan = plan_clip(info, None, 1.0, recipe.budget, recipe.v_min, recipe.v_max, paired=paired)
+        plan = plan_clip(info, None, 1.0, Budget(recipe.budget, recipe.v_min, recipe.v_max, paired))
         found.append((len(plan.times) + 1) // 2 * (plan.height // 28) * (plan.width // 28))
     assert 0.9 * most < max(found) <= most
 

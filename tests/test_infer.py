@@ -53,7 +53,7 @@ from rollout import (
     view_video,
     zoom_clips,
 )
-from video import Clip, plan_clip
+from video import Budget, Clip, plan_clip
 
 ROOT = Path(__file__).resolve().parents[1]
 TOKENIZER = ROOT.parent / "shared" / "realdata" / "tokenizer"
@@ -142,7 +142,7 @@ def test_a_window_is_256_frames_of_a_long_video():
     info, config = VideoInfo("long.mp4", 4101.0, 25.0, 1280, 720), configuration.Config(fps=1.0)
     parts = infer.windows(info, config, DEFAULT)
     assert len(parts) == 17 and parts[0] == [(0.0, 256.0)] and parts[-1] == [(4096.0, 4101.0)]
-    plan = plan_clip(info, parts[3], config.fps, 16384, 64, 768)
+    plan = plan_clip(info, parts[3], config.fps, Budget(16384, 64, 768))
     assert len(plan.times) == 256 and plan.times[0] == 768.0
     assert infer.windows(info, replace(config, fps=60.0), DEFAULT)[0] == [(0.0, 256 / 25)]  # the file's own rate
 

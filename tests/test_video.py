@@ -3,7 +3,6 @@
 import itertools
 import math
 import os
-import tracemalloc
 from fractions import Fraction
 
 import numpy as np
@@ -19,20 +18,18 @@ from media.frames import FrameCache
 from media.prefetch import prefetch
 from media.source import Source, VideoError
 from video import (
+    Budget,
     decode,
-    decode_patches,
     frame_budget,
     frame_size,
     load_clip,
     load_clips,
     merge_spans,
     normalise_patches,
-    patchify,
     patchify_uint8,
     plan_clip,
     resize,
     sample_times,
-    smart_resize,
 )
 
 FIXED = settings(derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
@@ -120,16 +117,6 @@ def test_frame_size_keeps_its_bounds(height, width, tokens, share):
         assert abs(math.log(h / w * width / height)) < 0.45  # half a token on each side of four or more
 
 
-def test_smart_resize_by_hand():
-    assert smart_resize(720, 1280, 128 * 784, 768 * 784) == (560, 1008)
-    assert smart_resize(100, 100, 0, 1e9) == (112, 112)  # 100 / 28 = 3.57
-    assert smart_resize(70, 98, 0, 1e9) == (56, 112)  # Python rounds 2.5 to 2 and 3.5 to 4
-    assert smart_resize(56, 56, 16 * 784, 1e9) == (112, 112)
-    assert smart_resize(10, 10, 0, 1e9) == (28, 28)
-    with pytest.raises(ValueError, match="aspect ratio"):
-        smart_resize(10, 2001, 0, 1e9)
-
-
 # ---------------------------------------------------------------- times
 
 
@@ -141,8 +128,6 @@ def test_sample_times():
     assert sample_times(0, 16, 1) == list(range(16))
     assert sample_times(3, 5, 0.5) == [3, 3.5, 4, 4.5]
     assert sample_times(3, 3.1, 0.5) == [3]
-    assert sample_times(0, 4, 1, linspace=True) == [0, 4 / 3, 8 / 3, 4]
-    assert sample_times(2, 2.5, 1, linspace=True) == [2]
 
 
 def test_merge_spans():
@@ -165,36 +150,32 @@ def test_merge_spans():
 )
 def test_bad_spans(span, words):
     with pytest.raises(VideoError, match=rf"clip.mp4: span .*{words}.*; "):
-        plan_clip(info(), [(1, 2), span], 1, 64, 4, 16)
+        plan_clip(info(), [(1, 2), span], 1, Budget(64, 4, 16))
 
 
 def test_no_spans():
     with pytest.raises(VideoError, match="empty list of spans"):
-        plan_clip(info(), [], 1, 64, 4, 16)
+        plan_clip(info(), [], 1, Budget(64, 4, 16))
 
 
 def test_coarse_plan():
-    plan = plan_clip(info(), None, 1, 64, 4, 16)
+    plan = plan_clip(info(), None, 1, Budget(64, 4, 16))
     assert plan.times == tuple(range(16)) and plan.step == 1
     assert (plan.height, plan.width) == (56, 56)
-    capped = plan_clip(info(duration=3600, fps=25), None, 1, 16384, 64, 768)
+    capped = plan_clip(info(duration=3600, fps=25), None, 1, Budget(16384, 64, 768))
     assert len(capped.times) == 256 and capped.step == 3600 / 256
     assert np.allclose(capped.times, np.arange(256) * capped.step)
-    assert len(plan_clip(info(duration=2, fps=5), None, 30, 64, 4, 16).times) == 10  # all that there are
+    assert len(plan_clip(info(duration=2, fps=5), None, 30, Budget(64, 4, 16)).times) == 10  # all that there are
 
 
 def test_zoom_plan():
-    plan = plan_clip(info(), [(3, 5)], 2, 64, 4, 16)
+    plan = plan_clip(info(), [(3, 5)], 2, Budget(64, 4, 16))
     assert plan.times == (3, 3.5, 4, 4.5) and plan.step == 0.5
     assert (plan.height, plan.width) == (112, 112)
-    two = plan_clip(info(), [(8, 9), (3, 4.2)], 4, 640, 4, 16)
+    two = plan_clip(info(), [(8, 9), (3, 4.2)], 4, Budget(640, 4, 16))
     assert np.allclose(two.times, [3, 3.25, 3.5, 3.75, 4, 8, 8.25, 8.5, 8.75])
-    long = plan_clip(info(), [(0, 8)], 8, 64, 4, 16)
+    long = plan_clip(info(), [(0, 8)], 8, Budget(64, 4, 16))
     assert len(long.times) == 16 and (long.height, long.width) == (56, 56)
-    smart = plan_clip(info(width=100, height=60), [(3, 5)], 2, 64, 4, 16, smart=True)
-    assert (smart.height, smart.width) == (56, 112)
-    ends = plan_clip(info(), [(3, 5)], 2, 64, 4, 16, linspace=True)
-    assert np.allclose(ends.times, [3, 3 + 2 / 3, 3 + 4 / 3, 5])
 
 
 @FIXED
@@ -205,7 +186,7 @@ def test_zoom_plan():
     st.booleans(),
 )
 def test_zoom_plan_keeps_its_bounds(pairs, fps, budget, paired):
-    plan = plan_clip(info(), [(s, s + length) for s, length in pairs], fps, budget, 4, 16, paired=paired)
+    plan = plan_clip(info(), [(s, s + length) for s, length in pairs], fps, Budget(budget, 4, 16, paired))
     n = len(plan.times)
     assert 1 <= n <= (2 * budget if paired else budget) / 4 and n <= 128
     assert n * plan.height * plan.width / 784 <= (2 * budget if paired else budget)
@@ -216,7 +197,7 @@ def test_zoom_plan_keeps_its_bounds(pairs, fps, budget, paired):
 
 def test_aspect_ratio_over_200():
     with pytest.raises(VideoError, match=r"aspect ratio over 200: 2010 x 10 pixels; "):
-        plan_clip(info(width=2010, height=10), None, 1, 64, 4, 16)
+        plan_clip(info(width=2010, height=10), None, 1, Budget(64, 4, 16))
 
 
 # ---------------------------------------------------------------- pixels
@@ -233,17 +214,12 @@ def test_resize_is_bit_equal_to_torch():
         frames = torch.randint(0, 256, (2, 3, h, w), dtype=torch.uint8, generator=generator)
         smooth = F.interpolate(frames.float(), size=(height, width), mode="bicubic", antialias=True)
         assert torch.equal(resize(frames, height, width), smooth.clamp(0, 255).round().to(torch.uint8))
-        rough = F.interpolate(frames, size=(height, width), mode="bicubic", antialias=True)
-        assert torch.equal(resize(frames, height, width, rule="uint8"), rough)
     assert torch.equal(resize(frames, 720, 406), frames)
-    with pytest.raises(ValueError, match="no resize rule"):
-        resize(frames, 28, 28, rule="nearest")
 
 
-def test_decode_resizes_by_the_same_rules(plain):
+def test_decode_resizes_by_the_same_rule(plain):
     whole, _ = decode(plain, [0.2, 1.0])
-    for rule in ("float", "uint8"):
-        assert torch.equal(decode(plain, [0.2, 1.0], (56, 84), rule=rule)[0], resize(whole, 56, 84, rule))
+    assert torch.equal(decode(plain, [0.2, 1.0], (56, 84))[0], resize(whole, 56, 84))
 
 
 def test_patchify_element_by_element():
@@ -255,40 +231,14 @@ def test_patchify_element_by_element():
         top, left = (2 * big_y + y) * 14, (2 * big_x + x) * 14
         pair = [frames[min(2 * t + k, 2), :, top : top + 14, left : left + 14] for k in range(2)]
         assert torch.equal(patches[row], torch.stack(pair, dim=1).flatten())  # channel, frame, row, column
-    values, same_grid = patchify(frames)
-    assert same_grid == grid and torch.equal(values, normalise_patches(patches))
+    values = normalise_patches(patches)
+    assert patches.dtype == torch.uint8 and values.dtype == torch.float32
     red = (frames[0, 0, 0, 0] / 255 - 0.48145466) / 0.26862954
     assert values[0, 0] == pytest.approx(red.item(), abs=1e-6)
     blue = (frames[1, 2, 13, 13] / 255 - 0.40821073) / 0.27577711
     assert values[0, -1] == pytest.approx(blue.item(), abs=1e-6)
     with pytest.raises(ValueError, match="multiples of 28"):
-        patchify(frames[..., :70])
-
-
-@pytest.mark.parametrize("n", [1, 6, 7])
-def test_decode_patches_is_decode_and_patchify(plain, n):
-    times = [0.4, 2.0, 0.0, 0.4, 1.24, 1.2, 0.44][:n]
-    frames, shown = decode(plain, times, (84, 56))
-    for threads in (1, 2):
-        values, grid, times_shown = decode_patches(plain, times, (84, 56), threads=threads)
-        assert times_shown == shown and grid == ((n + 1) // 2, 6, 4)
-        assert torch.equal(values, patchify(frames)[0])
-
-
-def test_decode_patches_keeps_no_frames(plain):
-    tracemalloc.start()
-    try:
-        values, _, _ = decode_patches(plain, [k / 25 for k in range(40)], (252, 448))
-        assert tracemalloc.get_traced_memory()[1] < 1.15 * values.nbytes  # the frames alone are a quarter
-    finally:
-        tracemalloc.stop()
-
-
-def test_decode_patches_refuses(plain):
-    with pytest.raises(ValueError, match="multiples of 28"):
-        decode_patches(plain, [0.0], (84, 70))
-    with pytest.raises(VideoError, match="no times"):
-        decode_patches(plain, [], (84, 56))
+        patchify_uint8(frames[..., :70])
 
 
 # ---------------------------------------------------------------- clips, cache
@@ -297,9 +247,10 @@ def test_decode_patches_refuses(plain):
 def test_clips_of_a_group_share_their_frames(plain, monkeypatch):
     found = probe(plain)
     plans = [
-        plan_clip(found, spans, 25, 400, 4, 16) for spans in ([(0.2, 0.6)], [(0.4, 0.8)], [(0.2, 0.3), (1.6, 1.7)])
+        plan_clip(found, spans, 25, Budget(400, 4, 16))
+        for spans in ([(0.2, 0.6)], [(0.4, 0.8)], [(0.2, 0.3), (1.6, 1.7)])
     ]
-    plans.append(plan_clip(found, None, 5, 400, 4, 16))
+    plans.append(plan_clip(found, None, 5, Budget(400, 4, 16)))
     alone = [load_clip(plan, plain) for plan in plans]
     painted = []
     monkeypatch.setattr(
@@ -318,17 +269,17 @@ def test_clips_of_a_group_share_their_frames(plain, monkeypatch):
 def test_a_zoom_clip_has_no_frame_twice(folder):
     path = get(folder, "vfr.mp4")
     found = probe(path)
-    plan = plan_clip(found, [(0, found.duration)], 100, 10000, 4, 16)
+    plan = plan_clip(found, [(0, found.duration)], 100, Budget(10000, 4, 16))
     clip = load_clip(plan, path)
     assert len(set(clip.times)) == len(clip.times) == len(clip.frames) < len(plan.times)
-    coarse = load_clip(plan_clip(found, None, 100, 10000, 4, 16), path)
+    coarse = load_clip(plan_clip(found, None, 100, Budget(10000, 4, 16)), path)
     assert len(coarse.frames) == len(plan.times)  # true to the clock instead
 
 
 def test_every_frame_at_the_rate_of_a_millisecond_clock(folder):
     """30 frames per second in Matroska are shown at 0, 33, 67, 100 ms: sampling at 30 fps finds each of them."""
     path = write_video(folder / "thirty.mkv", rate=30)
-    clip = load_clip(plan_clip(probe(path), [(0, 2)], 30, 10000, 4, 16), path)
+    clip = load_clip(plan_clip(probe(path), [(0, 2)], 30, Budget(10000, 4, 16)), path)
     assert [read_number(frame) for frame in resize(clip.frames, HEIGHT, WIDTH)] == list(range(60))
 
 
