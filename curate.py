@@ -48,7 +48,6 @@ from tqdm import tqdm
 
 import config as configuration
 import evaluate
-import report
 import scenes
 import world
 from annotations.rows import LETTERS, DataError, Row, Sample, letter_of_answer, read_rows, strip_letters
@@ -60,6 +59,7 @@ from media.decode import probe
 from media.frames import FrameCache
 from media.source import VideoError
 from policy import ModelError
+from report.plots import plot_statistics, round_edges
 from rollout import Spans
 from scenes import SceneError
 from video import Budget, load_clip, plan_clip
@@ -460,7 +460,7 @@ def finish(out: Path, unique: Sequence[dict], folder: Path) -> None:
     figures = statistics_text(durations, shares)
     (out / "statistics.txt").write_text(f"{figures}\n")
     print(f"\n{figures}")
-    report.plot_statistics(durations, shares, out / "statistics.png")
+    plot_statistics(durations, shares, out / "statistics.png")
     print(
         f"\n{out}/train.jsonl: {len(samples)} questions; train.py --train_data {out}/train.jsonl --video_root {folder}"
     )
@@ -493,10 +493,10 @@ def statistics_text(durations: Sequence[float], shares: Sequence[float]) -> str:
     """
     lines = [
         f"seconds of a video             {spread(list(durations))}",
-        *bars(durations, report.round_edges(durations)),
+        *bars(durations, round_edges(durations)),
     ]
     percent = [100 * share for share in shares]
-    lines += [f"percent of it in a question     {spread(percent)}", *bars(percent, report.round_edges(percent))]
+    lines += [f"percent of it in a question     {spread(percent)}", *bars(percent, round_edges(percent))]
     return "\n".join(lines)
 
 

@@ -10,9 +10,9 @@ grounds falls to chance, one that ignores the question does not), and the zoom o
 spans can bring). With `--results`: the result files of this program or of infer.py are scored; "accuracy" is that of
 their "predicted_answer". Two results are compared by a paired test.
 
-Scores are those of metrics.py: ours, with 95% intervals over videos, and the benchmark's official ones if it has any.
-`--out` (runs/evaluate) gets them as evaluation.json, the rows as results-LABEL.jsonl, a page with a line per question,
-evaluation.html, and clue.png (Zoom-Zero's Figure 3).
+Scores are those of report/scores.py: ours, with 95% intervals over videos, and the benchmark's official ones if it has
+any. `--out` (runs/evaluate) gets them as evaluation.json, the rows as results-LABEL.jsonl, a page with a line per
+question, evaluation.html, and clue.png (Zoom-Zero's Figure 3).
 
 A question whose video cannot be read stays in the data set as unanswered: no answer, no span, not well-formed. It is
 named in the log, its row has the "error", and the table says how many there are. Video files that are missing are
@@ -36,32 +36,30 @@ from accelerate.utils import InitProcessGroupKwargs, gather_object
 from tqdm import tqdm
 
 import config as configuration
-import metrics
-import pages
-import report
 from annotations.rows import DataError, Sample
 from annotations.samples import check_samples, check_videos, load_samples
 from config import Config
 from episodes import roll_out_episodes
 from media.source import VideoError
-from metrics import COSTS, as_spans
 from policy import ModelError, Vocabulary, load
 from prompts import EPISODES
-from rewards import format_reward, interval_iou, turns_format_reward
+from report import ReportError, tables
+from report.evaluation import evaluation_page
+from report.intervals import bootstrap
+from report.plots import plot_by_clue
+from report.results import read_results, row_of, write_results
+from report.scores import breakdown, by_kind, overall, score
+from rewards import format_reward, turns_format_reward
 from rollout import View, answer_clips, roll_out, view_video, zoom_clips, zoom_pass
 
 log = logging.getLogger("zoomgrpo")
-
-HEADLINE = ("mIoU", "mIoP", "mIoG", "R@0.3", "R@0.5", "R@0.7", "rec@IoU")  # spans
-HEADLINE += ("accuracy", "zoom_accuracy", "Acc@GQA", "acc@IoU", "format", *COSTS)
-CONTROLS = ("true_zoom_accuracy", "shuffled mIoU", "chance mIoU")
 
 
 def evaluate(
     model, samples: Sequence[Sample], config: Config, vocabulary: Vocabulary, accelerator: Accelerator, label: str
 ) -> list[dict]:
-    """One row per sample, as metrics.py has them, with "zoom_answer", "format", "response", "error" (of an unreadable
-    video, or None) and, with controls, "shuffled_spans" and "true_zoom_answer"; of episodes, metrics.COSTS instead.
+    """One row per sample, as report/scores.py has them, with "zoom_answer", "format", "response", "error" (of an
+    unreadable video, or None) and, with controls, "shuffled_spans" and "true_zoom_answer"; of episodes, COSTS instead.
 
     Split over processes; every process returns all rows. Raises DataError if no video at all can be read.
     """
@@ -133,7 +131,7 @@ def view_all(samples: Sequence[Sample], config: Config) -> tuple[list[View], dic
 
 def unanswered(sample: Sample, error: str, template: str) -> dict:
     """The row of a question whose video cannot be read."""
-    row = {**metrics.row_of(sample, None, None), "format": 0.0, "response": "", "error": error}
+    row = {**row_of(sample, None, None), "format": 0.0, "response": "", "error": error}
     if template in EPISODES:
         return row
     return row | {"zoom_answer": None, "shuffled_spans": None, "true_zoom_answer": None}
@@ -151,7 +149,7 @@ def evaluate_episodes(model, views: Sequence[View], config: Config, vocabulary: 
         turns = [turn.text for turn in episode.turns]
         rows.append(
             {
-                **metrics.row_of(group.view.sample, episode.answer, episode.spans and list(map(list, episode.spans))),
+                **row_of(group.view.sample, episode.answer, episode.spans and list(map(list, episode.spans))),
                 "format": turns_format_reward(turns, config.template),
                 "calls": episode.calls,
                 "frames": len(group.view.clip.times) + sum(len(clip.times) for clip in episode.clips),
@@ -174,7 +172,7 @@ def evaluate_views(model, views: Sequence[View], config: Config, vocabulary: Voc
         spans = None if response.spans is None else [list(span) for span in response.spans]
         rows.append(
             {
-                **metrics.row_of(group.view.sample, response.answer, spans),
+                **row_of(group.view.sample, response.answer, spans),
                 "zoom_answer": response.zoom.answer if response.zoom else None,
                 "format": format_reward(response.text, config.template, bool(group.view.sample.options)),
                 "response": response.text,
@@ -206,138 +204,6 @@ def add_controls(
         row["true_zoom_answer"] = zoom.answer
 
 
-# ---------------------------------------------------------------- scores
-
-
-def scores(rows: Sequence[dict]) -> dict[str, float]:
-    """`metrics.summarise`, with the number of unreadable videos' questions and, with controls, "chance mIoU".
-
-    "shuffled mIoU" is the policy's, asked other videos' questions; "chance mIoU" is that of the evidence of a random
-    question about the same video, which a policy that finds events but ignores the question would get.
-    """
-    result = metrics.summarise(list(rows))
-    result["unreadable"] = sum(row.get("error") is not None for row in rows)
-    if "shuffled mIoU" in result:
-        result["chance mIoU"] = mean(chance_iou(row, rows) for row in rows if row["glue"])
-    return result
-
-
-def mean(values) -> float:
-    values = list(values)
-    return sum(values) / len(values)
-
-
-def chance_iou(row: dict, rows: Sequence[dict]) -> float:
-    """Expected IoU of the evidence of a random question about this row's video."""
-    return mean(interval_iou(as_spans(o["glue"]), as_spans(row["glue"])) for o in rows if o["video"] == row["video"])
-
-
-def by_kind(rows: Sequence[dict]) -> dict[str, dict[str, float]]:
-    """The same scores for each kind of question; one of several kinds counts under each."""
-    kinds = sorted({kind for row in rows if row["kind"] for kind in metrics.groups_of(row, "kind")})
-    return {kind: scores([row for row in rows if kind in metrics.groups_of(row, "kind")]) for kind in kinds}
-
-
-# ---------------------------------------------------------------- tables
-
-
-def table(results: Mapping[str, list[dict]]) -> str:
-    """Results side by side as text: the scores with their 95% intervals, then accuracies by kind of question.
-
-    Between two results, the change, its interval and the p-value of `metrics.paired_test`.
-    """
-    labels = list(results)
-    overall = {label: scores(rows) for label, rows in results.items()}
-    between = {label: metrics.bootstrap(rows) for label, rows in results.items()}
-    compared = list(results.values()) if len(results) == 2 else None
-    lines = [("score", *labels, *(["change"] if compared else []))]
-    for name in (*HEADLINE, *CONTROLS):
-        if name not in overall[labels[0]]:
-            continue
-        cells = [figure(overall[label].get(name), between[label].get(name)) for label in labels]
-        if compared and all(name in intervals for intervals in between.values()):
-            both = compared
-            if name in COSTS:  # of which an unreadable video has none
-                ids = set.intersection(*({row["id"] for row in rows if name in row} for rows in compared))
-                both = [[row for row in rows if row["id"] in ids] for rows in compared]
-            test = metrics.paired_test(both[1], both[0], name)
-            cells.append(f"{figure(test['difference'], (test['low'], test['high']), '+')} p = {test['p_value']:.4f}")
-        lines.append((name, *cells))
-    kinds = {label: by_kind(rows) for label, rows in results.items()}
-    for kind, ours in kinds[labels[0]].items():
-        for name in ("mIoU", "accuracy", "zoom_accuracy", "true_zoom_accuracy", *COSTS):
-            if name in ours:
-                values = [kinds[label][kind].get(name) for label in labels]
-                change = [f"{values[1] - values[0]:+.3f}"] if compared and None not in values else []
-                lines.append((f"{kind} ({ours['questions']}): {name}", *map(figure, values), *change))
-    text = aligned(lines)
-    for label, found in overall.items():
-        text += f"\n{label}: {found['questions']} questions, {found['unanswered']} unanswered"
-        text += f", {found['without_span']} without a span"
-        if found["unreadable"]:
-            text += f"; {found['unreadable']} of them count as unanswered because their videos are unreadable"
-    return text
-
-
-def figure(value: float | None, interval: tuple[float, float] | None = None, sign: str = "") -> str:
-    """0.971 [0.96, 0.98]"""
-    if value is None:
-        return "-"
-    return f"{value:{sign}.3f}" + (f" [{interval[0]:{sign}.2f}, {interval[1]:{sign}.2f}]" if interval else "")
-
-
-def aligned(lines: Sequence[Sequence[str]]) -> str:
-    """Lines of cells as text, in columns."""
-    n = max(map(len, lines))
-    full = [[*line, *[""] * (n - len(line))] for line in lines]
-    widths = [max(len(line[k]) for line in full) for k in range(n)]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in full
-    )
-
-
-def clue_table(results: Mapping[str, list[dict]]) -> str:
-    """mIoU and accuracy by the length of the evidence and by its portion of the video (Zoom-Zero, Figure 3)."""
-    lines = [("evidence", "questions", *(f"{label}: {name}" for label in results for name in ("mIoU", "accuracy")))]
-    for by in ("clue_length", "clue_portion"):
-        groups = {label: metrics.breakdown(rows, by) for label, rows in results.items()}
-        for name, ours in next(iter(groups.values())).items():
-            cells = [figure(found[name].get(score)) for found in groups.values() for score in ("mIoU", "accuracy")]
-            unit = " of the video" if by == "clue_portion" and name != "unknown" else ""
-            lines.append((name + unit, str(ours["questions"]), *cells))
-    return aligned(lines)
-
-
-def official_scores(rows: list[dict], benchmark: str) -> dict:
-    """The benchmark's own scores; {} if it has none, and the reason if it cannot score these rows."""
-    if benchmark not in metrics.OFFICIAL:
-        return {}
-    try:
-        return metrics.official(benchmark, rows)
-    except DataError as error:
-        return {"not scored": str(error)}
-
-
-def official_text(found: dict, path: str = "") -> str:
-    """Nested scores as lines: one for each innermost dict."""
-    flat = {name: value for name, value in found.items() if not isinstance(value, dict)}
-    figures = ", ".join(f"{k} {round(v, 4) if isinstance(v, float) else v}" for k, v in flat.items())
-    nested = [official_text(value, f"{path} {name}") for name, value in found.items() if isinstance(value, dict)]
-    return "\n".join([*([f"{path}  {figures}"] if flat else []), *nested])
-
-
-def describe(results: Mapping[str, list[dict]], benchmark: str) -> str:
-    """All tables as text."""
-    parts = [table(results)]
-    if any(row["glue"] for rows in results.values() for row in rows):
-        parts.append(clue_table(results))
-    for label, rows in results.items():
-        found = official_scores(rows, benchmark)
-        if found:
-            parts.append(f"{benchmark}'s official scores of {label}\n{official_text(found)}")
-    return "\n\n".join(parts)
-
-
 # ---------------------------------------------------------------- what is left behind
 
 
@@ -353,28 +219,28 @@ def save_and_print(
     out.mkdir(parents=True, exist_ok=True)
     numbers = {}
     for label, rows in results.items():
-        metrics.write_results(out / f"results-{label}.jsonl", rows)
+        write_results(out / f"results-{label}.jsonl", rows)
         numbers[label] = {
-            "all": scores(rows),
-            "intervals": metrics.bootstrap(rows),
+            "all": overall(rows),
+            "intervals": bootstrap(rows),
             "by_kind": by_kind(rows),
-            **{f"by_{by}": metrics.breakdown(rows, by) for by in ("clue_length", "clue_portion")},
-            "official": official_scores(rows, benchmark),
+            **{f"by_{by}": breakdown(rows, by) for by in ("clue_length", "clue_portion")},
+            "official": tables.official_scores(rows, benchmark),
         }
     (out / "evaluation.json").write_text(json.dumps(numbers, indent=1))
     questions = {sample.id: sample.question for sample in samples}
-    drawn = {label: [{**row, "iou": metrics.score(row).get("mIoU")} for row in rows] for label, rows in results.items()}
+    drawn = {label: [{**row, "iou": score(row).get("mIoU")} for row in rows] for label, rows in results.items()}
     shown = {
-        label: {n: found["all"][n] for n in (*HEADLINE, *CONTROLS) if n in found["all"]}
+        label: {n: found["all"][n] for n in (*tables.HEADLINE, *tables.CONTROLS) if n in found["all"]}
         for label, found in numbers.items()
     }
     *_, (last, rows) = drawn.items()
     rows = [{**row, "question": questions[row["id"]], "video": Path(row["video"]).name} for row in rows]
-    pages.evaluation_page(rows, out / "evaluation.html", f"{out.name}: {last}", shown)
+    evaluation_page(rows, out / "evaluation.html", f"{out.name}: {last}", shown)
     evidence = [row for row in rows if row["glue"]]
     if evidence and all(row["duration"] for row in evidence):
-        report.plot_by_clue(drawn, out / "clue.png")
-    print(describe(results, benchmark))
+        plot_by_clue(drawn, out / "clue.png")
+    print(tables.describe(results, benchmark))
 
 
 # ---------------------------------------------------------------- command line
@@ -410,7 +276,7 @@ def main(arguments: list[str] | None = None) -> None:
     if given.skip_missing or not given.results:
         samples = check_videos(samples, given.skip_missing)
     if given.results:
-        results = {label: metrics.read_results(path, samples) for label, path in labelled(given.results).items()}
+        results = {label: read_results(path, samples) for label, path in labelled(given.results).items()}
     else:
         model, vocabulary = load_policy(config, accelerator.device)
         results = {"policy": evaluate(model, samples, config, vocabulary, accelerator, "evaluating")}
@@ -434,5 +300,5 @@ if __name__ == "__main__":
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     try:
         main()
-    except (configuration.ConfigError, DataError, ModelError, report.ReportError) as error:
+    except (configuration.ConfigError, DataError, ModelError, ReportError) as error:
         sys.exit(f"error: {error}")

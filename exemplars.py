@@ -60,6 +60,7 @@ from harness.chat import Cached, Chat, ChatError, Message, RequestError, Shown, 
 from infer import DECISIVE, Agent, load_agent
 from lessons import asked_colour, asked_pattern, glimpse, span_text
 from policy import BANNED_TOKENS, EOS_TOKENS, ModelError
+from report.tables import aligned
 from rewards import turns_format_reward
 from rollout import View
 from video import Clip
@@ -371,7 +372,7 @@ def summary(rows: Sequence[Mapping]) -> str:
         lines[-1] = ("kept", str(len(kept)), f"{fmean(row['calls'] for row in kept):.2f}")
     reasons = Counter(row["reason"].split(":")[0] for row in rows if not row["kept"])
     lines += [(f"dropped: {reason}", str(n), "") for reason, n in reasons.items()]
-    return evaluate.aligned(lines)
+    return aligned(lines)
 
 
 # ---------------------------------------------------------------- command line

@@ -60,6 +60,7 @@ from media.decode import probe
 from media.prefetch import prefetch
 from media.source import VideoError
 from policy import ModelError
+from report.tables import aligned
 from rewards import accuracy_reward, iou_reward, merge
 from rollout import View, answer_clips, roll_out, zoom_clips
 from video import Clip
@@ -314,7 +315,7 @@ def summary(samples: Sequence[Sample], rows: Sequence[Mapping]) -> str:
         lines.append((name, str(len(some)), *(f"{fmean(v):.1f}" if v else "-" for v in (durations, evidence))))
     lines += [(f"dropped: {reason}", str(n)) for reason, n in Counter(r["reason"] for r in rows).items() if reason]
     errors = [f"the first error: {row['error']}" for row in rows if "error" in row][:1]
-    return "\n".join([evaluate.aligned(lines), *errors])
+    return "\n".join([aligned(lines), *errors])
 
 
 def run(given: argparse.Namespace, rule: str, threshold: float | None, config: Config) -> None:

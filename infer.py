@@ -38,13 +38,9 @@ question (the first one's seconds include the decoding). Processes are those of 
 from __future__ import annotations
 
 import argparse
-import base64
 import math
-import mimetypes
-import os
 import sys
 import time
-import urllib.parse
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
@@ -57,20 +53,21 @@ from transformers.utils.logging import disable_progress_bar
 
 import config as configuration
 import evaluate
-import metrics
-import pages
 import prompts
 import world
 from annotations.rows import DataError, Sample
 from annotations.samples import check_videos, load_samples
 from config import Config, ConfigError, suiting_recipe
+from engine.flops import forward_flops, patch_grids
 from episodes import roll_out_episodes
 from harness import journal
 from media.decode import VideoInfo, probe
 from media.frames import FrameCache
 from media.source import VideoError
-from policy import ModelError, Video, Vocabulary, window_layout
-from report import ReportError
+from policy import ModelError, Video, Vocabulary
+from report import ReportError, tables
+from report.answer import answer_page, answer_record, answer_text, play_source
+from report.results import priced_row, read_results
 from rewards import interval_iou, merge
 from rollout import (
     Spans,
@@ -85,7 +82,6 @@ from rollout import (
 )
 from video import Budget, Clip, load_clips, plan_clip
 
-MAX_EMBEDDED = 64 * 2**20  # bytes of a video inside a page
 FRAME_BYTES = 2**30  # frames and packet tables kept for further looks at a video
 
 
@@ -395,56 +391,11 @@ def zoom(agent: Agent, view: View, spans: Spans, response: str = "") -> Look:
     )
 
 
-# ---------------------------------------------------------------- cost
-
-
-def patch_grids(clip: Clip, apart: bool = False) -> list[tuple[int, int, int]]:
-    """Pairs of frames, and rows and columns of 14-pixel patches, of a clip as the vision tower takes it; `apart`: of
-    each of its frames, shown as a clip of its own.
-    """
-    n, _, height, width = clip.frames.shape
-    return [(1, height // 14, width // 14)] * n if apart else [((n + 1) // 2, height // 14, width // 14)]
-
-
-def forward_flops(model, clip: Clip, n_prompt: int, n_written: int, n_past: int = 0, apart: bool = False) -> float:
-    """Floating-point operations of one forward pass over a prompt of P tokens with a clip, and over T written tokens.
-
-    `n_past`: S tokens before them, whose keys and values are cached. `apart`: see `patch_grids`.
-
-    Two per weight and token (n_layers and n_blocks count the weights of the language layers and the vision blocks), and
-    two products of 2 d operations for each pair of positions that attention compares (d: all heads together):
-
-        vision    2 (n_embed + n_blocks) patches + 2 n_merger patches / 4 + sum over blocks and windows 4 d length^2
-        language  2 n_layers (P + T - 1) + 2 n_head T + layers d (2 P^2 + sum over t < T of 4 (P + t) + 4 S (P + T - 1))
-
-    The last token is chosen but not fed back, and only chosen tokens go through the output projection. The prompt's
-    attention is causal: half of all pairs.
-    """
-    visual, layers = model.model.visual, model.model.language_model.layers
-    vision = visual.config
-    grids, window = patch_grids(clip, apart), vision.window_size // vision.patch_size // vision.spatial_merge_size
-    patches, pairs = sum(map(math.prod, grids)), 0
-    for block in range(len(visual.blocks) if patches else 0):
-        layout = window_layout(grids, None if block in vision.fullatt_block_indexes else window)
-        pairs += sum(n * length**2 for n, length in layout.groups)
-    flops = 2 * (weights(visual.patch_embed) + weights(visual.blocks)) * patches
-    flops += 2 * weights(visual.merger) * patches / 4 + 4 * vision.hidden_size * pairs
-    P, T, d = n_prompt, n_written, layers[0].self_attn.q_proj.out_features
-    flops += 2 * weights(layers) * (P + T - 1) + 2 * weights(model.lm_head) * T
-    flops += len(layers) * d * (2 * P**2 + 4 * ((T - 1) * P + T * (T - 1) / 2) + 4 * n_past * (P + T - 1))
-    return float(flops)
-
-
-def weights(module: torch.nn.Module) -> int:
-    return sum(p.numel() for p in module.parameters())
-
-
 # ---------------------------------------------------------------- a data set
 
 
 def answer_row(agent: Agent, ask: Strategy, sample: Sample, settings: Settings) -> dict:
-    """One question's row, as metrics.py has them, with confidence, letters, cost, seconds and the "error" of an
-    unreadable video (unanswered then) or None."""
+    """One question's row, as `priced_row` has it; with the "error" of an unreadable video (unanswered then) or None."""
     start = time.perf_counter()
     try:
         result, error = ask(agent, sample, settings), None
@@ -452,18 +403,8 @@ def answer_row(agent: Agent, ask: Strategy, sample: Sample, settings: Settings) 
         result, error = Result(None, {}, 0.0, None, []), str(problem)
     if agent.model.device.type == "cuda":
         torch.cuda.synchronize()
-    spans = None if result.spans is None else [[round(t, 3) for t in span] for span in result.spans]
-    return {
-        **metrics.row_of(sample, final_answer(result, sample, settings), spans),
-        "confidence": round(result.confidence, 6),
-        "letters": {letter: round(p, 6) for letter, p in result.letters.items()},
-        "passes": len(result.looks),
-        "frames": result.frames,
-        "visual_tokens": result.visual_tokens,
-        "flops": result.flops,
-        "seconds": round(time.perf_counter() - start, 4),
-        "error": error,
-    }
+    seconds = time.perf_counter() - start
+    return priced_row(sample, final_answer(result, sample, settings), result, seconds, error)
 
 
 def final_answer(result: Result, sample: Sample, settings: Settings) -> str | None:
@@ -507,91 +448,10 @@ def finished(path: Path, samples: Sequence[Sample], made_with: dict) -> dict[str
     """The rows of a result file by question; DataError if they are not about these samples, made in this way."""
     if not path.exists() or not path.stat().st_size:
         return {}
-    metrics.read_results(path, list(samples))  # checks ids, videos, answers, spans
+    read_results(path, list(samples))  # checks ids, videos, answers, spans
     rows = journal.read(path)
     journal.check_made_with(rows, made_with)
     return {str(row.fields["id"]): row.fields for row in rows}
-
-
-def cost(rows: Sequence[dict]) -> dict[str, float]:
-    """Means per question of what answering cost: frames, visual tokens, forward GFLOP, seconds, passes of the model."""
-    read = [row for row in rows if row["error"] is None]
-    means = {
-        name: sum(row[name] for row in read) / max(1, len(read))
-        for name in ("frames", "visual_tokens", "flops", "seconds", "passes")
-    }
-    return {**means, "gflop": means.pop("flops") / 1e9}
-
-
-def summary(rows: list[dict], strategy: str) -> str:
-    """The cost, as text, and the first unreadable video."""
-    spent = cost(rows)
-    lines = [
-        f"{strategy}: {spent['passes']:.1f} passes of the model, {spent['frames']:.1f} frames, "
-        f"{spent['visual_tokens']:.0f} visual tokens, {spent['gflop']:.2f} GFLOP, {spent['seconds']:.2f} s per question"
-    ]
-    lines += [f"the first unreadable video: {row['error']}" for row in rows if row["error"]][:1]
-    return "\n".join(lines)
-
-
-# ---------------------------------------------------------------- a video of your own
-
-
-def describe(result: Result, answer: str | None, options: Sequence[str]) -> str:
-    """Answer, confidence, spans and cost as text, times as mm:ss.s."""
-    lines = []
-    if options:
-        named = dict(zip(prompts.LETTERS, options, strict=False))
-        said = "none that can be read" if answer is None else f"{answer} {named.get(answer, '(not an option)')}"
-        lines.append(f"answer      {said}")
-    lines.append(f"confidence  {result.confidence:.1%}" + ("" if options else " (of the spans)"))
-    if result.letters:
-        lines.append("letters     " + ", ".join(f"{letter} {p:.1%}" for letter, p in result.letters.items()))
-    lines.append(f"spans       {pages.span_text(result.spans)}")
-    seen = ", ".join(look.kind for look in result.looks)
-    spent = f"{result.frames} frames, {result.visual_tokens} visual tokens, {result.flops / 1e9:.2f} GFLOP"
-    lines.append(f"looked      {seen}: {spent}")
-    return "\n".join(lines)
-
-
-def page_record(result: Result, answer: str | None, sample: Sample, strategy: str) -> dict:
-    """What pages.answer_page shows."""
-    looks = [
-        {
-            **{
-                name: getattr(look, name)
-                for name in ("kind", "part", "answer", "confidence", "spans", "text", "refusal")
-            },
-            "times": look.clip.times,
-            "frames": look.clip.frames.numpy(),
-        }
-        for look in result.looks
-    ]
-    return {
-        "video": Path(sample.video).name,
-        "question": sample.question,
-        "options": list(sample.options),
-        "letters": result.letters,
-        "answer": answer,
-        "confidence": result.confidence,
-        "duration": sample.duration,
-        "spans": result.spans,
-        "strategy": strategy,
-        "looks": looks,
-        "cost": {"frames": result.frames, "visual tokens": result.visual_tokens, "GFLOP": f"{result.flops / 1e9:.2f}"},
-    }
-
-
-def play_source(video: str | Path, page: str | Path, embed: bool) -> str:
-    """The player's source: the file, relative to the page, or the whole file in it. Raises ConfigError if too large."""
-    video, page = Path(video), Path(page)
-    if not embed:
-        return urllib.parse.quote(os.path.relpath(video.resolve(), page.resolve().parent))
-    if video.stat().st_size > MAX_EMBEDDED:
-        size, most = (n / 2**20 for n in (video.stat().st_size, MAX_EMBEDDED))
-        raise ConfigError(f"{video}: {size:.0f} MiB are too many to embed (at most {most:.0f}); leave out --embed")
-    kind = mimetypes.guess_type(video)[0] or "video/mp4"
-    return f"data:{kind};base64,{base64.b64encode(video.read_bytes()).decode('ascii')}"
 
 
 # ---------------------------------------------------------------- command line
@@ -703,8 +563,8 @@ def own_video(given: argparse.Namespace, settings: Settings, config: Config, gro
     ask, agent = prepare(strategy, config, grounding, device)
     result = ask(agent, asked, settings)
     answer = final_answer(result, asked, settings)
-    print(describe(result, answer, given.options))
-    pages.answer_page(page_record(result, answer, asked, strategy), page, source)
+    print(answer_text(result, answer, given.options))
+    answer_page(answer_record(result, answer, asked, strategy), page, source)
     print(f"page        {page}")
 
 
@@ -724,8 +584,9 @@ def whole_data_set(given: argparse.Namespace, settings: Settings, config: Config
     same = made_with(strategy, given.ground_model, settings, config)
     rows = answer_all(agent, ask, samples, settings, out, same, accelerator)
     if accelerator.is_main_process:
-        print(evaluate.describe({strategy: rows}, config.data_format))
-        print(f"\n{summary(rows, strategy)}\nresults in {out}; evaluate.py --results compares them and draws them")
+        print(tables.describe({strategy: rows}, config.data_format))
+        print(f"\n{tables.cost_text(rows, strategy)}")
+        print(f"results in {out}; evaluate.py --results compares them and draws them")
 
 
 # The options that decide what a model is shown and writes.

@@ -43,6 +43,7 @@ from annotations.rows import Sample
 from annotations.samples import load_samples
 from config import Config, ConfigError
 from policy import Policy, Prompt, Video, Vocabulary, build_prompt, load
+from report.tables import table
 from rollout import chat_text, coarse_prompt, view_video, zoom_clips
 
 Spans = list[tuple[float, float]]
@@ -349,4 +350,4 @@ def teach(config: Config) -> None:
         return
     test = load_samples("world", "val", config)
     rows = evaluate.evaluate(model.eval(), test, config, vocabulary, accelerator, "validation split")
-    print(evaluate.table({"cold start": rows}))
+    print(table({"cold start": rows}))

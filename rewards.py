@@ -67,7 +67,7 @@ def merge(spans: Spans) -> Spans:
     return merged
 
 
-def _length(spans: Spans) -> float:
+def union_length(spans: Spans) -> float:
     """Seconds covered by the union."""
     return sum(end - start for start, end in merge(spans))
 
@@ -91,17 +91,17 @@ def _ratio(part: float, whole: float) -> float:
 
 def interval_iou(pred: Spans, gt: Spans) -> float:
     """|pred ∩ gt| / |pred ∪ gt| on the merged unions, in [0, 1] (Zoom-Zero, section 4.2)."""
-    return _ratio(_overlap(pred, gt), _length(pred + gt))
+    return _ratio(_overlap(pred, gt), union_length(pred + gt))
 
 
 def interval_iop(pred: Spans, gt: Spans) -> float:
     """|pred ∩ gt| / |pred|: how much of the prediction is evidence (NExT-GQA's IoP)."""
-    return _ratio(_overlap(pred, gt), _length(pred))
+    return _ratio(_overlap(pred, gt), union_length(pred))
 
 
 def interval_iog(pred: Spans, gt: Spans) -> float:
     """|pred ∩ gt| / |gt|: how much of the evidence is found (Zoom-Zero, Appendix D.1)."""
-    return _ratio(_overlap(pred, gt), _length(gt))
+    return _ratio(_overlap(pred, gt), union_length(gt))
 
 
 def giou(pred: Spans, gt: Spans) -> float:
@@ -109,7 +109,7 @@ def giou(pred: Spans, gt: Spans) -> float:
     if not pred or not gt:
         return -1.0
     start, end = hull(pred + gt)
-    return interval_iou(pred, gt) - _ratio(end - start - _length(pred + gt), end - start)
+    return interval_iou(pred, gt) - _ratio(end - start - union_length(pred + gt), end - start)
 
 
 def hull(spans: Spans) -> Span:

@@ -39,18 +39,15 @@ from tqdm import tqdm
 import config as configuration
 import evaluate
 import kl
-import pages
-import report
 import rewards
-from advantage import CREDIT, SEGMENTS, group_advantages, segment_ids, token_advantages
+from advantage import CREDIT, group_advantages, segment_ids, token_advantages
 from annotations.rows import DataError, Sample
 from annotations.samples import DataSet, load_samples, load_training
 from config import Config
-from episodes import Episode, Shown, clip_failures, roll_out_episodes
+from episodes import clip_failures, roll_out_episodes
 from grpo import grpo_loss, loss_count
 from media.prefetch import prefetch
 from media.source import VideoError
-from metrics import write_results
 from policy import (
     ModelError,
     Observation,
@@ -64,6 +61,9 @@ from policy import (
     whole_weights,
 )
 from prompts import EPISODES
+from report.curves import plot_curves
+from report.episodes import episode_record, episodes_page
+from report.results import write_results
 from rollout import Group, Spans, View, response_seed, roll_out, view_video, zoom_pass
 
 log = logging.getLogger("zoomgrpo")
@@ -506,50 +506,6 @@ def visual_tokens(shape: Sequence[int]) -> int:
     return math.ceil(n / 2) * (height // 28) * (width // 28)
 
 
-def call(seen: Shown) -> dict:
-    """A call as the page of episodes shows it."""
-    if seen.clip is None:
-        return {"refusal": seen.text}
-    return {"part": [seen.call.span], "times": seen.clip.times, "frames": seen.clip.frames.numpy()}
-
-
-def episode(group: Group, config: Config) -> dict:
-    """A group as the page of episodes shows it."""
-    sample, clip = group.view.sample, group.view.clip
-    token_advs = advantages(group, config)
-    responses = []
-    for g, response in enumerate(group.responses):
-        segments = segment_ids(response.text, response.offsets)
-        responses.append(
-            {
-                "tokens": [response.text[start:end] for start, end in response.offsets],
-                "advantages": token_advs[g, : len(response.ids)].tolist(),
-                "segments": [SEGMENTS[s] for s in segments],
-                "answer": response.answer,
-                "spans": response.spans,
-                "rewards": {name: values[g] for name, values in group.rewards.items()},
-                "zoom": response.zoom
-                and {
-                    "times": response.zoom.clip.times,
-                    "frames": response.zoom.clip.frames.numpy(),
-                    "answer": response.zoom.answer,
-                },
-                "calls": list(map(call, response.shown)) if isinstance(response, Episode) else None,
-            }
-        )
-    return {
-        "id": sample.id,
-        "video": sample.video,
-        "question": sample.question,
-        "options": list(sample.options),
-        "answer": sample.answer,
-        "duration": group.view.info.duration,
-        "glue": [list(span) for span in sample.evidence],
-        "coarse": {"times": clip.times, "frames": clip.frames.numpy()},
-        "responses": responses,
-    }
-
-
 # ---------------------------------------------------------------- checkpoints
 
 
@@ -922,10 +878,10 @@ def main(arguments: list[str] | None = None) -> None:
     before = results_before(run, test) if test else []
     groups = train(run, sets)
     if accelerator.is_main_process:
-        report.plot_curves([out], out / "curves.png")
+        plot_curves([out], out / "curves.png")
         if groups:  # none when a finished run is resumed
-            episodes = [episode(group, config) for group in groups[: config.n_episodes]]
-            pages.episodes_page(episodes, out / "episodes.html", f"{out.name}: groups of the last step")
+            episodes = [episode_record(group, advantages(group, config)) for group in groups[: config.n_episodes]]
+            episodes_page(episodes, out / "episodes.html", f"{out.name}: groups of the last step")
     if test:
         after = results(run, test, "after training")
         if accelerator.is_main_process:

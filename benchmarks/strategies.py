@@ -25,11 +25,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import config as configuration
 import infer
-import metrics
 from annotations.rows import DataError
 from annotations.samples import load_samples
 from infer import RELEASED, STRATEGIES, Settings, load_agent
 from policy import ModelError
+from report.intervals import bootstrap, paired_test
+from report.scores import summarise
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPE = ROOT / "recipes" / "cpu_world.yaml"
@@ -64,7 +65,7 @@ ENTRIES = (
 
 
 def interval(rows: list[dict], name: str) -> str:
-    scores, between = metrics.summarise(rows), metrics.bootstrap(rows)
+    scores, between = summarise(rows), bootstrap(rows)
     return f"{scores[name]:.3f} [{between[name][0]:.2f}, {between[name][1]:.2f}]" if name in scores else "-"
 
 
@@ -92,7 +93,7 @@ def tables(results: dict[str, list[dict]]) -> str:
     for label, rows in list(results.items())[1:]:
         cells = []
         for chosen in (lambda row: True, lambda row: row["kind"] == "fine"):
-            test = metrics.paired_test(list(filter(chosen, rows)), list(filter(chosen, first)), "accuracy")
+            test = paired_test(list(filter(chosen, rows)), list(filter(chosen, first)), "accuracy")
             cells += [f"{test['difference']:+.3f} [{test['low']:+.2f}, {test['high']:+.2f}]", f"{test['p_value']:.4f}"]
         lines.append(f"| {label} | {' | '.join(cells)} |")
     return "\n".join(lines)

@@ -30,6 +30,7 @@ import train
 import world
 from annotations.samples import DataSet
 from config import ConfigError
+from engine.flops import forward_flops, weights
 from episodes import Episode, Scene, lay_out, messages, read_turn, replay, roll_out_episodes
 from media.decode import VideoInfo
 from media.source import VideoError
@@ -745,13 +746,13 @@ def test_a_turn_costs_what_is_new(loaded, samples, small):
     model, _ = loaded
     clip = view_video(samples[0], small).clip
     none = replace(clip, frames=clip.frames[:0], times=[])
-    whole = infer.forward_flops(model, none, 100, 20)
-    parts = infer.forward_flops(model, none, 60, 1) + infer.forward_flops(model, none, 40, 20, 60)
-    head = 2 * infer.weights(model.lm_head)
+    whole = forward_flops(model, none, 100, 20)
+    parts = forward_flops(model, none, 60, 1) + forward_flops(model, none, 40, 20, 60)
+    head = 2 * weights(model.lm_head)
     assert parts - head == pytest.approx(whole, rel=1e-9)
-    apart = infer.forward_flops(model, clip, 100, 1, 0, apart=True) - infer.forward_flops(model, none, 100, 1)
-    single = infer.forward_flops(model, replace(clip, frames=clip.frames[:1]), 100, 1)
-    assert apart == pytest.approx(len(clip.times) * (single - infer.forward_flops(model, none, 100, 1)))
+    apart = forward_flops(model, clip, 100, 1, 0, apart=True) - forward_flops(model, none, 100, 1)
+    single = forward_flops(model, replace(clip, frames=clip.frames[:1]), 100, 1)
+    assert apart == pytest.approx(len(clip.times) * (single - forward_flops(model, none, 100, 1)))
 
 
 def test_the_agent_answers_a_data_set_and_a_video(small_recipe, small_world, samples, player, tmp_path, capsys):

@@ -15,18 +15,21 @@ import pytest
 import torch
 from accelerate import Accelerator
 from conftest import run_in_two_processes
-from test_metrics import REAL, real
-from test_pages import Tree
+from pagetree import Tree
 
 import config as configuration
 import evaluate
-import metrics
 from annotations.rows import LETTERS, DataError
 from annotations.samples import read_samples, write_samples
-from evaluate import by_kind, chance_iou, main, save_and_print, scores, share, table, unanswered
+from evaluate import main, save_and_print, share, unanswered
 from policy import load
+from report.results import row_of
+from report.scores import by_kind, chance_iou, overall
+from report.tables import aligned, clue_table, official_scores, official_text, table
 
 ROOT = Path(__file__).resolve().parents[1]
+REAL = ROOT.parent / "shared" / "realdata"
+real = pytest.mark.skipif(not REAL.is_dir(), reason=f"the real annotation files are not at {REAL}")
 
 
 @pytest.fixture
@@ -63,7 +66,7 @@ def test_scores_by_hand():
             glue=[[10.0, 12.0]], spans=None, predicted_answer=None, zoom_answer=None, true_zoom_answer=None, format=0.0
         ),
     ]
-    result = scores(rows)
+    result = overall(rows)
     assert result["questions"] == 3 and result["unanswered"] == 1 and result["unreadable"] == 0
     assert result["mIoU"] == pytest.approx((1 + 0.5 + 0) / 3) and result["mIoP"] == pytest.approx(2 / 3)
     assert result["accuracy"] == result["zoom_accuracy"] == result["format"] == pytest.approx(1 / 3)
@@ -81,12 +84,12 @@ def test_chance_is_about_the_same_video():
 
 
 def test_no_zoom_counts_as_wrong():
-    assert scores([row(zoom_answer=None), row()])["zoom_accuracy"] == 0.5
+    assert overall([row(zoom_answer=None), row()])["zoom_accuracy"] == 0.5
 
 
 def test_an_unreadable_video_counts_as_unanswered(samples):
     rows = [row(), unanswered(samples[0], "v.mp4: broken", "world")]
-    result = scores(rows)
+    result = overall(rows)
     assert result["unreadable"] == 1 and result["unanswered"] == 1 and result["questions"] == 2
     assert all(result[name] == 0.5 for name in ("mIoU", "accuracy", "zoom_accuracy", "format", "true_zoom_accuracy"))
     text = table({"policy": rows})
@@ -101,7 +104,7 @@ def test_what_an_answer_took_is_counted_where_there_was_one(samples):
         r.pop(name, None)  # an episode has no zoom pass
     sample = replace(samples[0], id="3", video="3.mp4", kind=seen[0]["kind"])
     lost = unanswered(sample, "3.mp4: broken", "world_zoomer")
-    assert scores([*seen[:3], lost])["frames"] == 31
+    assert overall([*seen[:3], lost])["frames"] == 31
     lines = table({"one": [*seen[:3], lost], "two": [{**r, "frames": r["frames"] + 2} for r in seen]}).splitlines()
     (line,) = [line for line in lines if line.startswith("frames ")]
     found = line.split()
@@ -130,7 +133,7 @@ def test_the_table_of_two_results():
 
 
 def test_the_columns_of_a_table_are_aligned():
-    assert evaluate.aligned([("a", "bb"), ("cc", "d", "e")]) == "a   bb\ncc  d   e"
+    assert aligned([("a", "bb"), ("cc", "d", "e")]) == "a   bb\ncc  d   e"
 
 
 def test_scores_that_a_data_set_does_not_have_are_left_out():
@@ -143,7 +146,7 @@ def test_scores_that_a_data_set_does_not_have_are_left_out():
 def test_scores_by_length_and_portion_of_the_evidence():
     rows = [row(), row(glue=[[0.0, 1.0]], spans=None), row(glue=[], spans=None)]
     other = [{**r, "predicted_answer": "A"} for r in rows]
-    lines = [line.split("  ") for line in evaluate.clue_table({"a": rows, "b": other}).splitlines()]
+    lines = [line.split("  ") for line in clue_table({"a": rows, "b": other}).splitlines()]
     assert [[cell.strip() for cell in line if cell.strip()] for line in lines] == [
         ["evidence", "questions", "a: mIoU", "a: accuracy", "b: mIoU", "b: accuracy"],
         ["0 to 2 s", "1", "0.000", "1.000", "0.000", "0.000"],
@@ -157,7 +160,7 @@ def test_scores_by_length_and_portion_of_the_evidence():
 
 def test_what_an_evaluation_leaves_behind(samples, tmp_path, capsys):
     results = {
-        label: [{**row(), **metrics.row_of(sample, answer, [[0.0, 5.0]])} for sample in samples]
+        label: [{**row(), **row_of(sample, answer, [[0.0, 5.0]])} for sample in samples]
         for label, answer in (("before", None), ("after", "A"))
     }
     save_and_print(results, tmp_path / "new", samples)
@@ -326,11 +329,11 @@ def test_the_official_scores_of_a_result_file_are_printed(tmp_path, capsys):
 
 
 def test_an_evaluator_that_cannot_score_says_why(samples):
-    rows = [metrics.row_of(sample, None, None) for sample in samples]
-    found = evaluate.official_scores(rows, "nextgqa")
-    assert evaluate.official_text(found) == "  not scored NExT-GQA: no question has a predicted span"
-    assert evaluate.official_scores(rows, "mlvu") == {}
-    assert evaluate.official_text({"a": {"b": {"x": 1.23456, "y": 2}, "c": 3}}) == " a  c 3\n a b  x 1.2346, y 2"
+    rows = [row_of(sample, None, None) for sample in samples]
+    found = official_scores(rows, "nextgqa")
+    assert official_text(found) == "  not scored NExT-GQA: no question has a predicted span"
+    assert official_scores(rows, "mlvu") == {}
+    assert official_text({"a": {"b": {"x": 1.23456, "y": 2}, "c": 3}}) == " a  c 3\n a b  x 1.2346, y 2"
 
 
 def test_files_are_named_by_as_many_folders_as_needed(tmp_path):

@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import run_in_two_processes
-from test_metrics import REAL, real
 
 import config as configuration
 import filters
@@ -28,6 +27,8 @@ from rollout import answer_clips, zoom_clips
 from train import score
 
 ROOT = Path(__file__).resolve().parents[1]
+REAL = ROOT.parent / "shared" / "realdata"
+real = pytest.mark.skipif(not REAL.is_dir(), reason=f"the real annotation files are not at {REAL}")
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@ from accelerate import Accelerator
 from conftest import drop_video_token, drop_weights, loud_model, page_in_browser, run_in_two_processes
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_pages import Tree
+from pagetree import Tree
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -31,18 +31,22 @@ import attention
 import config as configuration
 import evaluate
 import infer
-import metrics
 import prompts
 import train
 import video
 from annotations.rows import DataError, Sample
 from annotations.samples import write_samples
 from config import ConfigError
+from engine.flops import forward_flops
 from infer import RELEASED, STRATEGIES, Agent, Look, Settings, load_agent, to_video_time
 from media.decode import VideoInfo
 from media.frames import FrameCache
 from media.source import VideoError
 from policy import ModelError, Video, Vocabulary, group_hidden, last_hidden
+from report.answer import answer_page, answer_record, play_source
+from report.html import clock
+from report.results import read_results, row_of
+from report.tables import cost, cost_text
 from rollout import (
     answer_clips,
     coarse_prompt,
@@ -250,14 +254,14 @@ def test_the_formula_counts_what_torch_counts(tokenizer, vocabulary, config, sam
     layers = model.model.language_model.layers
     # Torch counts the square of attention, the formula the causal half of it.
     half = 2 * len(layers) * layers[0].self_attn.q_proj.out_features * len(prompt) ** 2
-    ours = infer.forward_flops(model, view_video(samples[0], config).clip, len(prompt), 1)
+    ours = forward_flops(model, view_video(samples[0], config).clip, len(prompt), 1)
     assert ours + half == pytest.approx(counter.get_total_flops(), rel=0.01)  # norms and biases
 
 
 def test_each_written_token_adds_a_row_of_attention(tokenizer, vocabulary, config, samples):
     model = loud_model(tokenizer)
     clip = view_video(samples[0], config).clip
-    one, two, three = (infer.forward_flops(model, clip, 100, n) for n in (1, 2, 3))
+    one, two, three = (forward_flops(model, clip, 100, n) for n in (1, 2, 3))
     layers = model.model.language_model.layers
     assert (three - two) - (two - one) == 4 * len(layers) * layers[0].self_attn.q_proj.out_features
 
@@ -479,9 +483,7 @@ def test_an_interrupted_run_does_only_the_rest(agent, samples, tmp_path):
     assert asked == [sample.id for sample in samples[2:]]
     assert without_seconds(again) == without_seconds(rows)
     assert run_all(agent, samples, path, ask=counting) == again and len(asked) == len(samples) - 2
-    assert metrics.read_results(path, samples) == [
-        {k: row[k] for k in metrics.row_of(samples[0], None, None)} for row in rows
-    ]
+    assert read_results(path, samples) == [{k: row[k] for k in row_of(samples[0], None, None)} for row in rows]
 
 
 def test_results_of_something_else_are_refused(agent, samples, tmp_path):
@@ -499,8 +501,8 @@ def test_an_unreadable_video_is_an_unanswered_question(agent, samples, tmp_path)
     broken.write_bytes(b"not a video")
     rows = run_all(agent, [samples[0], replace(samples[1], video=str(broken))], tmp_path / "rows.jsonl")
     assert rows[0]["error"] is None and rows[1]["predicted_answer"] is None and str(broken) in rows[1]["error"]
-    assert f"the first unreadable video: {broken}" in infer.summary(rows, "one-stage")
-    assert infer.cost(rows)["passes"] == rows[0]["passes"] > 0  # of the readable one
+    assert f"the first unreadable video: {broken}" in cost_text(rows, "one-stage")
+    assert cost(rows)["passes"] == rows[0]["passes"] > 0  # of the readable one
 
 
 def test_two_processes_share_a_data_set(asking, samples, tmp_path, capsys):
@@ -582,7 +584,7 @@ def test_own_video(own, strategy, tmp_path, capsys):
     assert (page.parent / player.attrs["src"]).resolve() == Path(own[-1]).resolve()
     claimed = re.search(r"^spans +(.*)$", printed, re.M)[1]
     jumps = [(float(b.attrs["data-start"]), float(b.attrs["data-end"])) for b in tree.all("button")]
-    assert ", ".join(f"{infer.pages.clock(a)}–{infer.pages.clock(b)}" for a, b in jumps) == (claimed if jumps else "")
+    assert ", ".join(f"{clock(a)}–{clock(b)}" for a, b in jumps) == (claimed if jumps else "")
     assert len(tree.all("section")) >= 2 and tree.all("img") and "<red>" in tree.all("h1")[0].text
 
 
@@ -597,7 +599,7 @@ def test_a_page_with_the_video_inside(own, tmp_path):
 
 def test_names_with_spaces_and_signs_are_quoted(tmp_path):
     video = tmp_path / "a b#1?.mp4"
-    assert infer.play_source(video, tmp_path / "pages" / "x.html", False) == "../a%20b%231%3F.mp4"
+    assert play_source(video, tmp_path / "pages" / "x.html", False) == "../a%20b%231%3F.mp4"
 
 
 def test_without_options_the_spans_of_an_event(own, tmp_path, capsys, monkeypatch):
@@ -630,9 +632,7 @@ def test_a_click_seeks_the_video_in_a_browser(own, tmp_path, where, embed):
     look = fake_look("A", 0.9, [(5.0, 8.5)], "coarse")
     look.clip = clip_of([float(k) for k in range(20)], 1.0)
     result = infer.Result("A", {"A": 0.9, "B": 0.1}, 0.9, [(5.0, 8.5)], [look])
-    infer.pages.answer_page(
-        infer.page_record(result, "A", sample, "one-stage"), page, infer.play_source(own[-1], page, embed)
-    )
+    answer_page(answer_record(result, "A", sample, "one-stage"), page, play_source(own[-1], page, embed))
     title = page_in_browser(page, CLICK.replace("WHERE", json.dumps(where)))
     assert title == ("at 3 false" if where.startswith("figure") else "at 5 true")  # a span plays, a frame is shown
 

@@ -1,14 +1,4 @@
-"""The formulas of evaluation: ours, each benchmark's official ones, and how sure one can be of a number.
-
-A row is what is known about one question, a dict with "id", "video", "kind", "duration" (seconds or None), "answer"
-(letter or None), "predicted_answer" (letter or None: unanswered), "glue" (the evidence's spans, seconds) and "spans"
-(the predicted spans, best first, or None: no readable one). A result file is JSON lines of rows. A row may have more:
-"zoom_answer" and "true_zoom_answer" (letters from the predicted and the true spans' frames), "format" (0 or 1) and
-"shuffled_spans" (predicted for the question of another video).
-
-Ours (`summarise`) measure spans on merged unions (rewards.py) and count an unanswered question as wrong. R@m is
-IoU > m and Acc@GQA is a right answer with IoP >= 0.5, as in Zoom-Zero section 5. rec@IoU and acc@IoU are CG-Bench's:
-the mean over the thresholds 0.1 to 0.5 of IoU >= threshold, without and with the right answer.
+"""Each benchmark's own scores, as its released evaluator computes them, from rows as scores.py has them.
 
 The official scores differ from ours and from each other. What their released evaluators do:
 
@@ -25,241 +15,14 @@ The official scores differ from ours and from each other. What their released ev
 disjoint spans is divided by more than their union; it is 0 all the same.
 """
 
-import bisect
-import itertools
 import json
 import re
-from collections.abc import Iterable
-from pathlib import Path
 
 import numpy as np
 
-from annotations.formats import KIND_SEPARATOR
-from annotations.rows import DataError, Sample, read_rows
-from rewards import interval_iog, interval_iop, interval_iou, merge
-
-CGBENCH_THRESHOLDS = (0.1, 0.2, 0.3, 0.4, 0.5)
-CLUE_LENGTHS = (0, 2, 5, 10, 20, 40)  # seconds of evidence: borders of Figure 3's left half
-CLUE_PORTIONS = (0, 0.05, 0.1, 0.2, 0.4, 0.7)  # evidence / duration: borders of its right half
-
-COSTS = ("calls", "frames", "visual_tokens")
-ACCURACIES = {"accuracy": "predicted_answer", "zoom_accuracy": "zoom_answer", "true_zoom_accuracy": "true_zoom_answer"}
-
-
-# ---------------------------------------------------------------- ours
-
-
-def score(row: dict) -> dict[str, float]:
-    """One question's scores, 0 to 1: accuracies only where there is an answer, IoU and others only where there is
-    evidence. Beside them, what the answer took (COSTS)."""
-    scores = {}
-    if row["answer"] is not None:
-        scores = {name: float(row[key] == row["answer"]) for name, key in ACCURACIES.items() if key in row}
-    if "format" in row:
-        scores["format"] = row["format"]
-    if row["glue"]:
-        pred, gt = as_spans(row["spans"]), as_spans(row["glue"])
-        iou, iop, iog = (formula(pred, gt) for formula in (interval_iou, interval_iop, interval_iog))
-        scores |= {"mIoU": iou, "mIoP": iop, "mIoG": iog}
-        scores |= {f"R@{m}": float(iou > m) for m in (0.3, 0.5, 0.7)}
-        scores["rec@IoU"] = sum(iou >= m for m in CGBENCH_THRESHOLDS) / len(CGBENCH_THRESHOLDS)
-        if "accuracy" in scores:
-            scores["Acc@GQA"] = scores["accuracy"] * (iop >= 0.5)
-            scores["acc@IoU"] = scores["accuracy"] * scores["rec@IoU"]
-        if "shuffled_spans" in row:
-            scores["shuffled mIoU"] = interval_iou(as_spans(row["shuffled_spans"]), gt)
-    return scores | {name: float(row[name]) for name in COSTS if name in row}
-
-
-def as_spans(pairs: Iterable[Iterable[float]] | None) -> list[tuple[float, float]]:
-    return [(start, end) for start, end in pairs or []]
-
-
-def summarise(rows: list[dict]) -> dict[str, float]:
-    """Means of the scores over the questions that have them; with the numbers of questions, unanswered and spanless."""
-    scores = [score(row) for row in rows]
-    names = dict.fromkeys(name for s in scores for name in s)
-    return {
-        "questions": len(rows),
-        "unanswered": sum(row["answer"] is not None and row["predicted_answer"] is None for row in rows),
-        "without_span": sum(bool(row["glue"]) and not row["spans"] for row in rows),
-        **{name: float(np.mean([s[name] for s in scores if name in s])) for name in names},
-    }
-
-
-def breakdown(rows: list[dict], by: str) -> dict[str, dict]:
-    """`summarise` of each group, by "kind", "clue_length" (seconds of evidence) or "clue_portion" (of the duration).
-
-    A question of several kinds counts under each. The group "unknown" has the questions without a kind, without
-    evidence, or, for the portion, without a duration. Empty groups are left out.
-    """
-    groups: dict[str, list[dict]] = {name: [] for name in group_names(rows, by)}
-    for row in rows:
-        for name in groups_of(row, by):
-            groups[name].append(row)
-    return {name: summarise(group) for name, group in groups.items() if group}
-
-
-def group_names(rows: list[dict], by: str) -> list[str]:
-    """All groups that `groups_of` can give, in order."""
-    if by == "kind":
-        return sorted({name for row in rows for name in groups_of(row, by)})
-    if by not in ("clue_length", "clue_portion"):
-        raise ValueError(f"breakdown by '{by}': expected kind, clue_length or clue_portion")
-    borders, unit = (CLUE_LENGTHS, " s") if by == "clue_length" else (CLUE_PORTIONS, "")
-    between = [f"{low} to {high}{unit}" for low, high in itertools.pairwise(borders)]
-    return [*between, f"from {borders[-1]}{unit}", "unknown"]
-
-
-def groups_of(row: dict, by: str) -> list[str]:
-    if by == "kind":
-        return row["kind"].split(KIND_SEPARATOR) if row["kind"] else ["unknown"]
-    if not row["glue"] or (by == "clue_portion" and row["duration"] is None):
-        return ["unknown"]
-    length = sum(end - start for start, end in merge(as_spans(row["glue"])))
-    value, borders = (length, CLUE_LENGTHS) if by == "clue_length" else (length / row["duration"], CLUE_PORTIONS)
-    return [group_names([], by)[bisect.bisect_right(borders, value) - 1]]
-
-
-# ---------------------------------------------------------------- how sure one can be
-
-
-def sums_by_video(rows: list[dict], names: Iterable[str]) -> tuple[np.ndarray, np.ndarray]:
-    """Sums of the scores and numbers of questions that have them: two arrays [videos, scores]."""
-    index = {video: i for i, video in enumerate(dict.fromkeys(row["video"] for row in rows))}
-    columns = {name: j for j, name in enumerate(names)}
-    sums, counts = np.zeros((2, len(index), len(columns)))
-    for row in rows:
-        for name, value in score(row).items():
-            if name in columns:
-                sums[index[row["video"]], columns[name]] += value
-                counts[index[row["video"]], columns[name]] += 1
-    return sums, counts
-
-
-def bootstrap(
-    rows: list[dict], level: float = 0.95, samples: int = 2000, seed: int = 0
-) -> dict[str, tuple[float, float]]:
-    """Percentile intervals of `summarise`'s means, by drawing videos with replacement.
-
-    Questions about one video are not independent, so whole videos are drawn. {name: (low, high)}.
-    """
-    names = list(dict.fromkeys(name for row in rows for name in score(row)))
-    if not names:
-        return {}
-    sums, counts = sums_by_video(rows, names)  # [V, K]
-    videos = len(sums)
-    draws = np.random.default_rng(seed).multinomial(videos, np.full(videos, 1 / videos), size=samples)  # [S, V]
-    drawn = draws @ counts  # [S, K]
-    # A draw in which no question has the score tells nothing about it.
-    means = np.divide(draws @ sums, drawn, out=np.full_like(drawn, np.nan), where=drawn > 0)
-    low, high = np.nanquantile(means, [(1 - level) / 2, (1 + level) / 2], axis=0)
-    return {name: (float(low[j]), float(high[j])) for j, name in enumerate(names)}
-
-
-def paired_test(rows_a: list[dict], rows_b: list[dict], metric: str, samples: int = 10000, seed: int = 0) -> dict:
-    """Is A's mean of a score different from B's? A permutation test over videos, on the same questions.
-
-    Under the null hypothesis the two results of a video could be exchanged: the p-value (two-sided) is the share of
-    random exchanges whose difference is at least as large as the observed one, which counts itself. "low" and "high"
-    are the 95% bootstrap interval of the difference A - B, over videos. Raises DataError if the questions differ.
-    """
-    by_id = {row["id"]: row for row in rows_b}
-    if len(rows_a) != len(rows_b) or any(row["id"] not in by_id for row in rows_a):
-        only = sorted({row["id"] for row in rows_a} ^ set(by_id))
-        raise DataError(f"the two results are about different questions; {len(only)} are in only one, first {only[:3]}")
-    rows_b = [by_id[row["id"]] for row in rows_a]
-    sums_a, counts = (x[:, 0] for x in sums_by_video(rows_a, [metric]))  # [V]
-    sums_b, counts_b = (x[:, 0] for x in sums_by_video(rows_b, [metric]))
-    if not counts.sum() or not np.array_equal(counts, counts_b):
-        raise DataError(f"'{metric}' is not a score of the same questions in both results")
-    differences = sums_a - sums_b
-    observed = differences.sum() / counts.sum()
-    rng = np.random.default_rng(seed)
-    signs = rng.choice([-1.0, 1.0], size=(samples, len(differences)))  # [S, V]
-    exchanged = signs @ differences / counts.sum()
-    # The tolerance keeps exchanges that equal the observed one up to rounding.
-    extreme = int((np.abs(exchanged) >= abs(observed) - 1e-12).sum())
-    draws = rng.multinomial(len(differences), np.full(len(differences), 1 / len(differences)), size=samples)  # [S, V]
-    drawn = draws @ counts
-    low, high = np.quantile((draws @ differences)[drawn > 0] / drawn[drawn > 0], [0.025, 0.975])
-    return {
-        "metric": metric,
-        "difference": float(observed),
-        "low": float(low),
-        "high": float(high),
-        "p_value": (1 + extreme) / (1 + samples),
-        "questions": int(counts.sum()),
-        "videos": len(differences),
-    }
-
-
-# ---------------------------------------------------------------- result files
-
-
-def row_of(sample: Sample, predicted_answer: str | None, spans: list | None) -> dict:
-    """The row of one question."""
-    return {
-        "id": sample.id,
-        "video": sample.video,
-        "kind": sample.kind,
-        "duration": sample.duration,
-        "answer": sample.answer,
-        "predicted_answer": predicted_answer,
-        "glue": [list(span) for span in sample.evidence],
-        "spans": spans,
-    }
-
-
-def is_span(pair: object) -> bool:
-    return isinstance(pair, list) and len(pair) == 2 and all(type(x) in (int, float) for x in pair)
-
-
-def read_results(path: str | Path, samples: list[Sample]) -> list[dict]:
-    """One row per sample, in the samples' order, with the predictions of a result file.
-
-    A line needs "id", "predicted_answer" and "spans"; the truth comes from the samples. Samples that the file does
-    not mention are unanswered. Raises DataError for an id that is not among the samples, one that comes twice, or a
-    line about another video or with another right answer: then the file belongs to something else.
-    """
-    path = Path(path)
-    known = {sample.id: sample for sample in samples}
-    predictions, unknown = {}, []
-    for line in read_rows(path):
-        id = str(line.get("id", str, int))
-        answer = line.get("predicted_answer", str, type(None))
-        if answer is not None and not re.fullmatch("[A-Z]", answer):
-            raise line.error("predicted_answer", f"expected a capital letter or null, got {answer!r}")
-        spans = line.get("spans", list, type(None))
-        for pair in spans or []:
-            if not is_span(pair) or not -np.inf < pair[0] <= pair[1] < np.inf:
-                raise line.error("spans", f"expected [start, end] in seconds, start <= end, got {pair!r}")
-        if id in predictions:
-            raise line.error("id", f"'{id}' comes twice")
-        if id not in known:
-            unknown.append(id)
-            continue
-        for name, truth in (("video", Path(known[id].video).stem), ("answer", known[id].answer)):
-            given = line.fields.get(name, truth)
-            if given != truth and (name != "video" or Path(given).stem != truth):
-                raise line.error(
-                    name, f"the question '{id}' has {truth!r}, not {given!r}: results of another data set?"
-                )
-        predictions[id] = (answer, spans)
-    if unknown:
-        raise DataError(
-            f"{path}: {len(unknown)} of {len(unknown) + len(predictions)} question ids are unknown, "
-            f"first {unknown[:3]}; ids look like {[sample.id for sample in samples[:2]]}: results of another benchmark?"
-        )
-    return [row_of(sample, *predictions.get(sample.id, (None, None))) for sample in samples]
-
-
-def write_results(path: str | Path, rows: list[dict]) -> None:
-    """Write rows as a result file."""
-    Path(path).write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-
-
-# ---------------------------------------------------------------- official scores
+from annotations.rows import DataError
+from report.results import is_span
+from report.scores import CGBENCH_THRESHOLDS
 
 
 def hull_iou(a: list[float], b: list[float]) -> float:
@@ -598,7 +361,7 @@ OFFICIAL = {
 }
 
 
-def official(benchmark: str, rows: list[dict]) -> dict:
+def scores(benchmark: str, rows: list[dict]) -> dict:
     """The benchmark's own scores; `benchmark` is a key of OFFICIAL. DataError if there is nothing to compare with."""
     if benchmark not in OFFICIAL:
         raise DataError(f"no official scores for '{benchmark}'; known: {', '.join(OFFICIAL)}")

@@ -1,0 +1,51 @@
+"""What a forward pass costs: floating-point operations, counted from the shapes."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from policy import window_layout
+from video import Clip
+
+
+def forward_flops(model, clip: Clip, n_prompt: int, n_written: int, n_past: int = 0, apart: bool = False) -> float:
+    """Floating-point operations of one forward pass over a prompt of P tokens with a clip, and over T written tokens.
+
+    `n_past`: S tokens before them, whose keys and values are cached. `apart`: see `patch_grids`.
+
+    Two per weight and token (n_layers and n_blocks count the weights of the language layers and the vision blocks), and
+    two products of 2 d operations for each pair of positions that attention compares (d: all heads together):
+
+        vision    2 (n_embed + n_blocks) patches + 2 n_merger patches / 4 + sum over blocks and windows 4 d length^2
+        language  2 n_layers (P + T - 1) + 2 n_head T + layers d (2 P^2 + sum over t < T of 4 (P + t) + 4 S (P + T - 1))
+
+    The last token is chosen but not fed back, and only chosen tokens go through the output projection. The prompt's
+    attention is causal: half of all pairs.
+    """
+    visual, layers = model.model.visual, model.model.language_model.layers
+    vision = visual.config
+    grids, window = patch_grids(clip, apart), vision.window_size // vision.patch_size // vision.spatial_merge_size
+    patches, pairs = sum(map(math.prod, grids)), 0
+    for block in range(len(visual.blocks) if patches else 0):
+        layout = window_layout(grids, None if block in vision.fullatt_block_indexes else window)
+        pairs += sum(n * length**2 for n, length in layout.groups)
+    flops = 2 * (weights(visual.patch_embed) + weights(visual.blocks)) * patches
+    flops += 2 * weights(visual.merger) * patches / 4 + 4 * vision.hidden_size * pairs
+    P, T, d = n_prompt, n_written, layers[0].self_attn.q_proj.out_features
+    flops += 2 * weights(layers) * (P + T - 1) + 2 * weights(model.lm_head) * T
+    flops += len(layers) * d * (2 * P**2 + 4 * ((T - 1) * P + T * (T - 1) / 2) + 4 * n_past * (P + T - 1))
+    return float(flops)
+
+
+def patch_grids(clip: Clip, apart: bool = False) -> list[tuple[int, int, int]]:
+    """Pairs of frames, and rows and columns of 14-pixel patches, of a clip as the vision tower takes it; `apart`: of
+    each of its frames, shown as a clip of its own.
+    """
+    n, _, height, width = clip.frames.shape
+    return [(1, height // 14, width // 14)] * n if apart else [((n + 1) // 2, height // 14, width // 14)]
+
+
+def weights(module: torch.nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())

@@ -1,0 +1,36 @@
+const video = document.querySelector("video"), length = Number(video.dataset.duration);
+const tracks = [...document.querySelectorAll(".track")], buttons = [...document.querySelectorAll(".jumps button")];
+const heads = tracks.map(track => {
+  const head = document.createElement("div");
+  head.className = "head";
+  return track.appendChild(head);
+});
+let end = null;
+const seek = (time, until) => {
+  video.pause();
+  video.currentTime = time;
+  end = until;
+  if (until !== null) video.play().catch(() => {});
+};
+const show = () => {
+  for (const head of heads) head.style.left = 100 * Math.min(1, video.currentTime / length) + "%";
+  for (const button of buttons) button.classList.toggle("playing",
+    video.currentTime >= Number(button.dataset.start) && video.currentTime < Number(button.dataset.end));
+};
+document.addEventListener("click", event => {
+  const span = event.target.closest("[data-start]"), frame = event.target.closest("[data-time]");
+  const track = event.target.closest(".track");
+  if (span) seek(Number(span.dataset.start), Number(span.dataset.end));
+  else if (frame) seek(Number(frame.dataset.time), null);
+  else if (track) {
+    const box = track.getBoundingClientRect();
+    seek(length * (event.clientX - box.left) / box.width, null);
+  }
+});
+video.addEventListener("timeupdate", () => {
+  if (end !== null && video.currentTime >= end) { video.pause(); end = null; }
+  show();
+});
+video.addEventListener("seeked", show);
+video.addEventListener("error", () => { document.querySelector(".refused").hidden = false; });
+show();

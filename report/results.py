@@ -1,0 +1,95 @@
+"""Result files: JSON lines of rows, one per question, as scores.py has them."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from annotations.rows import DataError, Sample, read_rows
+
+if TYPE_CHECKING:
+    from infer import Result
+
+
+def row_of(sample: Sample, predicted_answer: str | None, spans: list | None) -> dict:
+    """The row of one question."""
+    return {
+        "id": sample.id,
+        "video": sample.video,
+        "kind": sample.kind,
+        "duration": sample.duration,
+        "answer": sample.answer,
+        "predicted_answer": predicted_answer,
+        "glue": [list(span) for span in sample.evidence],
+        "spans": spans,
+    }
+
+
+def priced_row(sample: Sample, predicted_answer: str | None, result: Result, seconds: float, error: str | None) -> dict:
+    """The row of a question that a strategy has answered, with its confidence and what it cost; error: of an unreadable
+    video.
+    """
+    spans = None if result.spans is None else [[round(t, 3) for t in span] for span in result.spans]
+    return {
+        **row_of(sample, predicted_answer, spans),
+        "confidence": round(result.confidence, 6),
+        "letters": {letter: round(p, 6) for letter, p in result.letters.items()},
+        "passes": len(result.looks),
+        "frames": result.frames,
+        "visual_tokens": result.visual_tokens,
+        "flops": result.flops,
+        "seconds": round(seconds, 4),
+        "error": error,
+    }
+
+
+def is_span(pair: object) -> bool:
+    return isinstance(pair, list) and len(pair) == 2 and all(type(x) in (int, float) for x in pair)
+
+
+def read_results(path: str | Path, samples: list[Sample]) -> list[dict]:
+    """One row per sample, in the samples' order, with the predictions of a result file.
+
+    A line needs "id", "predicted_answer" and "spans"; the truth comes from the samples. Samples that the file does
+    not mention are unanswered. Raises DataError for an id that is not among the samples, one that comes twice, or a
+    line about another video or with another right answer: then the file belongs to something else.
+    """
+    path = Path(path)
+    known = {sample.id: sample for sample in samples}
+    predictions, unknown = {}, []
+    for line in read_rows(path):
+        id = str(line.get("id", str, int))
+        answer = line.get("predicted_answer", str, type(None))
+        if answer is not None and not re.fullmatch("[A-Z]", answer):
+            raise line.error("predicted_answer", f"expected a capital letter or null, got {answer!r}")
+        spans = line.get("spans", list, type(None))
+        for pair in spans or []:
+            if not is_span(pair) or not -np.inf < pair[0] <= pair[1] < np.inf:
+                raise line.error("spans", f"expected [start, end] in seconds, start <= end, got {pair!r}")
+        if id in predictions:
+            raise line.error("id", f"'{id}' comes twice")
+        if id not in known:
+            unknown.append(id)
+            continue
+        for name, truth in (("video", Path(known[id].video).stem), ("answer", known[id].answer)):
+            given = line.fields.get(name, truth)
+            if given != truth and (name != "video" or Path(given).stem != truth):
+                raise line.error(
+                    name, f"the question '{id}' has {truth!r}, not {given!r}: results of another data set?"
+                )
+        predictions[id] = (answer, spans)
+    if unknown:
+        raise DataError(
+            f"{path}: {len(unknown)} of {len(unknown) + len(predictions)} question ids are unknown, "
+            f"first {unknown[:3]}; ids look like {[sample.id for sample in samples[:2]]}: results of another benchmark?"
+        )
+    return [row_of(sample, *predictions.get(sample.id, (None, None))) for sample in samples]
+
+
+def write_results(path: str | Path, rows: list[dict]) -> None:
+    """Write rows as a result file."""
+    Path(path).write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")

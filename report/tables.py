@@ -1,0 +1,130 @@
+"""Scores side by side, as text."""
+
+from collections.abc import Mapping, Sequence
+
+from annotations.rows import DataError
+from report import official
+from report.intervals import bootstrap, paired_test
+from report.scores import COSTS, breakdown, by_kind, overall
+
+HEADLINE = ("mIoU", "mIoP", "mIoG", "R@0.3", "R@0.5", "R@0.7", "rec@IoU")  # spans
+HEADLINE += ("accuracy", "zoom_accuracy", "Acc@GQA", "acc@IoU", "format", *COSTS)
+CONTROLS = ("true_zoom_accuracy", "shuffled mIoU", "chance mIoU")
+
+
+def table(results: Mapping[str, list[dict]]) -> str:
+    """Results side by side as text: the scores with their 95% intervals, then accuracies by kind of question.
+
+    Between two results, the change, its interval and the p-value of `paired_test`.
+    """
+    labels = list(results)
+    means = {label: overall(rows) for label, rows in results.items()}
+    between = {label: bootstrap(rows) for label, rows in results.items()}
+    compared = list(results.values()) if len(results) == 2 else None
+    lines = [("score", *labels, *(["change"] if compared else []))]
+    for name in (*HEADLINE, *CONTROLS):
+        if name not in means[labels[0]]:
+            continue
+        cells = [figure(means[label].get(name), between[label].get(name)) for label in labels]
+        if compared and all(name in intervals for intervals in between.values()):
+            both = compared
+            if name in COSTS:  # of which an unreadable video has none
+                ids = set.intersection(*({row["id"] for row in rows if name in row} for rows in compared))
+                both = [[row for row in rows if row["id"] in ids] for rows in compared]
+            test = paired_test(both[1], both[0], name)
+            cells.append(f"{figure(test['difference'], (test['low'], test['high']), '+')} p = {test['p_value']:.4f}")
+        lines.append((name, *cells))
+    kinds = {label: by_kind(rows) for label, rows in results.items()}
+    for kind, ours in kinds[labels[0]].items():
+        for name in ("mIoU", "accuracy", "zoom_accuracy", "true_zoom_accuracy", *COSTS):
+            if name in ours:
+                values = [kinds[label][kind].get(name) for label in labels]
+                change = [f"{values[1] - values[0]:+.3f}"] if compared and None not in values else []
+                lines.append((f"{kind} ({ours['questions']}): {name}", *map(figure, values), *change))
+    text = aligned(lines)
+    for label, found in means.items():
+        text += f"\n{label}: {found['questions']} questions, {found['unanswered']} unanswered"
+        text += f", {found['without_span']} without a span"
+        if found["unreadable"]:
+            text += f"; {found['unreadable']} of them count as unanswered because their videos are unreadable"
+    return text
+
+
+def figure(value: float | None, interval: tuple[float, float] | None = None, sign: str = "") -> str:
+    """0.971 [0.96, 0.98]"""
+    if value is None:
+        return "-"
+    return f"{value:{sign}.3f}" + (f" [{interval[0]:{sign}.2f}, {interval[1]:{sign}.2f}]" if interval else "")
+
+
+def aligned(lines: Sequence[Sequence[str]]) -> str:
+    """Lines of cells as text, in columns."""
+    n = max(map(len, lines))
+    full = [[*line, *[""] * (n - len(line))] for line in lines]
+    widths = [max(len(line[k]) for line in full) for k in range(n)]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in full
+    )
+
+
+def clue_table(results: Mapping[str, list[dict]]) -> str:
+    """mIoU and accuracy by the length of the evidence and by its portion of the video (Zoom-Zero, Figure 3)."""
+    lines = [("evidence", "questions", *(f"{label}: {name}" for label in results for name in ("mIoU", "accuracy")))]
+    for by in ("clue_length", "clue_portion"):
+        groups = {label: breakdown(rows, by) for label, rows in results.items()}
+        for name, ours in next(iter(groups.values())).items():
+            cells = [figure(found[name].get(score)) for found in groups.values() for score in ("mIoU", "accuracy")]
+            unit = " of the video" if by == "clue_portion" and name != "unknown" else ""
+            lines.append((name + unit, str(ours["questions"]), *cells))
+    return aligned(lines)
+
+
+def official_scores(rows: list[dict], benchmark: str) -> dict:
+    """The benchmark's own scores; {} if it has none, and the reason if it cannot score these rows."""
+    if benchmark not in official.OFFICIAL:
+        return {}
+    try:
+        return official.scores(benchmark, rows)
+    except DataError as error:
+        return {"not scored": str(error)}
+
+
+def official_text(found: dict, path: str = "") -> str:
+    """Nested scores as lines: one for each innermost dict."""
+    flat = {name: value for name, value in found.items() if not isinstance(value, dict)}
+    figures = ", ".join(f"{k} {round(v, 4) if isinstance(v, float) else v}" for k, v in flat.items())
+    nested = [official_text(value, f"{path} {name}") for name, value in found.items() if isinstance(value, dict)]
+    return "\n".join([*([f"{path}  {figures}"] if flat else []), *nested])
+
+
+def describe(results: Mapping[str, list[dict]], benchmark: str) -> str:
+    """All tables as text."""
+    parts = [table(results)]
+    if any(row["glue"] for rows in results.values() for row in rows):
+        parts.append(clue_table(results))
+    for label, rows in results.items():
+        found = official_scores(rows, benchmark)
+        if found:
+            parts.append(f"{benchmark}'s official scores of {label}\n{official_text(found)}")
+    return "\n\n".join(parts)
+
+
+def cost(rows: Sequence[dict]) -> dict[str, float]:
+    """Means per question of what answering cost: frames, visual tokens, forward GFLOP, seconds, passes of the model."""
+    read = [row for row in rows if row["error"] is None]
+    means = {
+        name: sum(row[name] for row in read) / max(1, len(read))
+        for name in ("frames", "visual_tokens", "flops", "seconds", "passes")
+    }
+    return {**means, "gflop": means.pop("flops") / 1e9}
+
+
+def cost_text(rows: list[dict], strategy: str) -> str:
+    """The cost, as text, and the first unreadable video."""
+    spent = cost(rows)
+    lines = [
+        f"{strategy}: {spent['passes']:.1f} passes of the model, {spent['frames']:.1f} frames, "
+        f"{spent['visual_tokens']:.0f} visual tokens, {spent['gflop']:.2f} GFLOP, {spent['seconds']:.2f} s per question"
+    ]
+    lines += [f"the first unreadable video: {row['error']}" for row in rows if row["error"]][:1]
+    return "\n".join(lines)
