@@ -69,7 +69,7 @@ def merge(spans: Spans) -> Spans:
 
 def union_length(spans: Spans) -> float:
     """Seconds covered by the union."""
-    return sum(end - start for start, end in merge(spans))
+    return sum((end - start for start, end in merge(spans)), 0.0)
 
 
 def _overlap(pred: Spans, gt: Spans) -> float:
