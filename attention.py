@@ -19,7 +19,7 @@ gradients follow from the joint o and l alone, with the same fast kernels.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
@@ -37,6 +37,7 @@ class Tree:
 
     prompts: tuple[int, ...]
     responses: tuple[tuple[int, ...], ...] = ()
+    _copies: dict[torch.device, Tensor] = field(default_factory=dict, compare=False, repr=False)
 
     @cached_property
     def stems(self) -> list[slice]:
@@ -58,6 +59,12 @@ class Tree:
         """Where each response token goes when the responses are padded on the right to [R * longest]."""
         longest = int(self.lengths.max())
         return (torch.arange(longest) < self.lengths[:, None]).flatten().nonzero().flatten()
+
+    def slots_on(self, device: torch.device) -> Tensor:
+        """`slots`, copied to a device once, not for every layer: the host waits for such a copy."""
+        if device not in self._copies:
+            self._copies[device] = self.slots.to(device)
+        return self._copies[device]
 
 
 def _slices(lengths: Sequence[int], start: int) -> list[slice]:
@@ -87,6 +94,7 @@ def attend_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients for q, k and v from these keys, which may be a part of all keys that `out` and `lse` are about."""
+    lse = lse.contiguous()  # CUDA's kernel reads it as dense, whatever its strides
     if q.device.type == "cpu":
         return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
             grad, q, k, v, out, lse, 0.0, causal, scale=scale
@@ -101,14 +109,30 @@ def attend_backward(
 
 def _flash(q: Tensor) -> bool:
     """Whether the GPU's flash kernels take these."""
-    return q.device.type == "cuda" and q.dtype in (torch.float16, torch.bfloat16) and q.shape[-1] % 8 == 0
+    fits = q.shape[-1] % 8 == 0 and q.shape[-1] <= 256
+    return q.device.type == "cuda" and q.dtype in (torch.float16, torch.bfloat16) and fits
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b [..., L, S] in float32 or better, of half-precision operands too: in bfloat16, a score of 60 is off by up
+    to 0.13.
+    """
+    wide = _wide(a.dtype)
+    if a.is_cuda and a.dtype != wide:  # only there can it come out wider than it went in
+        return torch.bmm(a.flatten(0, -3), b.flatten(0, -3), out_dtype=wide).unflatten(0, a.shape[:-2])
+    return (a.to(wide) @ b.to(wide)).to(wide)  # autocast on a CPU rounds it
 
 
 def _scores(q: Tensor, k: Tensor, causal: bool, scale: float) -> Tensor:
     """[n, key heads, heads per key head, L, S] in float32 or better."""
     n, _, length, d = q.shape
     grouped = q.view(n, k.shape[1], -1, length, d)
-    scores = (grouped @ k[:, :, None].transpose(-1, -2)).to(torch.promote_types(q.dtype, torch.float32)) * scale
+    wide = _wide(q.dtype)
+    scores = (grouped.to(wide) @ k[:, :, None].to(wide).transpose(-1, -2)) * scale
     if causal:
         hidden = torch.ones(length, k.shape[2], dtype=torch.bool, device=q.device).triu(1)
         scores = scores.masked_fill(hidden, float("-inf"))
@@ -152,13 +176,13 @@ class TreeAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q: Tensor, k: Tensor, v: Tensor, tree: Tree, scale: float) -> Tensor:
         out = torch.empty_like(q)
-        lse = torch.empty(q.shape[:2], dtype=torch.promote_types(q.dtype, torch.float32), device=q.device)
+        lse = torch.empty(q.shape[:2], dtype=_wide(q.dtype), device=q.device)
         for stem in tree.stems:
             o, log = attend(*_part((q, k, v), stem), True, scale)
             out[:, stem], lse[:, stem] = o[0], log[0]
         if tree.responses and tree.lengths.any():
             start = sum(tree.prompts)
-            slots = tree.slots.to(q.device)
+            slots = tree.slots_on(q.device)
             own, own_lse = attend(*(_padded(x[:, start:], tree, slots) for x in (q, k, v)), True, scale)
             own, own_lse = _packed(own, slots), _packed(own_lse, slots)
             for stem, group in zip(tree.stems, tree.groups, strict=True):
@@ -183,7 +207,7 @@ class TreeAttention(torch.autograd.Function):
             dq[:, stem], dk[:, stem], dv[:, stem] = (x[0] for x in grads)
         if tree.responses and tree.lengths.any():
             start = sum(tree.prompts)
-            slots = tree.slots.to(q.device)
+            slots = tree.slots_on(q.device)
             padded = [_padded(x[:, start:], tree, slots) for x in (grad, q, k, v, out, lse)]
             for total, own in zip((dq, dk, dv), attend_backward(*padded, True, scale), strict=True):
                 total[:, start:] = _packed(own, slots)
@@ -277,13 +301,13 @@ class GroupCache:
         own_k, own_v = own_k[:, :, :, : self.window], own_v[:, :, :, : self.window]
         grouped = q.view(heads, -1, batch, size, d).permute(2, 0, 3, 1, 4)  # [B, key heads, G, heads per key head, d]
         queries = grouped.reshape(batch, heads, -1, d)
-        to_prompt = (queries @ prompt_k.transpose(-1, -2)).view(*grouped.shape[:4], -1)
-        to_itself = grouped @ own_k.transpose(-1, -2)
-        scores = torch.cat([to_prompt, to_itself], dim=-1).to(torch.promote_types(v.dtype, torch.float32)) * scale
+        to_prompt = _product(queries, prompt_k.transpose(-1, -2)).view(*grouped.shape[:4], -1)
+        to_itself = _product(grouped, own_k.transpose(-1, -2))
+        scores = torch.cat([to_prompt, to_itself], dim=-1) * scale
         p = scores.masked_fill_(self.unseen, -torch.inf).softmax(-1).to(v.dtype)
         from_prompt, from_itself = p.split([prompt_k.shape[2], self.window], dim=-1)
-        out = (from_prompt.flatten(2, 3) @ prompt_v).view(grouped.shape) + from_itself @ own_v
-        return out.permute(1, 3, 0, 2, 4).reshape(q.shape)
+        out = _product(from_prompt.flatten(2, 3), prompt_v).view(grouped.shape) + _product(from_itself, own_v)
+        return out.permute(1, 3, 0, 2, 4).reshape(q.shape).to(q.dtype)
 
     def extend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, stretches: Sequence[Stretch], scale: float) -> Tensor:
         """More tokens of some responses, one stretch after the other in a row: q [heads, N, d], k and v [key heads, N,

@@ -49,7 +49,9 @@ def _divergence(logp: Tensor, logq: Tensor, p: Tensor) -> Tensor:
     b = logq - logp
     divergence = torch.expm1(b).sub_(b).mul_(p)
     usual = b < 40
-    return divergence if usual.all() else torch.where(usual, divergence, logq.exp())
+    if usual.is_cuda or not usual.all():  # a look at what is on a GPU would make the host wait
+        torch.where(usual, divergence, torch.exp(logq, out=b), out=divergence)
+    return divergence
 
 
 class _WeightedKL(torch.autograd.Function):
@@ -183,8 +185,10 @@ class _ChunkedKL(torch.autograd.Function):
                     dz.sub_(grad_logp[:, None])
                 dz.mul_(p)
                 if grad_logp is not None:
-                    hit = ((targets >= start) & (targets < start + block)).nonzero()[:, 0]
-                    dz[hit, targets[hit] - start] += grad_logp[hit]
+                    # Every row adds something somewhere: to choose rows would make the host wait for the GPU.
+                    hit = (targets >= start) & (targets < start + block)
+                    place = (targets - start).clamp(0, len(head) - 1)[:, None]
+                    dz.scatter_add_(1, place, torch.where(hit, grad_logp, 0)[:, None])
                 dz = dz.div_(ctx.temperature).to(hidden.dtype)
                 if grad_hidden is not None:
                     grad_hidden += _product(dz, head)
@@ -193,7 +197,7 @@ class _ChunkedKL(torch.autograd.Function):
         return grad_hidden, grad_head, *[None] * 7  # autograd casts them to the inputs' types
 
 
-def _aligned(hidden: Tensor, lm_head: Tensor) -> tuple[Tensor, Tensor]:
+def aligned(hidden: Tensor, lm_head: Tensor) -> tuple[Tensor, Tensor]:
     """Both in autocast's dtype, or without autocast in the wider one; a sharded projection as a whole."""
     if isinstance(lm_head, DTensor):
         mesh = lm_head.device_mesh
@@ -206,6 +210,11 @@ def _aligned(hidden: Tensor, lm_head: Tensor) -> tuple[Tensor, Tensor]:
     else:
         dtype = torch.promote_types(hidden.dtype, lm_head.dtype)
     return hidden.to(dtype), lm_head.to(dtype)
+
+
+def logits(hidden: Tensor, lm_head: Tensor) -> Tensor:
+    """hidden [N, H] and projection [V, H] of one type (see `aligned`) -> [N, V] in float32 or better."""
+    return _product(_operand(hidden), _operand(lm_head).t()).to(_inner(hidden.dtype))  # autocast on a CPU rounds it
 
 
 def chunked_weighted_kl(
@@ -230,10 +239,10 @@ def chunked_weighted_kl(
     Gradients go to hidden_p and lm_head through kl and logp. Memory beyond inputs and gradients is about five times
     chunk * V floats.
     """
-    hidden_p, lm_head_p = _aligned(hidden_p, lm_head)
+    hidden_p, lm_head_p = aligned(hidden_p, lm_head)
     is_time = None
     if hidden_q is not None:
-        hidden_q, lm_head_q = _aligned(hidden_q.detach(), (lm_head if lm_head_q is None else lm_head_q).detach())
+        hidden_q, lm_head_q = aligned(hidden_q.detach(), (lm_head if lm_head_q is None else lm_head_q).detach())
         weights = weights.to(_inner(hidden_p.dtype))  # [V]
         is_time = torch.zeros_like(weights)  # [V]
         if time_tokens is not None:

@@ -32,6 +32,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase, Qwen2_5_VLForConditionalGeneration
 
 import attention
+import kl
 from attention import GroupCache, Stretch, Tree
 from prompts import LETTERS
 from video import normalise_patches, patchify_uint8
@@ -722,6 +723,7 @@ class Episodes:
         with _evaluation_mode(model):
             hidden = _language_model(model, embeds, positions, tree, self.cache)[_last(prompts)]
         self.states = hidden.new_zeros(count, max_tokens, hidden.shape[-1]) if keep_hidden else None
+        _, self.lm_head = kl.aligned(hidden, model.lm_head.weight)  # cast once, not for every token
         self._choose(hidden.repeat_interleave(group_size, 0), self.index)
 
     @torch.no_grad()
@@ -818,7 +820,8 @@ class Episodes:
         ended = self.ended[rows]
         place = self.count[rows] - ended.long()
         uniform = None if self.uniform is None else self.uniform[rows, place]
-        chosen = choose_tokens(self.model.lm_head(hidden), uniform, self.temperature, self.banned)
+        logits = kl.logits(hidden.to(self.lm_head.dtype), self.lm_head)
+        chosen = choose_tokens(logits, uniform, self.temperature, self.banned)
         self.ids[rows, place] = torch.where(ended, self.ids[rows, place], chosen)
         if self.states is not None:
             self.states[rows, place] = torch.where(ended[:, None], self.states[rows, place], hidden)

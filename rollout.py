@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+import kl
 import prompts as text
 from advantage import token_offsets
 from annotations.rows import Sample
@@ -254,7 +255,7 @@ def answer_clips(
                 shares = letter_probabilities(model, reply, len(sample_.options), vocabulary)
                 zooms.append(Zoom(clip, reply.answer, shares, reply.text, len(batch[b]), len(reply.ids)))
             continue
-        logits = model.lm_head(last_hidden(model, batch)).float()
+        logits = kl.logits(*kl.aligned(last_hidden(model, batch), model.lm_head.weight))
         for (_, clip, _), prompt, letters, row in zip(jobs[part], batch, candidates[part], logits, strict=True):
             best = text.LETTERS[int(row[letters].argmax())]
             shares = dict(zip(text.LETTERS, row.softmax(-1)[letters].tolist(), strict=False))
@@ -267,7 +268,7 @@ def answer_clips(
 
 def token_probabilities(model, hidden: Tensor) -> Tensor:
     """Hidden states [N, H] -> probabilities [N, V] of the next token."""
-    return model.lm_head(hidden).float().softmax(-1)
+    return kl.logits(*kl.aligned(hidden, model.lm_head.weight)).softmax(-1)
 
 
 def letter_probabilities(model, response: Response, n_options: int, vocabulary: Vocabulary) -> dict[str, float]:
@@ -281,7 +282,7 @@ def letter_probabilities(model, response: Response, n_options: int, vocabulary: 
         return {}
     place = answer_position(response.text)
     token = next(k for k, (start, end) in enumerate(response.offsets) if start <= place < end)
-    probabilities = token_probabilities(model, response.hidden[token])
+    probabilities = token_probabilities(model, response.hidden[token][None])[0]
     start, end = response.offsets[token]
     before, after = response.text[start:place], response.text[place + 1 : end]
     letters = text.LETTERS[:n_options]

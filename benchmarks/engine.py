@@ -60,7 +60,7 @@ from transformers import AutoModelForImageTextToText, Qwen2_5_VLConfig  # noqa: 
 from benchmarks.kl import processor  # noqa: E402
 from benchmarks.memory import GIB, Parameters, cache_bytes_per_token, head_size, shape  # noqa: E402
 from grpo import grpo_loss  # noqa: E402
-from kl import chunked_weighted_kl  # noqa: E402
+from kl import aligned, chunked_weighted_kl, logits  # noqa: E402
 from policy import Policy, Prompt, Video, build_prompt, encode_clips, group_hidden, last_hidden, sample  # noqa: E402
 from train import KL_CHUNK  # noqa: E402
 from video import normalise_patches  # noqa: E402
@@ -225,8 +225,8 @@ class Ours(Engine):
         """Log-probabilities of the letters, [clips, letters]."""
         answers = []
         for prompts in problem.zoom_passes():
-            logits = self.model.lm_head(last_hidden(self.model, prompts))
-            answers.append(logits[:, LETTERS].float().log_softmax(-1))
+            found = logits(*aligned(last_hidden(self.model, prompts), self.model.lm_head.weight))
+            answers.append(found[:, LETTERS].log_softmax(-1))
         return torch.cat(answers)
 
     @torch.no_grad()
@@ -255,7 +255,7 @@ class Naive(Engine):
         if videos:
             fields["pixel_values_videos"] = normalise_patches(torch.cat([video.patches for video in videos]))
             fields["video_grid_thw"] = torch.tensor([video.grid for video in videos])
-        return fields
+        return {name: field.to(self.device) for name, field in fields.items()}
 
     @torch.no_grad()
     def roll_out(self, problem: Problem, greedy: bool = False) -> Tensor:
@@ -273,7 +273,7 @@ class Naive(Engine):
         """[b * G, R, V] that predict the responses to some of the prompts."""
         responses = problem.responses[part]
         fields = self.inputs(problem.prompts[part], responses, problem.mask[part])
-        return model(**fields, use_cache=False, logits_to_keep=responses.shape[2] + 1).logits[:, :-1]
+        return model(**fields, use_cache=False, logits_to_keep=responses.shape[2] + 1).logits[:, :-1].float()
 
     @torch.no_grad()
     def reference_states(self, problem: Problem) -> list[Tensor]:
@@ -284,7 +284,7 @@ class Naive(Engine):
         total, (batch, group, _) = 0.0, problem.responses.shape
         for part, logq in zip(problem.passes(), states, strict=True):
             mask, responses, advantages = (
-                x[part].flatten(0, 1) for x in (problem.mask, problem.responses, problem.advantages)
+                x[part].flatten(0, 1).to(self.device) for x in (problem.mask, problem.responses, problem.advantages)
             )
             logp = self.logits(self.model, problem, part).log_softmax(-1)
             kl = (logp.exp() * (logp - logq)).sum(-1)  # [b * G, R]
@@ -302,7 +302,7 @@ class Naive(Engine):
         answers = []
         for prompts in problem.zoom_passes():
             logits = self.model(**self.inputs(prompts), use_cache=False, logits_to_keep=1).logits[:, -1]
-            answers.append(logits[:, LETTERS].log_softmax(-1))
+            answers.append(logits[:, LETTERS].float().log_softmax(-1))
         return torch.cat(answers)
 
     @torch.no_grad()
@@ -641,7 +641,7 @@ def with_trl(ours: Engine, problem: Problem, repeats: int) -> list[tuple[dict, d
         """Measures a step of TRL like a phase, then one of ours."""
 
         def on_step_begin(self, *args, **kwargs) -> None:
-            self.meter = Meter("cpu", memory=not runs)
+            self.meter = Meter(ours.device.type, memory=not runs)
             self.meter.start()
 
         def on_step_end(self, *args, **kwargs) -> None:
@@ -663,7 +663,7 @@ def with_trl(ours: Engine, problem: Problem, repeats: int) -> list[tuple[dict, d
             gradient_checkpointing=True,
             learning_rate=0.0,
             bf16=False,
-            use_cpu=True,
+            use_cpu=ours.device.type == "cpu",
             save_strategy="no",
             report_to="none",
             logging_strategy="no",

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from attention import (
     GroupCache,
@@ -77,6 +78,33 @@ def test_equals_a_dense_mask_in_lower_precision(dtype):
     for x, y in zip(ours, exact, strict=True):
         assert x.dtype == dtype
         torch.testing.assert_close(x.double(), y, atol=bound, rtol=bound)
+
+
+class Handed(TorchDispatchMode):
+    """Whether each log-sum-exp that a backward kernel got was dense in memory."""
+
+    def __init__(self):
+        super().__init__()
+        self.dense = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default:
+            self.dense.append(args[5].is_contiguous())
+        return func(*args, **(kwargs or {}))
+
+
+def test_kernels_get_a_dense_log_sum_exp():
+    """CUDA's takes it for dense without looking at its strides."""
+    tree = Tree((9, 5), ((4, 2), (3, 3)))
+    with Handed() as handed:
+        with_gradients(lambda *x: TreeAttention.apply(*x, SCALE), random_row(tree, torch.float32), tree)
+    assert handed.dense == [True] * 5
+
+
+def test_slots_are_copied_to_a_device_once():
+    tree = Tree((9,), ((4, 2),))
+    assert tree.slots_on(torch.device("cpu")) is tree.slots_on(torch.device("cpu"))
+    assert tree == Tree((9,), ((4, 2),)) and hash(tree) == hash(Tree((9,), ((4, 2),)))
 
 
 def test_prompts_alone_are_causal():
