@@ -122,7 +122,9 @@ def random_prompt(
     h, w = grid
     grid = (visual * 4 // (h * w), h, w)
     patches = torch.randint(0, 256, (visual * 4, 1176), generator=generator, dtype=torch.uint8)
-    return build_prompt([*before, model.video_token_id, *after], [Video(patches, grid, 1.0)], model)
+    return build_prompt(
+        [*before[:-1], model.vision_start_token_id, model.video_token_id, *after], [Video(patches, grid, 1.0)], model
+    )
 
 
 def make_problem(

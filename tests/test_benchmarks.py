@@ -10,7 +10,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from transformers import Qwen2_5_VLForConditionalGeneration
 
-from benchmarks import engine, memory, zoomer
+from benchmarks import engine, gpu, gpu_checks, memory, zoomer
 from benchmarks.engine import Cost, Ours
 from benchmarks.memory import Parameters
 from config import Config
@@ -243,3 +243,52 @@ def test_a_strategy_is_judged_by_kind_and_cost():
     found = zoomer.asked("four", ask, samples)
     expected = {"accuracy": 2 / 5, "coarse": 1 / 2, "others": 1 / 3, "frames": 4, "visual tokens": 40}
     assert found == pytest.approx(expected)
+
+
+# ---------------------------------------------------------------- gpu.py
+
+
+def test_a_check_fails_for_what_is_not_a_number(capsys):
+    gpu_checks.check("right", 1e-3, 2e-3)
+    gpu_checks.check("wrong", float("nan"), 2e-3)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split("|")[-2].strip() for line in lines] == ["ok", "FAILED"]
+
+
+def test_a_report_names_what_failed_and_gathers_the_suspects():
+    body = ["## kernels", "| a | 1 | 2 | ok |", "suspect: b | refuted", "| c | 3 | 2 | FAILED |"]
+    lines = gpu.compose(["# On a GPU"], body).splitlines()
+    assert lines[2:4] == ["Failed: 1.", "| c | 3 | 2 | FAILED |"]
+    assert lines[-1] == "| b | refuted |" and lines.count("suspect: b | refuted") == 0
+
+
+def test_a_job_that_raises_leaves_the_others(capsys):
+    def broken(at):
+        raise RuntimeError("no such kernel")
+
+    gpu_checks.checks([(broken, (None,)), (gpu_checks.check, ("next", 0.0, 0.0))])
+    out = capsys.readouterr().out
+    assert "| broken () | RuntimeError |  | FAILED |" in out and "no such kernel" in out and "| next | 0.0e+00" in out
+
+
+def test_the_kernels_pass_their_checks_on_a_cpu(capsys):
+    at = gpu_checks.Setting(dry=True)
+    for dtype in (torch.bfloat16, torch.float32):
+        gpu_checks.tree_attention(at, (4, 2, 32), dtype, gpu_checks.Tree((40, 9), ((5, 0, 8), (3, 1))))
+        gpu_checks.chunked_kl(at, dtype)
+    out = capsys.readouterr().out
+    assert out.count("| ok |") == 2 * (4 + 6) and "FAILED" not in out
+
+
+def test_checks_tell_a_wrong_gradient(capsys, monkeypatch):
+    """A kernel that reads the log-sum-exp of another row."""
+    right = gpu_checks.attention.attend_backward
+
+    def wrong(grad, q, k, v, out, lse, causal, scale):
+        return right(grad, q, k, v, out, lse.roll(1, -1), causal, scale)
+
+    monkeypatch.setattr("attention.attend_backward", wrong)
+    gpu_checks.tree_attention(
+        gpu_checks.Setting(dry=True), (4, 2, 32), torch.bfloat16, gpu_checks.Tree((40,), ((5, 8),))
+    )
+    assert capsys.readouterr().out.count("FAILED") == 3

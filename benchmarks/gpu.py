@@ -1,0 +1,139 @@
+"""Whether what has a branch for CUDA is right there, and what 7B costs on one GPU beside what the GPU can do.
+
+    bash benchmarks/gpu.sh                          # benchmarks/results/gpu.md; at most 8 minutes on one H100
+    bash benchmarks/gpu.sh --dry                    # the same sections in small on the CPU: 2 minutes, printed only
+    bash benchmarks/gpu.sh --only kernels policy    # some sections; --out FILE: elsewhere
+
+It needs torch and transformers, no network, no video decoder. Each section is a process of its own with a limit of its
+own, so that one that fails, hangs or breaks the device leaves the others alone; the file is written after every line.
+
+- *kernels*: attention of a tree, cached decoding, chunked KL, choice of tokens, against float64.
+- *policy*: vision tower, gradients of whole models, sampling with and without CUDA graphs, episodes, a streamed
+  reference, against float64 or against the CPU.
+- *seven*: Qwen2.5-VL-7B's shapes with random weights in bfloat16; the policy is its own reference, there is no
+  optimiser: 17 GB of weights and as much of gradients. Each figure is the better of two runs.
+- *training*: the 20M policy under autocast on the GPU and in float32 on the CPU, from the same weights, on the same
+  data.
+- *plain*: the 7B shapes with transformers alone: the prompt is copied for each response.
+
+A check compares an error with a bound. Errors are norms of differences over norms. In half precision the bound is twice
+the error of a plain implementation of the same thing in the same type on the same device (PyTorch's matrix products,
+softmax and autograd, or transformers); in float32 a few of its last digits (1e-6) are added.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+ROOT = Path(__file__).resolve().parents[1]
+HERE = Path(__file__).resolve().parent
+# Files here have the names of modules that they measure.
+sys.path = [str(ROOT), *(p for p in sys.path if Path(p or ".").resolve() != HERE)]
+
+from benchmarks import gpu_checks, gpu_seven  # noqa: E402
+from benchmarks.engine import row, versions  # noqa: E402
+from benchmarks.gpu_checks import FAILED, SUSPECT, Setting  # noqa: E402
+
+SECTIONS = {"kernels": 80, "policy": 100, "seven": 170, "training": 90, "plain": 100}  # seconds
+RUN: dict[str, Callable[[Setting, Path], None]] = {
+    "kernels": gpu_checks.kernels,
+    "policy": gpu_checks.whole_policy,
+    "seven": gpu_seven.seven,
+    "training": gpu_checks.training,
+    "plain": gpu_seven.plain,
+}
+
+
+def header(dry: bool) -> list[str]:
+    query = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"]
+    try:
+        card = subprocess.run(query, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        card = "no GPU"
+    command = "bash benchmarks/gpu.sh" + " --dry" * dry
+    return ["# On a GPU", "", f"`{command}`", "", f"{datetime.date.today()}; {card}; {versions()}."]
+
+
+def compose(top: list[str], body: list[str]) -> str:
+    """The file: what was found so far, with what failed and what became of the suspects."""
+    suspects = [line[len(SUSPECT) :].strip() for line in body if line.startswith(SUSPECT)]
+    failed = [line for line in body if FAILED in line]
+    lines = [*top, "", f"Failed: {len(failed)}.", *failed]
+    lines += [line for line in body if not line.startswith(SUSPECT)]
+    if suspects:
+        lines += ["", "## Suspects", "", row(["suspect", "found"]), "|---|---|", *(f"| {line} |" for line in suspects)]
+    return "\n".join(lines) + "\n"
+
+
+def run_section(name: str, limit: float, dry: bool, scratch: Path, take: Callable[[str], None]) -> None:
+    """A section in a process of its own, which is ended after `limit` seconds; `take` gets its lines."""
+    command = [sys.executable, str(Path(__file__).resolve()), "--section", name, "--scratch", str(scratch)]
+    start = time.monotonic()
+    take("")
+    take(f"## {name}")
+    errors = scratch / f"{name}.err"
+    with errors.open("w") as file:
+        process = subprocess.Popen(command + ["--dry"] * dry, stdout=subprocess.PIPE, stderr=file, text=True)
+        timer = threading.Timer(limit, process.kill)
+        timer.start()
+        for line in process.stdout:
+            take(line.rstrip("\n"))
+        code = process.wait()
+        timer.cancel()
+    seconds = time.monotonic() - start
+    take("")
+    take(f"{name} took {seconds:.0f} s.")
+    if code:
+        take(f"{FAILED}: {name} ended with code {code} after {seconds:.0f} of {limit:.0f} s:")
+        for line in ["```", *errors.read_text().splitlines()[-25:], "```"]:
+            take(line)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dry", action="store_true", help="the same in small on the CPU")
+    parser.add_argument("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS), metavar="SECTION")
+    parser.add_argument("--out", type=Path, help="default: benchmarks/results/gpu.md; a temporary file with --dry")
+    parser.add_argument("--minutes", type=float, default=8, help="for everything; without --dry")
+    parser.add_argument("--section", choices=SECTIONS, help=argparse.SUPPRESS)
+    parser.add_argument("--scratch", type=Path, help=argparse.SUPPRESS)
+    given = parser.parse_args(arguments)
+    if given.section:
+        RUN[given.section](Setting(given.dry), given.scratch)
+        return 0
+    end = time.monotonic() + (3600 if given.dry else 60 * given.minutes)
+    top, body = header(given.dry), []
+    with tempfile.TemporaryDirectory() as folder:
+        fallback = Path(tempfile.gettempdir()) / "gpu.md" if given.dry else HERE / "results" / "gpu.md"
+        out = given.out or fallback
+        out.parent.mkdir(parents=True, exist_ok=True)
+
+        def take(line: str) -> None:
+            body.append(line)
+            out.write_text(compose(top, body))
+            print(line, flush=True)
+
+        for name in given.only:
+            left = end - time.monotonic()
+            if left < 10:
+                take(f"{FAILED}: no time was left for {name}")
+                continue
+            run_section(name, min(left, SECTIONS[name] * (5 if given.dry else 1)), given.dry, Path(folder), take)
+    failed = sum(FAILED in line for line in body)
+    print(f"\n{out}: {failed} failed", flush=True)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
