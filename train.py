@@ -728,7 +728,8 @@ def redraw(
         if not accelerator.reduce(found, "sum"):  # all processes go on, or none
             break
         tried.update(gather_object([name(group.view.sample) for group in groups]))
-        epoch = [sample for k, part in enumerate(sets) for sample in part.once(config.seed, "redraw part", k, step)]
+        parts = [part.once(generator(config.seed, "redraw part", k, step)) for k, part in enumerate(sets)]
+        epoch = [sample for part in parts for sample in part]
         order = torch.randperm(len(epoch), generator=generator(config.seed, "redraw", step, attempt)).tolist()
         shuffled = [epoch[i] for i in order]
         others = list({name(s): s for s in shuffled if name(s) not in tried}.values()) or shuffled
