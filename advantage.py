@@ -23,10 +23,14 @@ facets, divided by 3), and in finding segments by token counts (the answer is th
 after it, the end token too, is glue). Here segments are those of the text in both tables; the end token is "other".
 """
 
+from collections.abc import Collection
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from prompts import tag_ranges
+from rewards import FACETS
 
 SEGMENTS = ("other", "think", "answer", "glue")
 TAGS = {"think": "think", "answer": "answer", "glue": "glue", "timestamp": "glue"}  # tag: segment, the last one wins
@@ -41,6 +45,48 @@ CREDIT = {
     "code": {"other": _ALL_FOUR, "think": _ALL_FOUR, "answer": _ANSWERING, "glue": _GROUNDING},
     "off": None,  # every token gets the mean of all facets given; with the summed reward as the only one, this is Eq. 1
 }
+
+
+class RewardError(ValueError):
+    """A reward that no advantage can be computed from: the message names the sample and the facet."""
+
+
+def credit(group: Any, config: Any) -> Tensor:
+    """One advantage per sampled token of a `rollout.Group` with rewards: [G, T], padded on the right.
+
+    Raises RewardError for a reward that is NaN or infinite.
+    """
+    rewards = {name: torch.tensor(values) for name, values in group.rewards.items()}  # [G] each
+    if config.tokenadv == "off":
+        # Eq. 1: one reward, the weighted sum of all facets
+        weights = {"accuracy": config.accuracy_weight, "format": config.format_weight, "tool": config.tool_weight}
+        rewards = {"sum": torch.stack([weights.get(name, 1.0) * values for name, values in rewards.items()]).sum(0)}
+    unbiased = config.std == "sample"
+    try:
+        advantages = {name: group_advantages(values, unbiased, facet=name) for name, values in rewards.items()}
+    except ValueError as error:
+        raise RewardError(f"sample {group.view.sample.id}: {error}") from None
+    segments = [segment_ids(response.text, response.offsets) for response in group.responses]
+    padded = torch.nn.utils.rnn.pad_sequence(segments, batch_first=True)  # [G, T]
+    return token_advantages(advantages, padded, credit_table(config.tokenadv, rewards))
+
+
+def credit_table(name: str, facets: Collection[str]) -> dict[str, dict[str, float]] | None:
+    """One of CREDIT for these facets: each stands where the facet that it is credited as does, R_tg where R_IoU does.
+
+    A segment's weights add up to what they do in CREDIT.
+    """
+    if CREDIT[name] is None:
+        return None
+    table = {}
+    for segment, printed in CREDIT[name].items():
+        weights: dict[str, float] = {}
+        for facet, weight in printed.items():
+            alike = [other for other in facets if FACETS[other].credited_as == facet]
+            weights |= dict.fromkeys(alike or [facet], weight)
+        scale = sum(printed.values()) / sum(weights.values())
+        table[segment] = {facet: weight * scale for facet, weight in weights.items()}
+    return table
 
 
 def group_advantages(rewards: Tensor, unbiased: bool = False, eps: float = 1e-6, facet: str = "reward") -> Tensor:

@@ -13,13 +13,13 @@ import difflib
 import math
 import types
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
 
-from prompts import EPISODES
+from prompts import TEMPLATES
 
 RECIPES = Path(__file__).resolve().parent / "recipes"
 DEFAULT_RECIPE = RECIPES / "cpu_world.yaml"
@@ -30,7 +30,7 @@ class ConfigError(Exception):
     """An unknown option, or a value that an option cannot take."""
 
 
-def option(default, text: str, choices: tuple | None = None):
+def option(default, text: str, choices: Collection[str] | None = None):
     """A field with the sentence that documents it."""
     return dataclasses.field(default=default, metadata={"help": text, "choices": choices})
 
@@ -74,8 +74,8 @@ class Config:
     # ---- what the model sees (Eq. 3)
     template: str = option(
         "zoom_zero",
-        "Prompt template; with the last two, responses are VideoZoomer's episodes of several turns.",
-        ("zoom_zero", "longvtg_r1", "world", "videozoomer", "world_zoomer"),
+        "Prompt template; with the zoomers, responses are VideoZoomer's episodes of several turns.",
+        TEMPLATES,
     )
     system_prompt: str = option("You are a helpful assistant.", "System prompt; empty for none.")
     question_first: bool = option(False, "Put the question before the video, which a tiny policy learns to use sooner.")
@@ -211,6 +211,11 @@ class Config:
     gradient_checkpointing: bool = option(True, "Recompute activations in the backward pass.")
     mixed_precision: str = option("bf16", "Compute precision; weights and optimiser stay float32.", ("no", "bf16"))
     threads: int = option(0, "CPU threads per process; 0 leaves torch's own choice.")
+
+    @property
+    def multi_turn(self) -> bool:
+        """Whether a response is an episode of several turns (VideoZoomer)."""
+        return TEMPLATES[self.template].multi_turn
 
 
 def suiting_recipe(model: str | None) -> Path:
@@ -361,7 +366,7 @@ def check(config: Config) -> None:
         raise ConfigError(f"v_min = {config.v_min} must be at most v_max = {config.v_max} and budget = {config.budget}")
     if config.max_frames and config.max_frames < config.min_frames:
         raise ConfigError(f"min_frames = {config.min_frames} must be at most max_frames = {config.max_frames}")
-    if config.template in EPISODES:
+    if config.multi_turn:
         clip = config.zoom_budget or config.budget
         if config.frames_per_call * config.v_min > clip:
             raise ConfigError(

@@ -39,17 +39,17 @@ import config as configuration
 from annotations.rows import DataError, Sample
 from annotations.samples import check_samples, check_videos, load_samples
 from config import Config
-from episodes import roll_out_episodes
+from episodes import environments
 from media.source import VideoError
 from policy import ModelError, Vocabulary, load
-from prompts import EPISODES
+from prompts import TEMPLATES
 from report import ReportError, tables
 from report.evaluation import evaluation_page
 from report.intervals import bootstrap
 from report.plots import plot_by_clue
 from report.results import read_results, row_of, write_results
 from report.scores import breakdown, by_kind, overall, score
-from rewards import format_reward, turns_format_reward
+from rewards import format_reward
 from rollout import View, answer_clips, roll_out, view_video, zoom_clips, zoom_pass
 
 log = logging.getLogger("zoomgrpo")
@@ -74,7 +74,7 @@ def evaluate(
         for error in unreadable.values():
             log.warning("every question about it counts as unanswered: %s", error)
         with torch.no_grad(), accelerator.autocast():
-            asked = evaluate_episodes if config.template in EPISODES else evaluate_views
+            asked = evaluate_episodes if config.multi_turn else evaluate_views
             chunk = asked(model, views, config, vocabulary)
             if config.eval_controls:
                 others = [samples[(i + shift) % len(samples)] for i in numbers if samples[i].video not in unreadable]
@@ -132,7 +132,7 @@ def view_all(samples: Sequence[Sample], config: Config) -> tuple[list[View], dic
 def unanswered(sample: Sample, error: str, template: str) -> dict:
     """The row of a question whose video cannot be read."""
     row = {**row_of(sample, None, None), "format": 0.0, "response": "", "error": error}
-    if template in EPISODES:
+    if TEMPLATES[template].multi_turn:
         return row
     return row | {"zoom_answer": None, "shuffled_spans": None, "true_zoom_answer": None}
 
@@ -141,16 +141,14 @@ def evaluate_episodes(model, views: Sequence[View], config: Config, vocabulary: 
     """A greedy episode for each view, as rows; with how many calls it made, and what it saw. Its "spans" are those of
     its calls: where it has looked."""
     rows = []
-    for group in roll_out_episodes(model, views, config, vocabulary, step=None):
+    for group in roll_out(model, views, config, vocabulary, None, environments(views, config)):
         [episode] = group.responses
-        videos = [
-            video for prompt in (group.prompt, *(o.prompt for o in episode.observations)) for video in prompt.videos
-        ]
+        videos = [video for prompt in group.prompts for video in prompt.videos]
         turns = [turn.text for turn in episode.turns]
         rows.append(
             {
                 **row_of(group.view.sample, episode.answer, episode.spans and list(map(list, episode.spans))),
-                "format": turns_format_reward(turns, config.template),
+                "format": format_reward(turns, config.template),
                 "calls": episode.calls,
                 "frames": len(group.view.clip.times) + sum(len(clip.times) for clip in episode.clips),
                 "visual_tokens": sum(video.n_tokens for video in videos),
@@ -174,7 +172,7 @@ def evaluate_views(model, views: Sequence[View], config: Config, vocabulary: Voc
             {
                 **row_of(group.view.sample, response.answer, spans),
                 "zoom_answer": response.zoom.answer if response.zoom else None,
-                "format": format_reward(response.text, config.template, bool(group.view.sample.options)),
+                "format": format_reward([response.text], config.template, bool(group.view.sample.options)),
                 "response": response.text,
                 "error": None,
             }
@@ -248,8 +246,8 @@ def save_and_print(
 
 def check_test_samples(samples: Sequence[Sample], config: Config) -> None:
     """Raise DataError for samples that cannot be asked or scored."""
-    answered = () if config.template == "longvtg_r1" and not config.eval_controls else ("options", "answer")
-    check_samples(samples, (*answered, *(["evidence"] if config.eval_controls else [])), config.test_data)
+    answered = () if TEMPLATES[config.template].event and not config.eval_controls else ("options", "answer")
+    check_samples(samples, (*answered, *(["spans"] if config.eval_controls else [])), config.test_data)
 
 
 def parser() -> argparse.ArgumentParser:

@@ -53,16 +53,17 @@ from annotations import trajectories
 from annotations.rows import DataError, Sample
 from annotations.samples import check_samples, check_videos, load_samples
 from config import Config, ConfigError
-from episodes import CALL_END, Episode, Scene, Turn, messages, roll_out_episodes
+from episodes import ClipEnvironment, environments, messages
 from filters import finished, identity, save
 from harness import journal
 from harness.chat import Cached, Chat, ChatError, Message, RequestError, Shown, connect
 from infer import DECISIVE, Agent, load_agent
 from lessons import asked_colour, asked_pattern, glimpse, span_text
 from policy import BANNED_TOKENS, EOS_TOKENS, ModelError
+from prompts import CALL_END
 from report.tables import aligned
-from rewards import turns_format_reward
-from rollout import View
+from rewards import format_reward
+from rollout import Response, Turn, View, roll_out
 from video import Clip
 
 NOTE = (
@@ -84,7 +85,7 @@ class Expert(Protocol):
 
     name: str
 
-    def turn(self, scene: Scene, episode: Episode, failure: str | None) -> str:
+    def turn(self, scene: ClipEnvironment, episode: Response, failure: str | None) -> str:
         """The next turn of an episode that is not over; `failure` says what a failed attempt came to. Raises Stuck, and
         ChatError for what ends the run.
         """
@@ -99,7 +100,7 @@ class Oracle:
 
     name = "oracle"
 
-    def turn(self, scene: Scene, episode: Episode, failure: str | None) -> str:
+    def turn(self, scene: ClipEnvironment, episode: Response, failure: str | None) -> str:
         """What the last clip shows, frame by frame, and a call for what is still to be seen, or the answer."""
         sample = scene.view.sample
         colour = asked_colour(sample)
@@ -123,13 +124,13 @@ class Oracle:
         return f"<think>{seen}</think><video_zoom>{call}{CALL_END}"
 
 
-def noted(sample: Sample, episode: Episode) -> list[str]:
+def noted(sample: Sample, episode: Response) -> list[str]:
     """A word for each frame of the last turn's clip: none outside the evidence; the pattern; of a light that is on its
     colour, of one that is out how often it has been so far, in all clips.
     """
     words: list[str] = []
     out: set[int] = set()  # seconds; a light goes out once in a second at most
-    for clip in (turn.shown.clip for turn in episode.turns if turn.shown):
+    for clip in (turn.reply.clip for turn in episode.turns if turn.reply):
         words = []
         for frame, time in zip(clip.frames, clip.times, strict=True) if clip else ():
             if not any(start <= time < end for start, end in sample.evidence):
@@ -144,7 +145,7 @@ def noted(sample: Sample, episode: Episode) -> list[str]:
     return words
 
 
-def shows(episode: Episode, span: tuple[float, float], kind: str) -> bool:
+def shows(episode: Response, span: tuple[float, float], kind: str) -> bool:
     """Whether the clips of an episode show an event's pattern, or each second in which its light may go out."""
     times = [time for clip in episode.clips for time in clip.times]
     if kind in ("coarse", "fine"):
@@ -162,7 +163,7 @@ class Dialogue:
     def __init__(self, chat: Chat):
         self.chat, self.name = chat, chat.name
 
-    def turn(self, scene: Scene, episode: Episode, failure: str | None) -> str:
+    def turn(self, scene: ClipEnvironment, episode: Response, failure: str | None) -> str:
         """What it says, up to the end of its first call."""
         note = NOTE + (CORRECT.format(failure=failure) if failure else "")
         try:
@@ -173,10 +174,10 @@ class Dialogue:
         return before + call
 
 
-def dialogue(episode: Episode, scene: Scene) -> list[Message]:
+def dialogue(episode: Response, scene: ClipEnvironment) -> list[Message]:
     """An episode as a chat: each frame is an image after its time."""
     view = scene.view
-    clips = iter([view.clip, *(turn.shown.clip for turn in episode.turns if turn.shown and turn.shown.clip)])
+    clips = iter([view.clip, *(turn.reply.clip for turn in episode.turns if turn.reply and turn.reply.clip)])
     said = []
     for message in messages(episode, view, scene.config):
         first, *rest = message["text"].split(trajectories.MARK)
@@ -201,7 +202,7 @@ def single_frames(video: str, clip: Clip) -> Iterator[tuple[float, Shown]]:
 # ---------------------------------------------------------------- episodes
 
 
-def play(expert: Expert, scene: Scene, episode: Episode, failure: str | None = None) -> str | None:
+def play(expert: Expert, scene: ClipEnvironment, episode: Response, failure: str | None = None) -> str | None:
     """The expert goes on with an episode to its end. Returns why it is not worth learning from, or None.
 
     Raises ChatError.
@@ -214,24 +215,24 @@ def play(expert: Expert, scene: Scene, episode: Episode, failure: str | None = N
             return str(reason)
         if any(token in words for token in (*EOS_TOKENS, *BANNED_TOKENS)):
             return "a special token in the text"
-        episode.turns.append(Turn(torch.zeros(0, dtype=torch.long), words, []))
+        episode.turns.append(Turn.of(words, True, torch.zeros(0, dtype=torch.long), []))
         scene.respond(episode)
-    if error := next((shown.error for shown in episode.shown if shown.error), None):
+    if error := next((reply.error for reply in episode.replies if reply.error), None):
         return f"unreadable video: {error}"
     return fault(episode, before, scene)
 
 
-def fault(episode: Episode, first: int, scene: Scene) -> str | None:
+def fault(episode: Response, first: int, scene: ClipEnvironment) -> str | None:
     """What is wrong with the answer, or with the format of the turns from `first` on; None if both are right."""
     if episode.answer is None:
         return "no answer"
     if episode.answer != scene.view.sample.answer:
         return f"wrong answer: {episode.answer}"
     turns = [turn.text for turn in episode.turns[first:]]
-    return None if turns_format_reward(turns, scene.config.template) else "not the template's format"
+    return None if format_reward(turns, scene.config.template) else "not the template's format"
 
 
-def reflect(expert: Expert, scene: Scene, attempts: Sequence[Episode]) -> tuple[Episode, int, str | None]:
+def reflect(expert: Expert, scene: ClipEnvironment, attempts: Sequence[Response]) -> tuple[Response, int, str | None]:
     """The expert goes on with the first failed attempt, without its last message; it is one that has other turns, if
     there is any.
 
@@ -239,12 +240,12 @@ def reflect(expert: Expert, scene: Scene, attempts: Sequence[Episode]) -> tuple[
     """
     for attempt in sorted(attempts, key=lambda attempt: len(attempt.turns) == 1):
         if failure := fault(attempt, 0, scene):
-            episode = Episode(attempt.turns[:-1])
+            episode = Response(attempt.turns[:-1])
             return episode, len(episode.turns), play(expert, scene, episode, failure)
-    return Episode(), 0, "no attempt failed"
+    return Response(), 0, "no attempt failed"
 
 
-def as_row(episode: Episode, n_failed: int, reason: str | None, view: View, config: Config, learn: bool) -> dict:
+def as_row(episode: Response, n_failed: int, reason: str | None, view: View, config: Config, learn: bool) -> dict:
     """A line of the journal about a sample; the first `n_failed` turns are the policy's own."""
     about = identity(view.sample, config)
     history = messages(episode, view, config) if episode.turns else []
@@ -272,16 +273,16 @@ def play_all(
             if sample.video in unreadable:
                 reason = f"unreadable video: {unreadable[sample.video]}"
                 yield {**identity(sample, config), "kept": False, "reason": reason, "messages": []}
-        groups: list[Sequence[Episode]] = [()] * len(views)
+        groups: list[Sequence[Response]] = [()] * len(views)
         if model is not None:
             with torch.no_grad():
-                rolled = roll_out_episodes(model.model, views, config, model.vocabulary, step=0)
+                rolled = roll_out(model.model, views, config, model.vocabulary, 0, environments(views, config))
             groups = [group.responses for group in rolled]
 
-        def line(view: View, attempts: Sequence[Episode]) -> dict:
-            scene = Scene(view, config)
+        def line(view: View, attempts: Sequence[Response]) -> dict:
+            scene = ClipEnvironment(view, config)
             if model is None:
-                episode, n = Episode(), 0
+                episode, n = Response(), 0
                 reason = play(expert, scene, episode)
             else:
                 episode, n, reason = reflect(expert, scene, attempts)
@@ -398,8 +399,9 @@ def main(arguments: list[str] | None = None) -> None:
     given, config = configuration.parse_for_model(parser(), arguments)
     if given.what is None:
         raise ConfigError("play or reflect?")
-    if config.template not in text.EPISODES:
-        raise ConfigError(f"template = {config.template} has no episodes; there are {', '.join(text.EPISODES)}")
+    if not config.multi_turn:
+        known = ", ".join(text.multi_turn_templates())
+        raise ConfigError(f"template = {config.template} has no episodes; there are {known}")
     if given.workers < 1 or not 0 < given.share < 1:
         raise ConfigError(f"--workers {given.workers} must be positive, --share {given.share} between 0 and 1")
     if (given.what == "reflect") != bool(given.exemplars):

@@ -324,8 +324,8 @@ def run(given: argparse.Namespace, rule: str, threshold: float | None, config: C
     accelerator = evaluate.patient_accelerator(config)
     with accelerator.main_process_first():
         samples = load_samples(config.train_data, "train", config)
-    events = given.filter == "stage2" and config.template == "longvtg_r1"  # its template asks for events too
-    check_samples(samples, ("evidence",) if events else chosen.needed, config.train_data)
+    events = given.filter == "stage2" and prompts.TEMPLATES[config.template].event  # the template asks for events too
+    check_samples(samples, ("spans",) if events else chosen.needed, config.train_data)
     settings = {name: getattr(config, name) for name in (*DECISIVE, "model", "seed", "group_size", "temperature")}
     if given.judge_model:
         settings["model"] = f"{given.judge_model} at an endpoint"
@@ -390,7 +390,7 @@ def main(arguments: list[str] | None = None) -> None:
     rule = given.rule or "paper"
     if rule not in chosen.rules:
         raise ConfigError(f"--rule of {given.filter} is one of {', '.join(chosen.rules)}, not {rule!r}")
-    if given.filter == "stage2" and config.template in prompts.EPISODES:
+    if given.filter == "stage2" and config.multi_turn:
         raise ConfigError(
             f"stage2 is about responses of one turn, and those of template = {config.template} have several"
         )

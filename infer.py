@@ -59,7 +59,7 @@ from annotations.rows import DataError, Sample
 from annotations.samples import check_videos, load_samples
 from config import Config, ConfigError, suiting_recipe
 from engine.flops import forward_flops, patch_grids
-from episodes import roll_out_episodes
+from episodes import environments
 from harness import journal
 from media.decode import VideoInfo, probe
 from media.frames import FrameCache
@@ -248,7 +248,8 @@ def repeated_zoom(agent: Agent, sample: Sample, settings: Settings) -> Result:
 def play_episode(agent: Agent, sample: Sample, settings: Settings) -> Result:
     """The model asks for clips until it answers; the result's spans are those of its clips. VideoZoomer section 3.1."""
     view = view_video(sample, agent.config, agent.frames)
-    [group] = roll_out_episodes(agent.model, [view], agent.config, agent.vocabulary, None, True, agent.frames)
+    scene = environments([view], agent.config, agent.frames)
+    [group] = roll_out(agent.model, [view], agent.config, agent.vocabulary, None, scene, keep_hidden=True)
     [episode] = group.responses
     looks, kind, clip, part, refusal, past, new = [], "glance", view.clip, None, "", 0, len(group.prompt)
     for turn in episode.turns:
@@ -256,11 +257,11 @@ def play_episode(agent: Agent, sample: Sample, settings: Settings) -> Result:
         flops = forward_flops(agent.model, clip, new, len(turn.ids), past, kind == "call")
         sure = letters.get(turn.answer, 0.0)
         looks.append(Look(kind, part, clip, turn.answer, letters, sure, None, 0.0, turn.text, flops, refusal))
-        if shown := turn.shown:
+        if reply := turn.reply:
             past, new = past + new + len(turn.ids) - 1, len(turn.observation.prompt) + 1  # its last token comes first
             nothing = Clip(view.clip.frames[:0], [], view.clip.step)
-            kind, clip, part = "call", shown.clip or nothing, [shown.call.span] if shown.call else None
-            refusal = "" if shown.clip else shown.text
+            kind, clip, part = "call", reply.clip or nothing, [reply.call.span] if reply.call else None
+            refusal = "" if reply.clip else reply.text
     return Result.of(looks[-1], episode.spans, looks)
 
 
@@ -353,8 +354,9 @@ def look(agent: Agent, views: Sequence[View], kind: str = "coarse", parts: Seque
     for view, group, part in zip(views, groups, parts or [None] * len(views), strict=True):
         response = group.responses[0]
         answer = response.answer if n_options else None
-        letters = letter_probabilities(agent.model, response, n_options, agent.vocabulary) if n_options else {}
-        spans_sure = span_probability(agent.model, response)
+        [turn] = response.turns
+        letters = letter_probabilities(agent.model, turn, n_options, agent.vocabulary) if n_options else {}
+        spans_sure = span_probability(agent.model, turn)
         looks.append(
             Look(
                 kind=kind,
@@ -521,14 +523,14 @@ def check_question(strategy: str, config: Config, options: Sequence[str], where:
     """Raise ConfigError for a question without options where letters are needed, and for more options than letters."""
     if not options and strategy in NEED_OPTIONS:
         raise ConfigError(f"{where}: {strategy} ends with the letter of an option; give --options, or use one-stage")
-    if strategy != "agent" and config.template in prompts.EPISODES:
+    if strategy != "agent" and config.multi_turn:
         raise ConfigError(f"{where}: {config.template} is the template of --strategy agent, not of {strategy}")
-    if strategy == "agent" and config.template not in prompts.EPISODES:
+    if strategy == "agent" and not config.multi_turn:
         raise ConfigError(
-            f"{where}: agent needs a template of several turns, {' or '.join(prompts.EPISODES)}, not "
+            f"{where}: agent needs a template of several turns, {' or '.join(prompts.multi_turn_templates())}, not "
             f"{config.template}; give --config recipes/videozoomer_rl.yaml, or the config.yaml of the model's run"
         )
-    if not options and config.template == "world":
+    if not options and prompts.TEMPLATES[config.template].options_only:
         raise ConfigError(
             f"{where}: the built-in policy answers by letters only; give --options, such as "
             f"{' '.join(world.COUNTS)} or {' '.join(world.PATTERNS)}"

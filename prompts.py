@@ -22,7 +22,8 @@ Rules that the papers leave open:
 import json
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
@@ -48,65 +49,111 @@ class Limits(NamedTuple):
 LIMITS = Limits()
 
 
+# --- the templates ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Template:
+    """One kind of prompt: its wordings, and what a reply must look like. Adding one is an entry in TEMPLATES."""
+
+    question: str  # wording with {question} and {options}; those of several turns also state the fields of Limits
+    blocks: tuple[str, ...]  # the tags of a well-formed reply, in order
+    event: str = ""  # wording without options: an event {question} to be found; empty if the template has none
+    options_only: bool = False  # LongVTG-R1's wording cannot stand in for a missing `event`
+    option: str = "({}) {}"  # one of the options: letter, text
+    # The same question about zoomed frames; {think} is the coarse analysis, or nothing.
+    zoom: str = "{think}{question}\n{options}\nRespond with only the letter of the option."
+    multi_turn: bool = False  # a reply may be a call instead; a response is then an episode of several turns
+    remaining: str = "\nYou may make {calls} more calls for {frames} frames in all."  # said after a call
+    last: str = "\nThere are no more calls: give your answer now, within <answer> </answer> tags."  # if it was the last
+
+
+CALL_END = "</video_zoom>"  # where the writing of a turn stops
+VIDEO = "<|vision_start|><|video_pad|><|vision_end|>"  # where a clip or a frame stands in Qwen's chat format
+TEMPLATES = {
+    "zoom_zero": Template(  # Zoom-Zero, section 4.2
+        question=(
+            "Answer the question: {question} according to the content of the video. Select the answer from: {options}. "
+            "Output key information relevant to the question and options, marking precise timestamps or time ranges in "
+            "seconds within <time> </time> tags, and present them in an interleaved analysis format. Enclose the full "
+            "analysis in <think> </think> tags. Then, provide your answer within the <answer> </answer> tags, output "
+            "the corresponding letter of the option. At the same time, in the <glue> </glue> tags, include only the "
+            "precise video segments (in seconds) that strongly support your answer, in the format of [(s1, e1), "
+            "(s2, e2), ...]. For example: <answer>A</answer><glue> [(20.3, 30.8)]</glue>."
+        ),
+        blocks=("think", "answer", "glue"),
+    ),
+    "longvtg_r1": Template(  # LongVTG-R1, Appendix C: the second prompt with options, the first for events
+        question=(
+            'Locate the video clip that is relevant to the question: "{question} {options}"\n'
+            "Output your thought process within the <think> </think> tags and a capital letter indicating the best "
+            "option within the <answer> </answer> tags.\n"
+            'Then, provide the timestamp of video clip that support your answer in the format "start time to end time" '
+            "(in seconds, precise to one decimal places) within the <timestamp> </timestamp> tags."
+        ),
+        event=(
+            'To accurately pinpoint the event "{question}" in the video, determine the precise time period of the '
+            "event.\nOutput your thought process within the <think> </think> tags.\n"
+            "Then, provide the start and end times (in seconds, precise to one decimal places) in the format "
+            '"start time to end time" within the <timestamp> </timestamp> tags.'
+        ),
+        blocks=("think", "answer", "timestamp"),
+    ),
+    "videozoomer": Template(  # our wording of VideoZoomer's protocol (section 3.1)
+        question=(
+            "You see a coarse overview of a video. Question: {question}\nOptions: {options}\n"
+            "Think first, within <think> </think> tags. If the overview is not enough, ask for a closer look with one "
+            'call such as <video_zoom>{{"segment": [12.0, 20.5], "fps": 2}}</video_zoom>, the segment in seconds and '
+            "within the video, the fps at most the video's own; (end - start) * fps may be at most {frames_per_call}. "
+            "You have at most {turns} turns, {calls} calls, one per turn, and {frames} frames with those of the "
+            "overview. As soon as you know, give the letter of the option within <answer> </answer> tags instead of a "
+            "call."
+        ),
+        blocks=("think", "answer"),
+        multi_turn=True,
+    ),
+    "world": Template(
+        question="{question} {options}",
+        option="{} {}",
+        zoom="{question} {options} zoom",
+        blocks=("think", "answer", "glue"),
+        options_only=True,
+    ),
+    "world_zoomer": Template(
+        question="{question} {options} turns {turns} calls {calls} frames {frames_per_call} of {frames}",
+        option="{} {}",
+        zoom="{question} {options} zoom",
+        blocks=("think", "answer"),
+        multi_turn=True,
+        remaining="",
+        last=" answer",
+    ),
+}
+
+
+def multi_turn_templates() -> list[str]:
+    """Names of the templates whose responses are episodes of several turns."""
+    return [name for name, words in TEMPLATES.items() if words.multi_turn]
+
+
+def template(name: str) -> Template:
+    """The template of this name. Raises ValueError naming those that there are."""
+    if name not in TEMPLATES:
+        raise ValueError(f"unknown template {name!r}: choose one of {', '.join(TEMPLATES)}")
+    return TEMPLATES[name]
+
+
 # --- what is said to the model ---------------------------------------------------------------------------------------
 
-COARSE = {
-    # Zoom-Zero, section 4.2
-    "zoom_zero": (
-        "Answer the question: {question} according to the content of the video. Select the answer from: {options}. "
-        "Output key information relevant to the question and options, marking precise timestamps or time ranges in "
-        "seconds within <time> </time> tags, and present them in an interleaved analysis format. Enclose the full "
-        "analysis in <think> </think> tags. Then, provide your answer within the <answer> </answer> tags, output the "
-        "corresponding letter of the option. At the same time, in the <glue> </glue> tags, include only the precise "
-        "video segments (in seconds) that strongly support your answer, in the format of [(s1, e1), (s2, e2), ...]. "
-        "For example: <answer>A</answer><glue> [(20.3, 30.8)]</glue>."
-    ),
-    # LongVTG-R1, Appendix C, second prompt (questions with options)
-    "longvtg_r1": (
-        'Locate the video clip that is relevant to the question: "{question} {options}"\n'
-        "Output your thought process within the <think> </think> tags and a capital letter indicating the best option "
-        "within the <answer> </answer> tags.\n"
-        'Then, provide the timestamp of video clip that support your answer in the format "start time to end time" '
-        "(in seconds, precise to one decimal places) within the <timestamp> </timestamp> tags."
-    ),
-    # our wording of VideoZoomer's protocol (section 3.1)
-    "videozoomer": (
-        "You see a coarse overview of a video. Question: {question}\nOptions: {options}\n"
-        "Think first, within <think> </think> tags. If the overview is not enough, ask for a closer look with one call "
-        'such as <video_zoom>{{"segment": [12.0, 20.5], "fps": 2}}</video_zoom>, the segment in seconds and within the '
-        "video, the fps at most the video's own; (end - start) * fps may be at most {frames_per_call}. You have at "
-        "most {turns} turns, {calls} calls, one per turn, and {frames} frames with those of the overview. "
-        "As soon as you know, give the letter of the option within <answer> </answer> tags instead of a call."
-    ),
-    "world": "{question} {options}",
-    "world_zoomer": "{question} {options} turns {turns} calls {calls} frames {frames_per_call} of {frames}",
-}
-EPISODES = ("videozoomer", "world_zoomer")  # templates whose responses may have several turns
-ANSWER_NOW = "There are no more calls: give your answer now, within <answer> </answer> tags."
-VIDEO = "<|vision_start|><|video_pad|><|vision_end|>"  # where a clip or a frame stands in Qwen's chat format
-# LongVTG-R1, Appendix C, first prompt (an event to be found, no options)
-EVENT = (
-    'To accurately pinpoint the event "{question}" in the video, determine the precise time period of the event.\n'
-    "Output your thought process within the <think> </think> tags.\n"
-    "Then, provide the start and end times (in seconds, precise to one decimal places) in the format "
-    '"start time to end time" within the <timestamp> </timestamp> tags.'
-)
 
-
-def _options(template: str, options: list[str]) -> str:
+def _options(pattern: str, options: list[str]) -> str:
     if len(options) > len(LETTERS):
         raise ValueError(f"{len(options)} options, but only {len(LETTERS)} letters: shorten the list of options")
-    pattern = "{} {}" if template.startswith("world") else "({}) {}"
     return " ".join(pattern.format(letter, option) for letter, option in zip(LETTERS, options, strict=False))
 
 
-def _known(template: str) -> None:
-    if template not in COARSE:
-        raise ValueError(f"unknown template {template!r}: choose one of {', '.join(COARSE)}")
-
-
 def coarse_text(
-    template: str,
+    name: str,
     question: str,
     options: list[str],
     duration: float | None = None,
@@ -114,32 +161,29 @@ def coarse_text(
 ) -> str:
     """The user's text for the pass over the whole video.
 
-    options: texts without letters; empty only for "longvtg_r1", which then asks for an event instead of an answer.
-    duration: seconds; when given, the released Zoom-Zero code's sentence about it comes first.
-    limits: what the templates of EPISODES state.
-    Raises ValueError for an unknown template, missing options or more options than letters.
+    name: of the template. options: texts without letters; empty only for templates that ask for events too. duration:
+    seconds; when given, the released Zoom-Zero code's sentence about it comes first. limits: what templates of several
+    turns state. Raises ValueError for an unknown template, missing options or more options than letters.
     """
-    _known(template)
-    if not options and template != "longvtg_r1":
-        raise ValueError(f"template {template!r} needs options, question {question!r} has none")
-    pattern = COARSE[template] if options else EVENT
-    text = pattern.format(question=question, options=_options(template, options), **limits._asdict())
+    words = template(name)
+    if not options and not words.event:
+        raise ValueError(f"template {name!r} needs options, question {question!r} has none")
+    pattern = words.question if options else words.event
+    text = pattern.format(question=question, options=_options(words.option, options), **limits._asdict())
     return text if duration is None else f"This video in total has {duration:.1f} seconds. {text}"
 
 
-def zoom_text(template: str, question: str, options: list[str], think: str | None = None) -> str:
+def zoom_text(name: str, question: str, options: list[str], think: str | None = None) -> str:
     """The user's text for the zoom pass: the same question about the zoomed frames, to be answered by a letter.
 
     think: the coarse pass' analysis, shown without its times (released Zoom-Zero code; the answer can leak through it).
     Raises ValueError for an unknown template or missing options.
     """
-    _known(template)
+    words = template(name)
     if not options:
         raise ValueError(f"the zoom pass needs options, question {question!r} has none")
-    if template.startswith("world"):
-        return coarse_text("world", question, options) + " zoom"
-    hint = "" if think is None else f"{strip_times(think)}\n"
-    return f"{hint}{question}\n{_options(template, options)}\nRespond with only the letter of the option."
+    analysis = "" if think is None else f"{strip_times(think)}\n"
+    return words.zoom.format(question=question, options=_options(words.option, options), think=analysis)
 
 
 def chat_text(
@@ -152,18 +196,16 @@ def chat_text(
     return f"{head}<|im_start|>user\n{turn}<|im_end|>\n<|im_start|>assistant\n"
 
 
-def observation_text(template: str, times: Sequence[float], refusal: str, calls: int, frames: int) -> str:
+def observation_text(name: str, times: Sequence[float], refusal: str, calls: int, frames: int) -> str:
     """The user's text after a turn with a call: frames, each after its time, or why there are none.
 
-    times: seconds, rounded to hundredths here, one per frame; the frames come where VIDEO stands. refusal: a sentence,
-    empty when there are frames. calls, frames: how many are left after this; with 0 of either the model is told to
-    answer. Source: our wording of VideoZoomer's protocol (section 3.1).
+    name: of the template. times: seconds, rounded to hundredths here, one per frame; the frames come where VIDEO is.
+    refusal: a sentence, empty when there are frames. calls, frames: how many are left after this; with 0 of either the
+    model is told to answer. Source: our wording of VideoZoomer's protocol (section 3.1).
     """
-    shown = "".join(f"{time_text(time)}s{VIDEO}" for time in times) or refusal
-    if not calls or not frames:
-        return shown + (" answer" if template == "world_zoomer" else f"\n{ANSWER_NOW}")
-    left = "" if template == "world_zoomer" else f"\nYou may make {calls} more calls for {frames} frames in all."
-    return shown + left
+    words = template(name)
+    observed = "".join(f"{time_text(time)}s{VIDEO}" for time in times) or refusal
+    return observed + (words.remaining.format(calls=calls, frames=frames) if calls and frames else words.last)
 
 
 def time_text(time: float) -> str:
@@ -343,13 +385,6 @@ _LIST_PAIR = rf"\(\s*+{_NUMBER}\s*+,\s*+{_NUMBER}\s*+\)"
 _LIST = re.compile(rf"\s*+\[\s*+{_LIST_PAIR}(?:\s*+,\s*+{_LIST_PAIR})*+\s*+\]\s*+")
 _TO = re.compile(rf"\s*+{_NUMBER}\s++to\s++{_NUMBER}\s*+")
 
-FORMAT = {
-    "zoom_zero": ("think", "answer", "glue"),
-    "world": ("think", "answer", "glue"),
-    "longvtg_r1": ("think", "answer", "timestamp"),
-    **dict.fromkeys(EPISODES, ("think", "answer")),
-}
-
 
 def _blocks(text: str, tags: tuple[str, ...]) -> list[str] | None:
     """Contents of the blocks, if the text is these tags, once each, in this order, and white space; else None."""
@@ -366,27 +401,29 @@ def _blocks(text: str, tags: tuple[str, ...]) -> list[str] | None:
     return None if nested or text.strip() else contents
 
 
-def format_ok(text: str, template: str, has_options: bool = True) -> bool:
-    """Whether a response follows the template to the letter (special tokens already removed).
+# What must be true of the content of a block.
+_WELL_FORMED: dict[str, Callable[[str], bool]] = {
+    "think": lambda content: bool(content.strip()),
+    "answer": lambda content: _LETTER.fullmatch(content) is not None,
+    "glue": lambda content: _strict_spans(_LIST, content),
+    "timestamp": lambda content: _strict_spans(_TO, content),
+}
+
+
+def format_ok(text: str, name: str, has_options: bool = True) -> bool:
+    """Whether a response follows a template to the letter (special tokens already removed).
 
     has_options: False for samples without options, whose responses have no answer block.
-    The templates of EPISODES judge one turn: think and then either one readable call or an answer.
+    Of a template of several turns, one turn is judged: think and then either one readable call or an answer.
     """
-    _known(template)
-    if template in EPISODES and (contents := _blocks(text, ("think", "video_zoom"))) is not None:
+    words = template(name)
+    if words.multi_turn and (contents := _blocks(text, ("think", "video_zoom"))) is not None:
         return bool(contents[0].strip()) and isinstance(parse_tool_call(text), ToolCall)
-    tags = tuple(tag for tag in FORMAT[template] if has_options or tag != "answer")
+    tags = tuple(tag for tag in words.blocks if has_options or tag != "answer")
     contents = _blocks(text, tags)
-    if contents is None:
+    if contents is None or not all(_WELL_FORMED[tag](content) for tag, content in zip(tags, contents, strict=True)):
         return False
-    found = dict(zip(tags, contents, strict=True))
-    return (
-        bool(found["think"].strip())
-        and ("answer" not in found or _LETTER.fullmatch(found["answer"]) is not None)
-        and ("glue" not in found or _time_in_think(found["think"]))
-        and ("glue" not in found or _strict_spans(_LIST, found["glue"]))
-        and ("timestamp" not in found or _strict_spans(_TO, found["timestamp"]))
-    )
+    return "glue" not in tags or _time_in_think(contents[tags.index("think")])
 
 
 def _time_in_think(think: str) -> bool:

@@ -1,7 +1,8 @@
-"""The rewards of the three systems, one function each, every one a float.
+"""The rewards of the three systems, one function each, every one a float, and what a response is paid: `facets`.
 
 Zoom-Zero (section 4.2): format, answer accuracy, IoU, zoom accuracy. LongVTG-R1: CenDist (Eq. 6), R_tg (Eq. 7), GIoU
 (ablation). VideoZoomer: the tool bonus. Weights and sums are the recipe's business; nothing here is weighted but Eq. 7.
+FACETS says of each when a run pays it, to which samples it applies, and what Eq. 5 credits it as.
 
 Spans are measured on the union of a list, overlapping and touching ones merged, on both sides: order, splitting,
 duplication and overlap change nothing. The papers write one interval each; for several, Eq. 6 takes the centre of the
@@ -10,21 +11,21 @@ reward (0, or -1 for GIoU); a ratio whose denominator has length 0 is 0; CenDist
 outside the video would make it unbounded below.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 from prompts import LETTERS, Span, format_ok, parse_tool_call
 
 Spans = list[Span]
 
 
-def format_reward(text: str, template: str, has_options: bool = True) -> float:
-    """1 if the response follows the template to the letter, else 0 (Zoom-Zero, section 4.2)."""
-    return float(format_ok(text, template, has_options))
+def format_reward(turns: Sequence[str], template: str, has_options: bool = True) -> float:
+    """1 if every turn of the response follows the template to the letter, else 0 (Zoom-Zero, section 4.2).
 
-
-def turns_format_reward(turns: Sequence[str], template: str) -> float:
-    """1 if every turn of an episode follows the template to the letter and the last one is no call (VideoZoomer)."""
-    return float(all(format_ok(turn, template) for turn in turns) and parse_tool_call(turns[-1]) is None)
+    The last turn of an episode must not be a call (VideoZoomer).
+    """
+    return float(all(format_ok(turn, template, has_options) for turn in turns) and parse_tool_call(turns[-1]) is None)
 
 
 def accuracy_reward(answer: str | None, gold: str) -> float:
@@ -147,3 +148,94 @@ def temporal_reward(pred: Spans | None, gt: Spans, duration: float, alpha: float
         return 0.0
     # Eq. 7: R_tg = alpha * R_IoU + (1 - alpha) * R_CenDist
     return alpha * interval_iou(pred, gt) + (1 - alpha) * center_distance(pred, gt, duration)
+
+
+# --- what a response is paid -----------------------------------------------------------------------------------------
+
+
+def _has_letter(sample: Any) -> bool:
+    return bool(sample.options) and sample.answer is not None
+
+
+def _has_evidence(sample: Any) -> bool:
+    return bool(sample.evidence)
+
+
+def _grounds_by(name: str) -> Callable[[Any], bool]:
+    return lambda config: config.grounding == name and not config.multi_turn
+
+
+@dataclass(frozen=True)
+class Facet:
+    """A reward as training pays it. Adding one is an entry in FACETS.
+
+    reward: of a `rollout.Response` to a sample, given the seconds of its video and the configuration. credited_as: the
+    facet of Eq. 5 whose tokens are responsible for it. applies: to which samples; the others have nothing to be right
+    or wrong about, and a reward of 0 would be a judgement. paid: by which configurations.
+    """
+
+    reward: Callable[[Any, Any, float, Any], float]
+    credited_as: str
+    applies: Callable[[Any], bool] = lambda sample: True
+    paid: Callable[[Any], bool] = lambda config: True
+
+
+FACETS = {
+    "format": Facet(
+        lambda r, sample, _, config: format_reward([t.text for t in r.turns], config.template, bool(sample.options)),
+        credited_as="format",
+    ),
+    "accuracy": Facet(
+        lambda r, sample, *_: accuracy_reward(r.answer, sample.answer),
+        credited_as="accuracy",
+        applies=_has_letter,
+    ),
+    "iou": Facet(
+        lambda r, sample, *_: iou_reward(r.spans, list(sample.evidence)),
+        credited_as="iou",
+        applies=_has_evidence,
+        paid=_grounds_by("iou"),
+    ),
+    "giou": Facet(
+        lambda r, sample, *_: giou_reward(r.spans, list(sample.evidence)),
+        credited_as="iou",
+        applies=_has_evidence,
+        paid=_grounds_by("giou"),
+    ),
+    "tg": Facet(
+        lambda r, sample, seconds, config: temporal_reward(r.spans, list(sample.evidence), seconds, config.alpha),
+        credited_as="iou",
+        applies=_has_evidence,
+        paid=_grounds_by("tg"),
+    ),
+    "zoom": Facet(
+        lambda r, sample, *_: zoom_reward(r.zoom.answer if r.zoom else None, sample.answer),
+        credited_as="zoom",
+        applies=_has_letter,
+        paid=lambda config: config.zoom_reward,
+    ),
+    "tool": Facet(
+        lambda r, sample, *_: tool_reward(r.answer, sample.answer, len(r.clips)),
+        credited_as="accuracy",
+        applies=_has_letter,
+        paid=lambda config: config.multi_turn,
+    ),
+}
+
+
+def paid_facets(config: Any) -> list[str]:
+    """Names of the rewards that a run with this configuration pays."""
+    return [name for name, facet in FACETS.items() if facet.paid(config)]
+
+
+def facets(group: Any, config: Any) -> dict[str, list[float]]:
+    """What each response of a `rollout.Group` is paid, facet by facet: {name: [G]}; only what applies to its sample.
+
+    Source: Zoom-Zero section 4.2, LongVTG-R1 Eq. 1 and 7, VideoZoomer section 3.3.
+    """
+    sample, seconds = group.view.sample, group.view.info.duration
+    return {
+        name: [FACETS[name].reward(response, sample, seconds, config) for response in group.responses]
+        for name in paid_facets(config)
+        if FACETS[name].applies(sample)
+    }

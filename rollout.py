@@ -1,9 +1,10 @@
 """Rollouts: the coarse pass with G responses per question, and the zoom pass on the spans they name.
 
-Coarse pass: the whole video under Eq. 3's budget, G sampled responses of reasoning, answer and spans. Zoom pass: only
-the predicted spans, decoded from the file again, with the same budget for fewer frames (so more tokens per frame) and
-at a higher frame rate; the answer is the option letter that is most probable after a forced `<answer>`. Responses of a
-group that name the same spans share one zoom.
+Coarse pass: the whole video under Eq. 3's budget, G sampled responses of reasoning, answer and spans. A response is a
+list of turns: one, or as many as it takes where there is an environment that shows the policy what it asks for
+(episodes.py). Zoom pass: only the predicted spans, decoded from the file again, with the same budget for fewer frames
+(so more tokens per frame) and at a higher frame rate; the answer is the option letter that is most probable after a
+forced `<answer>`. Responses of a group that name the same spans share one zoom.
 
 Everything here runs without gradients. Times are seconds, spans are lists of (start, end).
 """
@@ -11,8 +12,10 @@ Everything here runs without gradients. Times are seconds, spans are lists of (s
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -22,7 +25,19 @@ import prompts as text
 from advantage import token_offsets
 from annotations.rows import Sample
 from config import Config
-from policy import Observation, Prompt, Video, Vocabulary, build_prompt, last_hidden, sample
+from policy import (
+    Episodes,
+    Observation,
+    Prompt,
+    Video,
+    Vocabulary,
+    build_prompt,
+    keep_tokens,
+    last_hidden,
+    sample,
+    stops_at,
+)
+from prompts import ToolCall
 from video import Budget, Clip, ClipPlan, FrameCache, VideoError, VideoInfo, load_clip, load_clips, plan_clip, probe
 
 Spans = list[tuple[float, float]]
@@ -55,34 +70,145 @@ class Zoom:
 
 
 @dataclass
-class Response:
-    """One sampled response: token ids int64 [T], their text and character offsets, and what was parsed from it."""
+class ToolReply:
+    """What a call brought: frames, each a clip of its own for the model, or a sentence that says why there are none.
+
+    `text` is the user's turn, with prompts.VIDEO where each frame stands. `error`: the frames could not be decoded.
+    `planned`: how many frames share the budget, more than there are where the file shows one for longer than a step.
+    """
+
+    call: ToolCall | None = None  # None: refused
+    planned: int = 0
+    clip: Clip | None = None
+    videos: list[Video] = field(default_factory=list)
+    text: str = ""
+    error: VideoError | None = None
+
+
+@dataclass
+class Turn:
+    """What the policy wrote in a turn: ids int64 [T], their text and character offsets, and what was parsed from it.
+
+    `finished`: it ended by itself, not by the limit on its length. `call`: in an environment, the call in it or what is
+    wrong with one. `reply`: what came back, None in the last turn; `observation`: the same for the model. `hidden`
+    [T, H]: what each token was chosen from, where that was asked for.
+    """
 
     ids: Tensor
     text: str
     offsets: list[tuple[int, int]]
+    finished: bool
+    call: ToolCall | str | None
     answer: str | None
     spans: Spans | None
-    finished: bool  # ended by itself, not by the limit on its length
+    reply: ToolReply | None = None
+    observation: Observation | None = None
+    hidden: Tensor | None = None
+
+    @classmethod
+    def of(cls, words: str, may_call: bool, ids: Tensor, offsets: list[tuple[int, int]], finished: bool = True) -> Turn:
+        """A turn with this text. In an environment it `may_call`, which is no answer, and it claims no spans."""
+        call = text.parse_tool_call(words) if may_call else None
+        answer = text.parse_answer(words) if call is None else None
+        return cls(ids, words, offsets, finished, call, answer, None if may_call else text.parse_spans(words))
+
+
+@dataclass
+class Response:
+    """One attempt at a question: the turns so far, and the zoom on its spans. Its tokens are all that was sampled."""
+
+    turns: list[Turn] = field(default_factory=list)
     zoom: Zoom | None = None
-    hidden: Tensor | None = None  # [T, H], what each token was chosen from, where that was asked for
-    observations: list[Observation] = field(default_factory=list)  # what an episode was shown between its turns
+
+    @property
+    def ids(self) -> Tensor:
+        """int64 [T], of all turns."""
+        return torch.cat([turn.ids for turn in self.turns])
+
+    @property
+    def text(self) -> str:
+        return "".join(turn.text for turn in self.turns)
+
+    @property
+    def offsets(self) -> list[tuple[int, int]]:
+        """Which characters of `text` each id wrote."""
+        starts = itertools.accumulate((len(turn.text) for turn in self.turns), initial=0)
+        return [
+            (first + a, first + b) for first, turn in zip(starts, self.turns, strict=False) for a, b in turn.offsets
+        ]
+
+    @property
+    def over(self) -> bool:
+        """Whether the last turn got nothing back."""
+        return bool(self.turns) and self.turns[-1].reply is None
+
+    @property
+    def finished(self) -> bool:
+        """Whether the policy ended it, and not a limit on tokens or turns."""
+        last = self.turns[-1]
+        return not self.over or (last.finished and last.call is None)
+
+    @property
+    def answer(self) -> str | None:
+        """The letter in the last turn."""
+        return self.turns[-1].answer if self.over else None
+
+    @property
+    def spans(self) -> Spans | None:
+        """The claimed spans, None without any; of an episode, where the calls that returned frames have looked."""
+        return [reply.call.span for reply in self.replies if reply.call] or self.turns[-1].spans
+
+    @property
+    def observations(self) -> list[Observation]:
+        """What the model was shown between its turns."""
+        return [turn.observation for turn in self.turns if turn.observation]
+
+    @property
+    def replies(self) -> list[ToolReply]:
+        """What came back, frames or not."""
+        return [turn.reply for turn in self.turns if turn.reply]
+
+    @property
+    def clips(self) -> list[Clip]:
+        """What the calls returned."""
+        return [reply.clip for reply in self.replies if reply.clip]
+
+    @property
+    def calls(self) -> int:
+        """Turns that tried a call, legal or not."""
+        return sum(turn.call is not None for turn in self.turns)
 
 
 @dataclass
 class Group:
-    """The G responses to one prompt, with `rewards` [G] per facet once they are scored."""
+    """The G responses to one prompt; once they are paid, `rewards` [G] per facet and `advantages` [G, T]."""
 
     view: View
     prompt: Prompt
     responses: list[Response]
     rewards: dict[str, list[float]] = field(default_factory=dict)
+    advantages: Tensor | None = None
 
     def padded(self) -> tuple[Tensor, Tensor]:
         """Ids int64 [G, T] padded on the right, and mask bool [G, T]."""
-        ids = torch.nn.utils.rnn.pad_sequence([response.ids for response in self.responses], batch_first=True)
-        lengths = torch.tensor([len(response.ids) for response in self.responses])
-        return ids, torch.arange(ids.shape[1]) < lengths[:, None]
+        ids = [response.ids for response in self.responses]
+        lengths = torch.tensor(list(map(len, ids)))
+        padded = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True)
+        return padded, torch.arange(padded.shape[1]) < lengths[:, None]
+
+    @property
+    def prompts(self) -> list[Prompt]:
+        """The prompt, and what its responses were shown on the way."""
+        return [self.prompt, *(seen.prompt for response in self.responses for seen in response.observations)]
+
+
+class Environment(Protocol):
+    """What a policy acts in while it answers the question of a view; see episodes.py."""
+
+    view: View
+
+    def respond(self, response: Response) -> None:
+        """Set the last turn's `reply` to what it asked for; leave it None if that ends the response."""
 
 
 def response_seed(*parts: object) -> int:
@@ -136,37 +262,74 @@ def roll_out(
     config: Config,
     vocabulary: Vocabulary,
     step: int | None,
+    environments: Sequence[Environment] = (),
     keep_hidden: bool = False,
 ) -> list[Group]:
     """Sample a group of responses for each view; `step` seeds them, None decodes one greedy response each.
 
-    `keep_hidden` keeps what each token was chosen from in `response.hidden`.
+    environments: one per view, for responses of several turns. Responses to `rollout_batch` views are decoded together,
+    while they are at different turns. `keep_hidden` keeps what each token was chosen from.
     """
     groups = []
     for start in range(0, len(views), config.rollout_batch):
-        chunk = views[start : start + config.rollout_batch]
-        prompts = [coarse_prompt(view, config, vocabulary, model.config) for view in chunk]
-        size = 1 if step is None else config.group_size
-        seeds = None
-        if step is not None:
-            seeds = [[response_seed(config.seed, step, view.sample.id, g) for g in range(size)] for view in chunk]
-        states: list[Tensor] | None = [] if keep_hidden else None
-        eos, banned, temperature = vocabulary.eos, vocabulary.banned, config.temperature
-        ids, mask = sample(model, prompts, size, config.max_tokens, eos, banned, temperature, seeds, states=states)
-        for b, (view, prompt, rows, real) in enumerate(zip(chunk, prompts, ids.cpu(), mask.cpu(), strict=True)):
-            responses = [read_response(i[m], vocabulary) for i, m in zip(rows, real, strict=True)]
-            if states is not None:
-                for g, response in enumerate(responses):
-                    response.hidden = torch.stack([state[b, g] for state in states[: len(response.ids)]])
-            groups.append(Group(view, prompt, responses))
+        part = slice(start, start + config.rollout_batch)
+        groups += roll_out_batch(model, views[part], config, vocabulary, step, environments[part], keep_hidden)
     return groups
 
 
-def read_response(ids: Tensor, vocabulary: Vocabulary) -> Response:
-    """Text, character offsets, answer and spans of one response's ids [T]; nothing is tokenised again."""
-    finished = int(ids[-1]) in vocabulary.eos
+def roll_out_batch(
+    model,
+    views: Sequence[View],
+    config: Config,
+    vocabulary: Vocabulary,
+    step: int | None,
+    environments: Sequence[Environment],
+    keep_hidden: bool,
+) -> list[Group]:
+    """`roll_out` of views that are decoded together."""
+    prompts = [coarse_prompt(view, config, vocabulary, model.config) for view in views]
+    size = 1 if step is None else config.group_size
+    groups = [Group(v, p, [Response() for _ in range(size)]) for v, p in zip(views, prompts, strict=True)]
+    responses = [response for group in groups for response in group.responses]
+
+    def seed(row: int, number: int) -> int:
+        turn = [number] if environments else []
+        return response_seed(config.seed, step, views[row // size].sample.id, row % size, *turn)
+
+    stop = stops_at(vocabulary.tokenizer, [text.CALL_END]) if environments else None
+    sampling = (config.max_tokens, vocabulary.eos, vocabulary.banned, config.temperature)
+    sampler = Episodes(model, prompts, size, *sampling, None if step is None else seed, stop, keep_hidden)
+    while ended := sampler.sample():
+        observed = {}
+        for sampled in ended:
+            response, turn = responses[sampled.row], read_turn(sampled.ids, vocabulary, bool(environments))
+            turn.hidden = sampled.hidden
+            response.turns.append(turn)
+            if environments:
+                environments[sampled.row // size].respond(response)
+            if turn.reply:
+                keep_tokens(model, [video for video in turn.reply.videos if video.tokens is None])
+                observed[sampled.row] = observation_ids(turn, vocabulary), turn.reply.videos
+        for row, observation in sampler.observe(observed).items():
+            responses[row].turns[-1].observation = observation
+    if config.train_vision:  # then the update encodes what the policy asked for anew
+        for reply in (reply for response in responses for reply in response.replies):
+            for video in reply.videos:
+                video.tokens = None
+    return groups
+
+
+def read_turn(ids: Tensor, vocabulary: Vocabulary, may_call: bool = False) -> Turn:
+    """Sampled ids [T] as a turn, which may be a call; nothing is tokenised again."""
     words, offsets = token_offsets(vocabulary.tokenizer, ids.tolist())
-    return Response(ids, words, offsets, text.parse_answer(words), text.parse_spans(words), finished)
+    return Turn.of(
+        words, may_call, ids, offsets, int(ids[-1]) in vocabulary.eos or (may_call and text.CALL_END in words)
+    )
+
+
+def observation_ids(turn: Turn, vocabulary: Vocabulary) -> list[int]:
+    """What stands between a turn and the next one, with one <|video_pad|> per frame."""
+    return vocabulary.ids(text.next_turn(turn.reply.text, int(turn.ids[-1]) == vocabulary.eos[0]))
 
 
 # ---------------------------------------------------------------- the zoom pass
@@ -249,7 +412,7 @@ def answer_clips(
             states: list[Tensor] = []
             ids, mask = sample(model, batch, 1, 32, vocabulary.eos, vocabulary.banned, states=states)
             for b, (sample_, clip, _) in enumerate(jobs[part]):
-                reply = read_response(ids[b, 0][mask[b, 0]].cpu(), vocabulary)
+                reply = read_turn(ids[b, 0][mask[b, 0]].cpu(), vocabulary)
                 reply.answer = reply.answer or text.parse_answer(reply.text, bare=True)
                 reply.hidden = torch.stack([state[b, 0] for state in states[: len(reply.ids)]])
                 shares = letter_probabilities(model, reply, len(sample_.options), vocabulary)
@@ -271,24 +434,24 @@ def token_probabilities(model, hidden: Tensor) -> Tensor:
     return kl.logits(*kl.aligned(hidden, model.lm_head.weight)).softmax(-1)
 
 
-def letter_probabilities(model, response: Response, n_options: int, vocabulary: Vocabulary) -> dict[str, float]:
-    """The probability, among all tokens, of the options' letters in the place of the response's answer.
+def letter_probabilities(model, turn: Turn, n_options: int, vocabulary: Vocabulary) -> dict[str, float]:
+    """The probability, among all tokens, of the options' letters in the place of the turn's answer.
 
     Zoom-Zero section 5.5: c = p(t) for the token t between <answer> and </answer>. A tokenizer may fuse it with a
     bracket; where it would not write another letter as one token there, only the answer is measured. {} without an
-    answer. Needs `response.hidden`.
+    answer. Needs `turn.hidden`.
     """
-    if response.answer is None:
+    if turn.answer is None:
         return {}
-    place = answer_position(response.text)
-    token = next(k for k, (start, end) in enumerate(response.offsets) if start <= place < end)
-    probabilities = token_probabilities(model, response.hidden[token][None])[0]
-    start, end = response.offsets[token]
-    before, after = response.text[start:place], response.text[place + 1 : end]
+    place = answer_position(turn.text)
+    token = next(k for k, (start, end) in enumerate(turn.offsets) if start <= place < end)
+    probabilities = token_probabilities(model, turn.hidden[token][None])[0]
+    start, end = turn.offsets[token]
+    before, after = turn.text[start:place], turn.text[place + 1 : end]
     letters = text.LETTERS[:n_options]
-    written = letters if response.text[place].isupper() else letters.lower()
+    written = letters if turn.text[place].isupper() else letters.lower()
     candidates = [vocabulary.ids(before + letter + after) for letter in written]
-    answered = {response.answer: float(probabilities[response.ids[token]])}
+    answered = {turn.answer: float(probabilities[turn.ids[token]])}
     if any(len(ids) != 1 for ids in candidates):
         return answered
     others = probabilities[[ids[0] for ids in candidates]].tolist()
@@ -308,19 +471,19 @@ def answer_position(response: str) -> int:
     return next(k for k in range(start, len(response)) if response[k].isalpha())
 
 
-def span_probability(model, response: Response) -> float:
+def span_probability(model, turn: Turn) -> float:
     """The geometric mean of the probabilities of the tokens that write the claimed spans; 0 without any.
 
-    Needs `response.hidden`.
+    Needs `turn.hidden`.
     """
-    if not response.spans:
+    if not turn.spans:
         return 0.0
-    start = reply_start(response.text)
-    reply = response.text[start:]
+    start = reply_start(turn.text)
+    reply = turn.text[start:]
     closed = [
         r for tag in ("glue", "timestamp") for r in text.tag_ranges(reply, tag) if reply[: r[1]].endswith(tag + ">")
     ]
     first, last = (start + edge for edge in closed[0])
-    tokens = [k for k, (low, high) in enumerate(response.offsets) if low < last and high > first]
-    chosen = token_probabilities(model, response.hidden[tokens])[torch.arange(len(tokens)), response.ids[tokens]]
+    tokens = [k for k, (low, high) in enumerate(turn.offsets) if low < last and high > first]
+    chosen = token_probabilities(model, turn.hidden[tokens])[torch.arange(len(tokens)), turn.ids[tokens]]
     return float(chosen.log().mean().exp())

@@ -40,11 +40,11 @@ import config as configuration
 import evaluate
 import kl
 import rewards
-from advantage import CREDIT, group_advantages, segment_ids, token_advantages
+from advantage import RewardError, credit
 from annotations.rows import DataError, Sample
 from annotations.samples import DataSet, load_samples, load_training
 from config import Config
-from episodes import clip_failures, roll_out_episodes
+from episodes import clip_failures, environments
 from grpo import grpo_loss, loss_count
 from media.prefetch import prefetch
 from media.source import VideoError
@@ -60,11 +60,10 @@ from policy import (
     stream_layers,
     whole_weights,
 )
-from prompts import EPISODES
 from report.curves import plot_curves
 from report.episodes import episode_record, episodes_page
 from report.results import write_results
-from rollout import Group, Spans, View, response_seed, roll_out, view_video, zoom_pass
+from rollout import Group, View, response_seed, roll_out, view_video, zoom_pass
 
 log = logging.getLogger("zoomgrpo")
 KL_CHUNK = 1024  # rows of logits held at a time
@@ -197,16 +196,9 @@ def note_failures(run: Run, drawn: int, failed: list[tuple[Sample, VideoError]])
 # ---------------------------------------------------------------- score and advantages
 
 
-def facet_names(config: Config) -> list[str]:
-    """The facets that a run pays for."""
-    if config.template in EPISODES:
-        return ["format", "accuracy", "tool"]
-    return ["format", "accuracy", config.grounding, *(["zoom"] if config.zoom_reward else [])]
-
-
 def check_rewards(config: Config) -> None:
     """Raise ConfigError for rewards that the template's responses cannot have."""
-    if config.template in EPISODES and (config.tokenadv != "off" or config.zoom_reward):
+    if config.multi_turn and (config.tokenadv != "off" or config.zoom_reward):
         raise configuration.ConfigError(
             f"template = {config.template} sums its rewards and has no zoom pass: it needs tokenadv = off and "
             "zoom_reward = false"
@@ -214,62 +206,10 @@ def check_rewards(config: Config) -> None:
 
 
 def score(groups: Sequence[Group], config: Config) -> None:
-    """Every facet's reward for every response (Zoom-Zero section 4.2, LongVTG-R1 Eq. 1 and 7).
-
-    A facet that does not apply to a sample is left out, and so takes no part in its advantages: accuracy and zoom
-    without an answer, the grounding reward without evidence. A reward of 0 would be a judgement.
-    """
+    """What every response is paid, and the advantages that follow."""
     for group in groups:
-        sample, responses = group.view.sample, group.responses
-        if config.template in EPISODES:  # VideoZoomer section 3.3
-            group.rewards = {
-                "format": [rewards.turns_format_reward([t.text for t in r.turns], config.template) for r in responses],
-                "accuracy": [rewards.accuracy_reward(r.answer, sample.answer) for r in responses],
-                "tool": [rewards.tool_reward(r.answer, sample.answer, len(r.clips)) for r in responses],
-            }
-            continue
-        gold = sample.answer if sample.options else None
-        evidence = list(sample.evidence)
-        group.rewards = {
-            "format": [rewards.format_reward(r.text, config.template, bool(sample.options)) for r in responses]
-        }
-        if gold is not None:
-            group.rewards["accuracy"] = [rewards.accuracy_reward(r.answer, gold) for r in responses]
-        if evidence:
-            group.rewards[config.grounding] = [
-                grounding_reward(r.spans, evidence, group.view.info.duration, config) for r in responses
-            ]
-        if gold is not None and config.zoom_reward:
-            group.rewards["zoom"] = [rewards.zoom_reward(r.zoom.answer if r.zoom else None, gold) for r in responses]
-
-
-def grounding_reward(spans: Spans | None, evidence: Spans, duration: float, config: Config) -> float:
-    """The reward of the claimed spans that the configuration names."""
-    if config.grounding == "iou":
-        return rewards.iou_reward(spans, evidence)
-    if config.grounding == "giou":
-        return rewards.giou_reward(spans, evidence)
-    return rewards.temporal_reward(spans, evidence, duration, config.alpha)
-
-
-def advantages(group: Group, config: Config) -> Tensor:
-    """One advantage per sampled token of a group: [G, T]. Raises TrainingError with the sample's id for a non-finite
-    reward.
-    """
-    unbiased = config.std == "sample"
-    given = {name: torch.tensor(values) for name, values in group.rewards.items()}
-    if config.tokenadv == "off":
-        weights = {"accuracy": config.accuracy_weight, "format": config.format_weight, "tool": config.tool_weight}
-        given = {"sum": torch.stack([weights.get(name, 1.0) * values for name, values in given.items()]).sum(0)}
-    try:
-        facets = {name: group_advantages(values, unbiased=unbiased, facet=name) for name, values in given.items()}
-    except ValueError as error:
-        raise TrainingError(f"sample {group.view.sample.id}: {error}") from None
-    if config.grounding in facets:  # whichever reward the spans get, Eq. 5 credits it as A^IoU
-        facets["iou"] = facets.pop(config.grounding)
-    segments = [segment_ids(response.text, response.offsets) for response in group.responses]
-    padded = torch.nn.utils.rnn.pad_sequence(segments, batch_first=True)
-    return token_advantages(facets, padded, CREDIT[config.tokenadv])
+        group.rewards = rewards.facets(group, config)
+        group.advantages = credit(group, config)
 
 
 # ---------------------------------------------------------------- update
@@ -302,7 +242,7 @@ def micro_batches(groups: Sequence[Group], config: Config) -> list[MicroBatch]:
             for k in range(3)
         ]
         shown = None
-        if config.template in EPISODES:
+        if config.multi_turn:
             shown = [
                 [r.observations if m.any() else [] for r, m in zip(g.responses, row[1], strict=True)]
                 for g, row in zip(chunk, rows, strict=True)
@@ -315,12 +255,12 @@ def group_rows(group: Group, config: Config) -> tuple[Tensor, Tensor, Tensor]:
     """Ids, mask and advantages of a group, [G, T] each. The mask leaves out what takes no part in the loss: responses
     that a limit ended (`mask_truncated`), and with dynamic sampling a group that is without variance to the last.
     """
-    (ids, mask), credit = group.padded(), advantages(group, config)
+    ids, mask = group.padded()
     if config.mask_truncated:
         mask &= torch.tensor([[response.finished] for response in group.responses])
     if config.max_redraws:
-        mask &= credit.any()
-    return ids, mask, credit
+        mask &= group.advantages.any()
+    return ids, mask, group.advantages
 
 
 def update(run: Run, batches: list[MicroBatch]) -> dict[str, float]:
@@ -439,7 +379,7 @@ def step_metrics(
     metrics: dict[str, float] = {}
     varied = torch.zeros(config.prompts_per_step, dtype=torch.bool, device=accelerator.device)
     nothing = [math.nan] * config.group_size
-    for name in facet_names(config):
+    for name in rewards.paid_facets(config):
         values = gathered([group.rewards.get(name, nothing) for group in groups])  # [B, G]
         applies = ~values.isnan().any(-1)
         metrics[f"applies/{name}"] = applies.float().mean().item()
@@ -457,7 +397,7 @@ def step_metrics(
     metrics["response_tokens"] = lengths.mean().item()
     metrics["unfinished_fraction"] = unfinished.mean().item()
 
-    if config.template in EPISODES:
+    if config.multi_turn:
         counts = {"turns": lambda e: len(e.turns), "calls": lambda e: e.calls, "clips": lambda e: len(e.clips)}
         for name, count in counts.items():
             metrics[f"episode/{name}"] = gathered([[count(r) for r in g.responses] for g in groups]).mean().item()
@@ -482,8 +422,7 @@ def step_metrics(
         metrics["kl/time"], metrics["kl/text"] = sums["kl_time"] / tokens, sums["kl_text"] / tokens
         metrics["kl/penalty"] = sums["penalty"] / tokens
 
-    prompts = [group.prompt for group in groups]
-    prompts += [seen.prompt for group in groups for r in group.responses for seen in r.observations]
+    prompts = [prompt for group in groups for prompt in group.prompts]
     zooms = {id(r.zoom): r.zoom for group in groups for r in group.responses if r.zoom is not None}
     visual = sum(video.n_tokens for prompt in prompts for video in prompt.videos)
     visual += sum(visual_tokens(zoom.clip.frames.shape) for zoom in zooms.values())
@@ -691,14 +630,14 @@ def collect(
         with timed(seconds, "rollout"):
             if not config.train_vision:  # then rollout, reference and update see the same visual tokens
                 keep_tokens(run.model, [d.view.video for d in drawn])
-            responses = roll_out_episodes if config.template in EPISODES else roll_out
-            groups = responses(run.model, [d.view for d in drawn], config, run.vocabulary, step)
+            views = [d.view for d in drawn]
+            groups = roll_out(run.model, views, config, run.vocabulary, step, environments(views, config))
         stop.check()
-        failed = clip_failures(groups) if config.template in EPISODES else {}
+        failed = clip_failures(groups)
         with timed(seconds, "zoom"):
             if config.zoom_reward:
                 judge = run.reference if config.zoom_judge == "reference" else run.model
-                failed = zoom_pass(judge, groups, config, run.vocabulary)
+                failed |= zoom_pass(judge, groups, config, run.vocabulary)
     stop.check()
     unreadable = [pair for d in drawn for pair in d.failed]
     unreadable += [(g.view.sample, failed[g.view.sample.id]) for g in groups if g.view.sample.id in failed]
@@ -723,7 +662,7 @@ def redraw(
     tried: set[tuple[str, str]] = set()  # by all processes
     count = 0
     for attempt in range(config.max_redraws):
-        flat = [k for k, group in enumerate(groups) if not advantages(group, config).any()]
+        flat = [k for k, group in enumerate(groups) if not group.advantages.any()]
         found = torch.tensor(len(flat), device=accelerator.device)
         if not accelerator.reduce(found, "sum"):  # all processes go on, or none
             break
@@ -779,7 +718,7 @@ def log_step(run: Run, bar: tqdm, step: int, metrics: dict[str, float]) -> None:
     if run.accelerator.is_main_process:
         with open(Path(run.config.out) / "metrics.jsonl", "a") as file:
             file.write(json.dumps({"step": step, **metrics}) + "\n")
-    means = {name: metrics.get(f"reward/{name}_mean") for name in facet_names(run.config)}
+    means = {name: metrics.get(f"reward/{name}_mean") for name in rewards.paid_facets(run.config)}
     shown = {name: f"{value:.2f}" for name, value in means.items() if value is not None}
     bar.set_postfix(shown | {"s/step": f"{metrics['seconds/step']:.1f}"})
     bar.update()
@@ -881,7 +820,7 @@ def main(arguments: list[str] | None = None) -> None:
     if accelerator.is_main_process:
         plot_curves([out], out / "curves.png")
         if groups:  # none when a finished run is resumed
-            episodes = [episode_record(group, advantages(group, config)) for group in groups[: config.n_episodes]]
+            episodes = [episode_record(group, config.multi_turn) for group in groups[: config.n_episodes]]
             episodes_page(episodes, out / "episodes.html", f"{out.name}: groups of the last step")
     if test:
         after = results(run, test, "after training")
@@ -897,7 +836,7 @@ def run_main(job: Callable[[], None]) -> None:
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     try:
         job()
-    except (configuration.ConfigError, DataError, ModelError, TrainingError) as error:
+    except (configuration.ConfigError, DataError, ModelError, RewardError, TrainingError) as error:
         sys.exit(f"error: {error}")
     except Stopped as stop:
         print(f"stopped by {signal.Signals(stop.number).name}, with a checkpoint; --resume continues", file=sys.stderr)

@@ -241,9 +241,9 @@ def load_training(config: Config) -> list[DataSet]:
 
 def check_training(samples: Sequence[Sample], config: Config, path: str) -> None:
     """Raise DataError naming the row that lacks what its prompt or every reward needs."""
-    if config.template in prompts.EPISODES:
+    if config.multi_turn:
         return check_samples(samples, ("options", "answer"), path)
-    if config.template != "longvtg_r1":
+    if not prompts.TEMPLATES[config.template].event:
         return check_samples(samples, ("options", "answer", "evidence"), path)
     check_samples(samples, (), path)
     for number, row in enumerate(samples, 1):

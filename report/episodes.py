@@ -5,14 +5,11 @@ import string
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from torch import Tensor
-
 from advantage import SEGMENTS, segment_ids
-from episodes import Episode, Shown
 from prompts import Span
 from report import ReportError
 from report.html import blame, clock, film_strip, mark, page, save_page, small_table, span_text, text, timeline
-from rollout import Group
+from rollout import Group, ToolReply
 
 POSITIVE, NEGATIVE = (33, 102, 172), (224, 112, 10)  # blue and orange
 
@@ -122,15 +119,15 @@ def token_html(token: str, advantage: float, scale: float, segment: str = "") ->
     return f'<span class="tok {sign}" style="background:rgb({colour})" title="{text(title)}">{written}</span>'
 
 
-def call_record(seen: Shown) -> dict:
+def call_record(reply: ToolReply) -> dict:
     """A call as its page shows it."""
-    if seen.clip is None:
-        return {"refusal": seen.text}
-    return {"part": [seen.call.span], "times": seen.clip.times, "frames": seen.clip.frames.numpy()}
+    if reply.clip is None:
+        return {"refusal": reply.text}
+    return {"part": [reply.call.span], "times": reply.clip.times, "frames": reply.clip.frames.numpy()}
 
 
-def episode_record(group: Group, advantages: Tensor) -> dict:
-    """A group as the page shows it. advantages: [G, T], of each token."""
+def episode_record(group: Group, multi_turn: bool) -> dict:
+    """A group as the page shows it, with its rewards and advantages; `multi_turn`: responses may make calls."""
     sample, clip = group.view.sample, group.view.clip
     responses = []
     for g, response in enumerate(group.responses):
@@ -138,7 +135,7 @@ def episode_record(group: Group, advantages: Tensor) -> dict:
         responses.append(
             {
                 "tokens": [response.text[start:end] for start, end in response.offsets],
-                "advantages": advantages[g, : len(response.ids)].tolist(),
+                "advantages": group.advantages[g, : len(response.ids)].tolist(),
                 "segments": [SEGMENTS[s] for s in segments],
                 "answer": response.answer,
                 "spans": response.spans,
@@ -149,7 +146,7 @@ def episode_record(group: Group, advantages: Tensor) -> dict:
                     "frames": response.zoom.clip.frames.numpy(),
                     "answer": response.zoom.answer,
                 },
-                "calls": list(map(call_record, response.shown)) if isinstance(response, Episode) else None,
+                "calls": list(map(call_record, response.replies)) if multi_turn else None,
             }
         )
     return {

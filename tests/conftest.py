@@ -27,7 +27,9 @@ import tiny
 import world
 from annotations.rows import Sample
 from annotations.samples import read_samples
+from episodes import environments
 from policy import Policy, Video, Vocabulary, build_prompt
+from rollout import Group, roll_out
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPE = """
@@ -162,6 +164,11 @@ def recipe(tmp_path, talker, small_world) -> Path:
     values["root"] = small_world["train"].parent
     path.write_text(RECIPE.format(**values))
     return path
+
+
+def roll_out_episodes(model, views, config, vocabulary, step: int | None) -> list[Group]:
+    """Groups of episodes in the environment that the template has."""
+    return roll_out(model, views, config, vocabulary, step, environments(views, config))
 
 
 def read_metrics(out: Path) -> list[dict]:

@@ -14,7 +14,7 @@ import pytest
 import torch
 import yaml
 from accelerate import Accelerator
-from conftest import read_metrics
+from conftest import read_metrics, roll_out_episodes
 from plain_episodes import PlainEpisodes
 from test_train import TWO_SHARDED
 from test_train import call as in_processes
@@ -25,18 +25,19 @@ import infer
 import lessons
 import policy
 import prompts
+import rollout
 import tiny
 import train
 import world
 from annotations.samples import DataSet
 from config import ConfigError
 from engine.flops import forward_flops, weights
-from episodes import Episode, Scene, lay_out, messages, read_turn, replay, roll_out_episodes
+from episodes import ClipEnvironment, lay_out, messages, replay
 from media.decode import VideoInfo
 from media.source import VideoError
 from policy import Policy, Prompt, Video, Vocabulary, build_prompt, load
-from rollout import Group, coarse_plan, coarse_prompt, view_video
-from train import advantages, micro_batches, score
+from rollout import Group, Response, Turn, coarse_plan, coarse_prompt, read_turn, view_video
+from train import credit, micro_batches, score
 from video import decode
 
 AGENT = ["--template", "world_zoomer", "--max_frames", "20", "--zoom_budget", "256"]
@@ -51,7 +52,7 @@ def config(recipe):
 
 @pytest.fixture
 def scene(samples, config):
-    return Scene(view_video(samples[0], config), config)
+    return ClipEnvironment(view_video(samples[0], config), config)
 
 
 def call(start, end, fps) -> str:
@@ -62,13 +63,13 @@ def answer(letter: str = "B") -> str:
     return f"<think>seen</think><answer>{letter}</answer>"
 
 
-def limited(scene: Scene, **limits: int) -> Scene:
-    return Scene(scene.view, replace(scene.config, **limits))
+def limited(scene: ClipEnvironment, **limits: int) -> ClipEnvironment:
+    return ClipEnvironment(scene.view, replace(scene.config, **limits))
 
 
-def seen(episode: Episode) -> str:
+def seen(episode: Response) -> str:
     """What the last turn got back, without the frames."""
-    return episode.turns[-1].shown.text.replace(prompts.VIDEO, "#")
+    return episode.turns[-1].reply.text.replace(prompts.VIDEO, "#")
 
 
 # ---------------------------------------------------------------- what is shown
@@ -76,13 +77,13 @@ def seen(episode: Episode) -> str:
 
 def test_two_seconds_at_eight_frames_per_second_are_sixteen_frames(scene, vocabulary):
     episode = replay(scene, [call(3, 5, 8)], vocabulary)
-    shown = episode.turns[0].shown
+    shown = episode.turns[0].reply
     assert shown.clip.times == pytest.approx([3 + k / 8 for k in range(16)])
     frames, _ = decode(scene.view.sample.video, shown.clip.times, tuple(shown.clip.frames.shape[2:]))
     assert torch.equal(shown.clip.frames, frames) and frames.shape[2:] == (112, 112)
     assert [video.grid for video in shown.videos] == [(1, 8, 8)] * 16
     for video, frame in zip(shown.videos, frames, strict=True):
-        assert torch.equal(video.patches, episodes.Video.from_frames(frame[None], 1.0).patches)
+        assert torch.equal(video.patches, Video.from_frames(frame[None], 1.0).patches)
 
 
 def test_every_frame_follows_its_time(scene, vocabulary):
@@ -110,14 +111,14 @@ def test_equal_clips_are_decoded_once(scene, vocabulary, monkeypatch):
     asked = [[call(3, 5, 4)], [call(3.0, 5.0, 4.0), call(3, 5, 2)], [call(0, 1, 1), call(3, 5, 4)]]
     one, two, three = (replay(scene, replies, vocabulary) for replies in asked)
     assert len(loaded) == 3
-    assert one.turns[0].shown.videos[0] is two.turns[0].shown.videos[0] is three.turns[1].shown.videos[0]
+    assert one.turns[0].reply.videos[0] is two.turns[0].reply.videos[0] is three.turns[1].reply.videos[0]
 
 
 def test_a_clip_that_a_group_asks_for_is_decoded_once(samples, small, loaded, monkeypatch):
     """All responses of a group make one call in all of their turns."""
     plans, load = [], episodes.load_clip
     monkeypatch.setattr(episodes, "load_clip", lambda plan, *rest, **_: plans.append(plan) or load(plan, *rest))
-    monkeypatch.setattr(episodes, "read_turn", lambda ids, _: episodes.Turn(ids, call(3, 5, 4), []))
+    monkeypatch.setattr(rollout, "read_turn", lambda ids, *_: Turn.of(call(3, 5, 4), True, ids, []))
     model, vocabulary = loaded
     groups = roll_out_episodes(model, views_of(samples, small, 2), small, vocabulary, 0)
     assert [len(episode.clips) for group in groups for episode in group.responses] == [3] * 2 * small.group_size
@@ -160,7 +161,7 @@ def test_the_recipe_has_the_papers_limits_and_the_released_weights():
 )
 def test_illegal_calls_get_one_sentence_and_cost_a_turn_only(scene, vocabulary, reply, sentence):
     episode = replay(scene, [reply], vocabulary)
-    shown = episode.turns[0].shown
+    shown = episode.turns[0].reply
     assert sentence in shown.text and shown.clip is None and shown.call is None and not shown.videos
     assert not episode.over and scene.left(episode) == (4, 108)
     assert replay(scene, [reply, answer("C")], vocabulary).answer == "C"
@@ -179,14 +180,14 @@ def test_the_last_turn_is_told_to_answer_and_a_call_in_it_ends_the_episode(scene
     for limit in (2, 5):
         small = limited(scene, max_turns=limit, max_calls=9)
         played = replay(small, [call(k, k + 1, 1) for k in range(limit - 1)], vocabulary)
-        told = [turn.shown.text.endswith(" answer") for turn in played.turns]
+        told = [turn.reply.text.endswith(" answer") for turn in played.turns]
         assert told == [False] * (limit - 2) + [True]
         ended = replay(small, [call(k, k + 1, 1) for k in range(limit)], vocabulary)
-        assert ended.over and ended.answer is None and ended.truncated and len(ended.clips) == limit - 1
+        assert ended.over and ended.answer is None and not ended.finished and len(ended.clips) == limit - 1
         with pytest.raises(ValueError, match=f"turn {limit + 1} of {limit + 1}: the episode ended"):
             replay(small, [call(k, k + 1, 1) for k in range(limit)] + [answer()], vocabulary)
     single = replay(limited(scene, max_turns=1), [call(0, 1, 1)], vocabulary)
-    assert single.over and single.truncated
+    assert single.over and not single.finished
 
 
 def test_calls_run_out(scene, vocabulary):
@@ -213,24 +214,24 @@ def test_frames_run_out(scene, vocabulary):
 def test_a_turn_without_a_call_ends_the_episode(scene, vocabulary):
     right, silent = replay(scene, [answer("D")], vocabulary), replay(scene, ["red"], vocabulary)
     assert right.over and right.answer == "D" and silent.over and silent.answer is None
-    assert not right.truncated and not silent.truncated
+    assert right.finished and silent.finished
 
 
 def test_a_turn_cut_short_ends_the_episode(scene, vocabulary):
-    episode = Episode([read_turn(torch.tensor(vocabulary.ids("<video_zoom>")), vocabulary)])
+    episode = Response([read_turn(torch.tensor(vocabulary.ids("<video_zoom>")), vocabulary, may_call=True)])
     scene.respond(episode)
-    assert episode.over and episode.truncated and episode.answer is None
+    assert episode.over and not episode.finished and episode.answer is None
 
 
 def test_frames_that_cannot_be_decoded_are_a_sentence(samples, config, vocabulary, tmp_path):
     copied = tmp_path / "v.mp4"
     with open(samples[0].video, "rb") as file:
         copied.write_bytes(file.read())
-    scene = Scene(view_video(replace(samples[0], video=str(copied)), config), config)
+    scene = ClipEnvironment(view_video(replace(samples[0], video=str(copied)), config), config)
     copied.unlink()
     episode = replay(scene, [call(3, 5, 2), answer("A")], vocabulary)
-    assert "cannot be read" in episode.turns[0].shown.text and not episode.clips and episode.answer == "A"
-    assert isinstance(episode.turns[0].shown.error, VideoError)
+    assert "cannot be read" in episode.turns[0].reply.text and not episode.clips and episode.answer == "A"
+    assert isinstance(episode.turns[0].reply.error, VideoError)
 
 
 # ---------------------------------------------------------------- a policy that tries everything
@@ -285,10 +286,10 @@ def test_ten_thousand_malicious_turns(scene, vocabulary):
     while turns < 10_000:
         limits = {"max_turns": rng.choice([5, 30]), "max_calls": rng.choice([4, 30])}
         strict = limited(scene, **limits)
-        strict.shown = scene.shown
-        episode = Episode()
+        strict.loaded = scene.loaded
+        episode = Response()
         while not episode.turns or not episode.over:
-            episode.turns.append(episodes.Turn(torch.tensor([0]), mischief(rng), []))
+            episode.turns.append(Turn.of(mischief(rng), True, torch.tensor([0]), []))
             strict.respond(episode)
             turns += 1
         frames = sum(len(clip.times) for clip in episode.clips)
@@ -302,7 +303,7 @@ def test_ten_thousand_malicious_turns(scene, vocabulary):
         ends = [observation.prompt.next_position for observation in episode.observations]
         assert ends == sorted(ends) and all(end < 3 + 100 * len(episode.turns) * 16 for end in ends)
         for turn in episode.turns[:-1]:
-            shown = turn.shown
+            shown = turn.reply
             assert len(shown.videos) == shown.text.count(prompts.VIDEO) == (len(shown.clip.times) if shown.clip else 0)
             assert len(shown.text) < 1500
             if not shown.clip:
@@ -324,10 +325,10 @@ def test_messages_tell_all_and_replay(scene, vocabulary):
     assert history[0]["text"].startswith("<video>") and scene.view.sample.question in history[0]["text"]
     assert history[2]["text"] == "3s<video>3.5s<video>" and [v["times"] for v in history[2]["videos"]] == [[3.0], [3.5]]
     assert history[4]["text"] == "The video ends at 20.0 seconds." and "videos" not in history[4]
-    again = replay(Scene(scene.view, scene.config), [m["text"] for m in history[1::2]], vocabulary)
+    again = replay(ClipEnvironment(scene.view, scene.config), [m["text"] for m in history[1::2]], vocabulary)
     for one, two in zip(episode.turns, again.turns, strict=True):
         assert torch.equal(one.ids, two.ids) and one.text == two.text
-        assert one.shown is two.shown is None or one.shown.text == two.shown.text
+        assert one.reply is two.reply is None or one.reply.text == two.reply.text
     assert torch.equal(episode.clips[0].frames, again.clips[0].frames)
 
 
@@ -398,7 +399,7 @@ def test_rollouts_are_those_of_the_plain_way(samples, small, loaded, monkeypatch
     """With the cache across turns or without: the same turns, frames and observations."""
     model, vocabulary = loaded
     ours = roll_out_episodes(model, views_of(samples, small), small, vocabulary, 3)
-    monkeypatch.setattr(episodes, "Episodes", PlainEpisodes)
+    monkeypatch.setattr(rollout, "Episodes", PlainEpisodes)
     plain = roll_out_episodes(model, views_of(samples, small), small, vocabulary, 3)
     turns, shown = set(), 0
     for one, two in zip(ours, plain, strict=True):
@@ -436,7 +437,7 @@ def test_an_episode_is_a_response_and_its_replay_the_same(samples, small, loaded
             assert "".join(episode.text[a:b] for a, b in episode.offsets) == episode.text
             if not episode.finished or any(turn.text.endswith("\ufffd") for turn in episode.turns):
                 continue
-            again = replay(Scene(group.view, small), [turn.text for turn in episode.turns], vocabulary)
+            again = replay(ClipEnvironment(group.view, small), [turn.text for turn in episode.turns], vocabulary)
             lay_out(again, group.prompt, vocabulary, model.config)
             if again.ids.tolist() != episode.ids.tolist():  # a random policy may cut its words otherwise
                 continue
@@ -466,7 +467,7 @@ def test_a_trained_tower_encodes_anew_in_the_update(samples, small, loaded):
 # ---------------------------------------------------------------- rewards and training
 
 
-def played(scene, vocabulary, *replies: str) -> Episode:
+def played(scene, vocabulary, *replies: str) -> Response:
     return replay(scene, replies, vocabulary)
 
 
@@ -495,7 +496,7 @@ def test_rewards_of_episodes(scene, vocabulary):
     weights = replace(scene.config, accuracy_weight=0.9, format_weight=0.1, tool_weight=0.5)
     total = torch.tensor([1.0, 1.5, 0.1, 1.0, 1.4, 0.9, 0.0])
     expected = (total - total.mean()) / total.std(unbiased=False)
-    torch.testing.assert_close(advantages(group, weights)[:, 0], expected)
+    torch.testing.assert_close(credit(group, weights)[:, 0], expected)
 
 
 def test_truncated_episodes_can_be_masked(scene, vocabulary):
@@ -545,6 +546,7 @@ def test_what_is_shown_is_never_a_target(small_recipe, samples, monkeypatch):
     assert any(episode.observations for group in groups for episode in group.responses)
     for group in groups:
         group.rewards = {"accuracy": [float(k % 2) for k in range(len(group.responses))]}
+        group.advantages = credit(group, config)
     with torch.no_grad():
         run.model.model.language_model.norm.weight.mul_(1.2)  # no longer the reference
     batches = micro_batches(groups, replace(config, prompts_per_pass=1))
@@ -571,7 +573,7 @@ def predicting(group: Group) -> torch.Tensor:
     for episode in group.responses:
         sampled = []
         for turn in episode.turns:
-            sampled += [True] * len(turn.ids) + [False] * (len(turn.observation.prompt) if turn.shown else 0)
+            sampled += [True] * len(turn.ids) + [False] * (len(turn.observation.prompt) if turn.reply else 0)
         found.append(torch.tensor(sampled[1:], dtype=torch.bool))
     return torch.cat(found)
 
@@ -609,6 +611,7 @@ def test_groups_without_variance_are_redrawn_within_a_bound(samples, config, mon
     def score(groups, config):
         for group in groups:
             group.rewards = {"accuracy": [0.0, float(group.view.sample.id not in flat)]}
+            group.advantages = credit(group, config)
 
     monkeypatch.setattr(train, "collect", collect)
     monkeypatch.setattr(train, "score", score)
@@ -633,6 +636,10 @@ def test_groups_without_variance_are_redrawn_within_a_bound(samples, config, mon
     assert train.group_rows(left, replace(run.config, max_redraws=0))[1].all()
 
 
+def flat_group(sample) -> SimpleNamespace:
+    return SimpleNamespace(view=SimpleNamespace(sample=sample), advantages=torch.zeros(1))
+
+
 def test_two_processes_redraw_different_samples(samples, config, monkeypatch):
     """Each knows what the other has; none of that is drawn, nor by both the same."""
     asked = []
@@ -643,11 +650,10 @@ def test_two_processes_redraw_different_samples(samples, config, monkeypatch):
 
     monkeypatch.setattr(train, "collect", collect)
     monkeypatch.setattr(train, "readable_view", lambda some, *_: some[0])
-    monkeypatch.setattr(train, "advantages", lambda *_: torch.zeros(1))
     all_names = [(sample.video, sample.id) for sample in samples[:6]]
     monkeypatch.setattr(train, "gather_object", lambda names: all_names)
     for rank in (0, 1):
-        groups = [SimpleNamespace(view=SimpleNamespace(sample=sample)) for sample in samples[3 * rank :][:3]]
+        groups = [flat_group(sample) for sample in samples[3 * rank :][:3]]
         alone = SimpleNamespace(process_index=rank, num_processes=2, device="cpu", reduce=lambda found, how: found)
         run = SimpleNamespace(config=replace(config, max_redraws=1), accelerator=alone, unreadable={})
         with pytest.raises(StopIteration):
@@ -669,8 +675,7 @@ def test_redraws_follow_the_weights_of_a_mixture_and_have_spares(samples, config
 
     monkeypatch.setattr(train, "collect", collect)
     monkeypatch.setattr(train, "readable_view", readable_view)
-    monkeypatch.setattr(train, "advantages", lambda *_: torch.zeros(1))
-    groups = [SimpleNamespace(view=SimpleNamespace(sample=samples[0]))]
+    groups = [flat_group(samples[0])]
     run = SimpleNamespace(config=replace(config, max_redraws=1), accelerator=Accelerator(cpu=True), unreadable={})
     sets = [DataSet(samples[:2], weight=4), DataSet(samples[2:], weight=1 / len(samples[2:]))]
     for step in range(60):
@@ -699,6 +704,7 @@ def score(groups, config):
     for group in groups:
         varied = float(os.environ["RANK"])
         group.rewards = dict.fromkeys(("format", "accuracy", "tool"), [varied] + [0.0] * (config.group_size - 1))
+        group.advantages = train.credit(group, config)
 
 train.score = score
 main = train.main
@@ -735,7 +741,7 @@ def test_the_agents_result_is_its_episode(samples, small, loaded):
         assert result.frames == len(group.view.clip.times) + sum(len(clip.times) for clip in episode.clips)
         videos = group.prompt.videos + [v for o in episode.observations for v in o.prompt.videos]
         assert result.visual_tokens == sum(video.n_tokens for video in videos)
-        asked = [turn.shown.call and [turn.shown.call.span] for turn in episode.turns[:-1]]
+        asked = [turn.reply.call and [turn.reply.call.span] for turn in episode.turns[:-1]]
         assert [look.part for look in result.looks] == [None, *asked]
         assert result.confidence == 0 or set(result.letters) >= {result.answer}
         assert result.flops > 0 and all(bool(look.refusal) == (look.part is None) for look in result.looks[1:])

@@ -17,11 +17,11 @@ import world
 from annotations import trajectories
 from annotations.rows import DataError, Row
 from config import ConfigError
-from episodes import Episode, Scene, replay
+from episodes import ClipEnvironment, replay
 from exemplars import Dialogue, Oracle, mixed, play, reflect
 from harness.chat import ChatError, Reply, RequestError
 from harness.chat import Shown as Frames
-from rollout import view_video
+from rollout import Response, view_video
 
 AGENT = ["--template", "world_zoomer", "--max_frames", "20", "--zoom_budget", "256", "--frames_per_call", "10"]
 ANSWER = "<think>seen</think><answer>{}</answer>"
@@ -37,9 +37,9 @@ def config(recipe):
 
 
 @pytest.fixture
-def scenes(samples, config) -> dict[str, Scene]:
+def scenes(samples, config) -> dict[str, ClipEnvironment]:
     """A scene of each kind of question."""
-    return {sample.kind: Scene(view_video(sample, config), config) for sample in samples}
+    return {sample.kind: ClipEnvironment(view_video(sample, config), config) for sample in samples}
 
 
 class Scripted:
@@ -62,7 +62,7 @@ class Scripted:
 def test_the_oracle_sees_all_of_the_evidence_and_no_more_then_answers(scenes):
     assert set(scenes) == set(world.KINDS)
     for kind, scene in scenes.items():
-        episode, sample = Episode(), scene.view.sample
+        episode, sample = Response(), scene.view.sample
         assert play(Oracle(), scene, episode) is None
         assert episode.answer == sample.answer and len(episode.clips) == episode.calls
         assert (episode.calls == 0) == (kind == "coarse")
@@ -79,13 +79,13 @@ def test_the_oracle_makes_one_call_for_two_events_where_its_frames_are_enough(sc
     sample = scene.view.sample
     (first, _), (_, last) = sample.evidence[0], sample.evidence[-1]
     for most, calls in (((last - first) * 2, 1), ((last - first) * 2 - 1, 2)):
-        limited = Scene(
+        limited = ClipEnvironment(
             scene.view, replace(scene.config, frames_per_call=int(most), total_frames=200, zoom_budget=9999)
         )
-        episode = Episode()
+        episode = Response()
         assert play(Oracle(), limited, episode) is None and episode.calls == calls
-    tight = Scene(scene.view, replace(scene.config, frames_per_call=2))
-    assert play(Oracle(), tight, Episode()) == "no calls or frames left for the evidence"
+    tight = ClipEnvironment(scene.view, replace(scene.config, frames_per_call=2))
+    assert play(Oracle(), tight, Response()) == "no calls or frames left for the evidence"
 
 
 def test_the_oracle_says_what_each_frame_shows(scenes, vocabulary):
@@ -118,7 +118,7 @@ def test_the_oracle_says_what_each_frame_shows(scenes, vocabulary):
 
     coarse = scenes["coarse"].view.sample
     assert prompts.parse_answer(said("coarse", wrong=None)) == coarse.answer
-    start, end = coarse.spans[0]
+    start, end = coarse.evidence[0]
     assert f'{{"segment": [{start}, {end}], "fps": 1}}' in said("coarse")  # what was wrong at once needs a closer look
     words = " ".join([colour("coarse"), *int(end - start) * [glimpses["coarse"]]])
     assert said("coarse", call(start, end, 1)) == f"<think>{words}</think><answer>{coarse.answer}</answer>"
@@ -131,7 +131,7 @@ def test_a_chat_model_plays_by_the_policys_prompt_and_sees_frames_with_their_tim
     scene = scenes["fine"]
     right = ANSWER.format(scene.view.sample.answer)
     chat = Scripted(call(3, 4, 2) + " and then ...", f"\n{right}\n")
-    episode = Episode()
+    episode = Response()
     assert play(Dialogue(chat), scene, episode) is None
     assert [turn.text for turn in episode.turns] == [call(3, 4, 2), right]
     system, prompt, said, shown = chat.asked[1]
@@ -160,7 +160,7 @@ def test_a_chat_model_plays_by_the_policys_prompt_and_sees_frames_with_their_tim
 def test_what_is_not_right_is_dropped_with_a_reason(scenes, replies, reason):
     scene = scenes["fine"]
     said = [r.replace("{}", scene.view.sample.answer) if isinstance(r, str) else r for r in replies]
-    assert play(Dialogue(Scripted(*said)), scene, Episode()) == reason
+    assert play(Dialogue(Scripted(*said)), scene, Response()) == reason
 
 
 def test_an_endpoint_plays_a_data_set(arguments, samples, server, tmp_path, monkeypatch):
@@ -209,7 +209,7 @@ def test_reflection_keeps_the_failed_turns_without_their_last_message(scenes, vo
     chat = Scripted(ANSWER.format(sample.answer))
     assert reflect(Dialogue(chat), scene, [short, right, long])[1] == 2  # of which there are turns to keep
     thoughtless = replay(scene, [f"<answer>{sample.answer}</answer>"], vocabulary)
-    endless = replay(Scene(scene.view, replace(scene.config, max_turns=1)), [call(1, 2, 1)], vocabulary)
+    endless = replay(ClipEnvironment(scene.view, replace(scene.config, max_turns=1)), [call(1, 2, 1)], vocabulary)
     for attempt, told in ((thoughtless, "(not the template's format)"), (endless, "(no answer)")):
         chat = Scripted(ANSWER.format(sample.answer))
         assert reflect(Dialogue(chat), scene, [attempt])[2] is None
@@ -275,16 +275,18 @@ def test_episodes_are_a_training_file_and_a_stopped_run_goes_on(arguments, sampl
 def test_reflection_from_the_command_line(arguments, samples, tmp_path, monkeypatch):
     """The talker answers at once and badly; so what it rolls out is replaced by calls that lead nowhere."""
     exemplars.main(["play", *arguments, "--out", str(tmp_path / "play")])
-    rolled = exemplars.roll_out_episodes
+    rolled = exemplars.roll_out
 
-    def astray(model, views, config, vocabulary, step):
-        groups = rolled(model, views, config, vocabulary, step)
+    def astray(model, views, config, words, *others):
+        groups = rolled(model, views, config, words, *others)
         for group in groups:
             wrong = "ABCD"[("ABCD".index(group.view.sample.answer) + 1) % 4]
-            group.responses = [replay(Scene(group.view, config), [call(0, 99, 1), ANSWER.format(wrong)], vocabulary)]
+            group.responses = [
+                replay(ClipEnvironment(group.view, config), [call(0, 99, 1), ANSWER.format(wrong)], words)
+            ]
         return groups
 
-    monkeypatch.setattr(exemplars, "roll_out_episodes", astray)
+    monkeypatch.setattr(exemplars, "roll_out", astray)
     given = ["--exemplars", str(tmp_path / "play" / "train.jsonl"), "--out", str(tmp_path / "reflect")]
     exemplars.main(["reflect", *arguments, *given, "--share", "0.25"])
     rows = lines(tmp_path / "reflect" / "train.jsonl")

@@ -51,7 +51,7 @@ from rollout import (
     answer_clips,
     coarse_prompt,
     letter_probabilities,
-    read_response,
+    read_turn,
     roll_out,
     span_probability,
     view_video,
@@ -221,7 +221,7 @@ def test_the_answers_token_is_found_where_tags_and_letters_are_fused(reply):
         pytest.skip(f"no Qwen2.5 tokenizer in {TOKENIZER}")
     vocabulary = Vocabulary.of(AutoTokenizer.from_pretrained(TOKENIZER))
     ids = vocabulary.ids(f"<think>Bad B <time>3.0</time></think>{reply}")
-    response = read_response(torch.tensor(ids), vocabulary)
+    response = read_turn(torch.tensor(ids), vocabulary)
     response.answer = response.answer or prompts.parse_answer(response.text, bare=True)
     # A model whose hidden state says which token comes, with 3 nats over all others.
     size = len(vocabulary.tokenizer)
@@ -236,7 +236,7 @@ def test_the_answers_token_is_found_where_tags_and_letters_are_fused(reply):
 
 
 def test_without_an_answer_there_is_no_confidence(agent):
-    response = read_response(torch.tensor(agent.vocabulary.ids("<think>red</think>")), agent.vocabulary)
+    response = read_turn(torch.tensor(agent.vocabulary.ids("<think>red</think>")), agent.vocabulary)
     response.hidden = torch.zeros(len(response.ids), 128)
     assert letter_probabilities(agent.model, response, 4, agent.vocabulary) == {}
     assert span_probability(agent.model, response) == 0.0

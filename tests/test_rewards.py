@@ -35,12 +35,12 @@ def close(a, b):
 
 def test_format_reward_is_the_strict_check():
     text = "<think>red<time>(3.0,8.0)</time></think><answer>B</answer><glue>[(3.0,8.0)]</glue>"
-    assert rewards.format_reward(text, "world") == 1.0
-    assert rewards.format_reward(text, "longvtg_r1") == 0.0
-    assert type(rewards.format_reward(text, "world")) is float
+    assert rewards.format_reward([text], "world") == 1.0
+    assert rewards.format_reward([text], "longvtg_r1") == 0.0
+    assert type(rewards.format_reward([text], "world")) is float
     event = "<think>x</think><timestamp>1 to 2</timestamp>"
-    assert rewards.format_reward(event, "longvtg_r1") == 0.0
-    assert rewards.format_reward(event, "longvtg_r1", has_options=False) == 1.0
+    assert rewards.format_reward([event], "longvtg_r1") == 0.0
+    assert rewards.format_reward([event], "longvtg_r1", has_options=False) == 1.0
 
 
 @pytest.mark.parametrize("reward", [rewards.accuracy_reward, rewards.zoom_reward])

@@ -17,10 +17,11 @@ from annotations.samples import check_samples
 from policy import load
 from rollout import (
     Group,
+    Response,
     Zoom,
     answer_clips,
     coarse_prompt,
-    read_response,
+    read_turn,
     response_seed,
     roll_out,
     view_video,
@@ -43,7 +44,7 @@ def model(tokenizer):
 
 def group_of(texts: list[str], view, vocabulary, config, model) -> Group:
     """A group with these responses."""
-    responses = [read_response(torch.tensor(vocabulary.ids(text)), vocabulary) for text in texts]
+    responses = [Response([read_turn(torch.tensor(vocabulary.ids(text)), vocabulary)]) for text in texts]
     return Group(view, coarse_prompt(view, config, vocabulary, model.config), responses)
 
 
@@ -75,7 +76,7 @@ def test_the_prompt_states_the_duration_on_request(samples, config, vocabulary, 
 
 def test_a_response_is_read_from_its_ids(vocabulary):
     ids = torch.tensor(vocabulary.ids(response_with("(3.0,8.0)")))
-    response = read_response(ids, vocabulary)
+    response = read_turn(ids, vocabulary)
     assert response.answer == "B" and response.spans == [(3.0, 8.0)] and response.finished
     assert "".join(response.text[a:b] for a, b in response.offsets) == response.text
     assert len(response.offsets) == len(ids) and response.offsets[-1] == (len(response.text), len(response.text))
@@ -84,12 +85,12 @@ def test_a_response_is_read_from_its_ids(vocabulary):
 @pytest.mark.parametrize("text", ["", "red", "<answer>", "<glue>[(5.0,3.0)]</glue>", "<glue>[", "</think><answer>Z9"])
 def test_a_response_without_answer_span_or_end_is_no_exception(vocabulary, text):
     ids = torch.tensor([*vocabulary.ids(text), *vocabulary.ids("0")])
-    response = read_response(ids, vocabulary)
+    response = read_turn(ids, vocabulary)
     assert response.answer is None and response.spans is None and not response.finished
 
 
 def test_a_response_that_ends_at_once(vocabulary):
-    response = read_response(torch.tensor([vocabulary.eos[0]]), vocabulary)
+    response = read_turn(torch.tensor([vocabulary.eos[0]]), vocabulary)
     assert response.finished and response.text == "" and response.answer is None
 
 

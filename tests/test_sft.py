@@ -16,7 +16,7 @@ import sft
 from annotations import trajectories
 from annotations.rows import DataError
 from annotations.trajectories import Example
-from episodes import Scene, messages, replay
+from episodes import ClipEnvironment, messages, replay
 from policy import load
 from rollout import view_video
 from train import Stopped, StopSignal
@@ -38,7 +38,7 @@ def rows(samples, config, vocabulary) -> list[dict]:
     told = [ANSWER], [CALL, ANSWER], [CALL, CALL.replace("3,", "4,"), ANSWER]
     for sample, said in zip(samples, told, strict=False):
         view = view_video(sample, config)
-        found.append({"messages": messages(replay(Scene(view, config), said, vocabulary), view, config)})
+        found.append({"messages": messages(replay(ClipEnvironment(view, config), said, vocabulary), view, config)})
     found[2]["messages"][1]["weight"] = 0
     return found
 

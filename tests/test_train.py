@@ -27,10 +27,11 @@ from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 
 import config as configuration
 import train
+from advantage import SEGMENTS, RewardError, segment_ids
 from annotations.rows import DataError
 from annotations.samples import DataSet, load_training, write_samples
 from policy import Vocabulary, load
-from rollout import Group, read_response
+from rollout import Group, Response, read_turn
 from train import (
     MicroBatch,
     TrainingError,
@@ -403,7 +404,7 @@ def bare_group(talker, sample, replies: Sequence[str]):
     """A group whose responses say this."""
     _, tokenizer = load(str(talker))
     vocabulary = Vocabulary.of(tokenizer)
-    responses = [read_response(torch.tensor(vocabulary.ids(reply)), vocabulary) for reply in replies]
+    responses = [Response([read_turn(torch.tensor(vocabulary.ids(reply)), vocabulary)]) for reply in replies]
     return Group(SimpleNamespace(sample=sample, info=SimpleNamespace(duration=20.0)), None, responses)
 
 
@@ -450,7 +451,7 @@ def test_a_facet_that_does_not_apply_takes_no_part(parsed, samples, talker, opti
     score([group], config)
     assert list(group.rewards) == facets
     total = torch.tensor([group.rewards[name] for name in facets]).sum(0)
-    found = train.advantages(group, config)
+    found = train.credit(group, config)
     wanted = (total - total.mean()) / total.std(unbiased=False)
     torch.testing.assert_close(found[:, 0], wanted, atol=1e-6, rtol=0)
     assert found.std(0)[0] > 0.5
@@ -461,10 +462,10 @@ def test_eq_5_credits_any_reward_of_spans_to_the_tokens_that_write_them(parsed, 
     group = bare_group(talker, replace(samples[0], answer="B", evidence=((2.0, 6.0),)), [REPLIES[0], REPLIES[2]])
     config = longvtg(parsed, "--grounding", "giou", "--tokenadv", "paper")
     score([group], config)
-    found = train.advantages(group, config)
-    glue = train.SEGMENTS.index("glue")
+    found = train.credit(group, config)
+    glue = SEGMENTS.index("glue")
     for g, response in enumerate(group.responses):
-        segments = train.segment_ids(response.text, response.offsets)
+        segments = segment_ids(response.text, response.offsets)
         sign = 1 if g == 0 else -1
         assert torch.equal(found[g, : len(segments)] * sign > 0, segments == glue)
 
@@ -620,7 +621,7 @@ def test_responses_that_say_nothing_are_no_exception(recipe, tmp_path, tokenizer
 
 def test_a_reward_that_is_not_finite_stops_the_run(recipe, monkeypatch):
     monkeypatch.setattr(train.rewards, "iou_reward", lambda *_: math.nan)
-    with pytest.raises(TrainingError, match=r"sample train-\d+-\d: iou: rewards must be finite"):
+    with pytest.raises(RewardError, match=r"sample train-\d+-\d: iou: rewards must be finite"):
         main(["--config", str(recipe)])
 
 

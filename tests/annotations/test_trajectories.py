@@ -12,7 +12,7 @@ from numbered import get
 import config as configuration
 from annotations import trajectories
 from annotations.rows import DataError, Row
-from episodes import Scene, messages, replay
+from episodes import ClipEnvironment, messages, replay
 from media.source import VideoError
 from policy import build_prompt
 from prompts import next_turn
@@ -51,7 +51,7 @@ def test_an_episode_written_as_messages_gives_what_the_rollout_gave(samples, con
         setattr(config, name, value)
     view = view_video(samples[0], config)
     said = [CALL, CALL.replace("5]", "50]"), CALL.replace("3,", "2,"), ANSWER]
-    episode = replay(Scene(view, config), said, vocabulary)
+    episode = replay(ClipEnvironment(view, config), said, vocabulary)
     prompt = coarse_prompt(view, config, vocabulary, model64.config)
     given = row(messages=messages(episode, view, config))
     example = trajectories.build_example(trajectories.read_trajectory(given), config, vocabulary, model64.config)
@@ -60,8 +60,8 @@ def test_an_episode_written_as_messages_gives_what_the_rollout_gave(samples, con
     after, position = 0, prompt.next_position
     for ours, turn in zip(example.observations, episode.turns, strict=False):
         after, position = after + len(turn.ids), position + len(turn.ids)
-        ids = vocabulary.ids(next_turn(turn.shown.text, "video_zoom" not in turn.text))
-        theirs = build_prompt(ids, turn.shown.videos, model64.config, position)
+        ids = vocabulary.ids(next_turn(turn.reply.text, "video_zoom" not in turn.text))
+        theirs = build_prompt(ids, turn.reply.videos, model64.config, position)
         assert ours.after == after and same(ours.prompt, theirs)
         position = theirs.next_position
     assert len(example.observations) == 3
@@ -71,8 +71,8 @@ def test_frames_of_a_file_that_holds_fewer_keep_their_size(folder, samples, conf
     config.zoom_budget, config.v_max, config.frames_per_call = 600, 64, 60
     view = view_video(replace(samples[0], video=str(get(folder, "vfr.mp4"))), config)
     asked = json.dumps({"segment": [0, view.info.duration], "fps": view.info.fps})
-    episode = replay(Scene(view, config), [f"<video_zoom>{asked}</video_zoom>", ANSWER], vocabulary)
-    shown, said = episode.turns[0].shown, messages(episode, view, config)
+    episode = replay(ClipEnvironment(view, config), [f"<video_zoom>{asked}</video_zoom>", ANSWER], vocabulary)
+    shown, said = episode.turns[0].reply, messages(episode, view, config)
     assert len(shown.videos) < shown.planned == said[2]["planned"]
     found = trajectories.read_trajectory(row(messages=said))
     _, frames = trajectories.load_shown(found, config)
@@ -84,7 +84,7 @@ def test_frames_of_a_file_that_holds_fewer_keep_their_size(folder, samples, conf
 
 def test_turns_of_weight_0_are_read_only(samples, config, vocabulary, model64):
     view = view_video(samples[0], config)
-    history = messages(replay(Scene(view, config), [CALL, ANSWER], vocabulary), view, config)
+    history = messages(replay(ClipEnvironment(view, config), [CALL, ANSWER], vocabulary), view, config)
     history[1]["weight"] = 0
     example = trajectories.build_example(
         trajectories.read_trajectory(row(messages=history)), config, vocabulary, model64.config
