@@ -247,7 +247,7 @@ def save_and_print(
 def check_test_samples(samples: Sequence[Sample], config: Config) -> None:
     """Raise DataError for samples that cannot be asked or scored."""
     answered = () if TEMPLATES[config.template].event and not config.eval_controls else ("options", "answer")
-    check_samples(samples, (*answered, *(["spans"] if config.eval_controls else [])), config.test_data)
+    check_samples(samples, (*answered, *(["evidence"] if config.eval_controls else [])), config.test_data)
 
 
 def parser() -> argparse.ArgumentParser:

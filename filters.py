@@ -325,7 +325,7 @@ def run(given: argparse.Namespace, rule: str, threshold: float | None, config: C
     with accelerator.main_process_first():
         samples = load_samples(config.train_data, "train", config)
     events = given.filter == "stage2" and prompts.TEMPLATES[config.template].event  # the template asks for events too
-    check_samples(samples, ("spans",) if events else chosen.needed, config.train_data)
+    check_samples(samples, ("evidence",) if events else chosen.needed, config.train_data)
     settings = {name: getattr(config, name) for name in (*DECISIVE, "model", "seed", "group_size", "temperature")}
     if given.judge_model:
         settings["model"] = f"{given.judge_model} at an endpoint"
