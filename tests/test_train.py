@@ -539,7 +539,7 @@ def test_expected_errors_become_one_line(recipe, monkeypatch, arguments, expecte
         ('{"video": "v.mp4", "question": "?", "options": ["a", "b"], "glue": [[0, 1]]}\n', "row 1.*answer"),
         (
             '{"video": "v.mp4", "question": "?", "options": ["a", "b"], "answer": "A", "glue": [], "duration": 9}\n',
-            "spans",
+            "evidence",
         ),
     ],
 )
