@@ -1,8 +1,8 @@
-"""Everything that can be set, one dataclass with a sentence per field.
+"""Every option: a field of `Config` with its sentence, default, range, choices and the programs that read it.
 
 The defaults are Zoom-Zero's Stage I as the paper has it; a recipe (`--config recipes/x.yaml`) names what it changes,
 and `--field value` on the command line changes single fields on top. An unknown name or a value of the wrong kind is an
-error that says which.
+error that says which. A recipe may set every option; a command line only those that its program reads.
 """
 
 from __future__ import annotations
@@ -11,10 +11,14 @@ import argparse
 import dataclasses
 import difflib
 import math
+import re
+import shutil
+import sys
 import types
 import typing
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import yaml
@@ -25,197 +29,278 @@ RECIPES = Path(__file__).resolve().parent / "recipes"
 DEFAULT_RECIPE = RECIPES / "cpu_world.yaml"
 BUILT_IN = RECIPES.parent / "checkpoints" / "tiny"
 
+# The programs that read an option.
+LOOPS = ("train", "sft")
+SCORING = (*LOOPS, "evaluate")
+TESTING = (*SCORING, "infer")
+LEARNING = (*LOOPS, "filters", "exemplars")
+SAMPLING = ("train", "filters", "exemplars")
+SHOWING = (*TESTING, "filters", "exemplars")
+ALL = (*SHOWING, "curate")
+PROGRAMS = (*ALL, "scenes")
+
 
 class ConfigError(Exception):
     """An unknown option, or a value that an option cannot take."""
 
 
-def option(default, text: str, choices: Collection[str] | None = None):
-    """A field with the sentence that documents it."""
-    return dataclasses.field(default=default, metadata={"help": text, "choices": choices})
+def option(
+    default: object,
+    text: str,
+    choices: Collection[str] = (),
+    group: str = "",
+    used_by: Sequence[str] = (),
+    above: float | None = None,
+    least: float | None = None,
+    most: float | None = None,
+    decides: bool = False,
+    free: bool = False,
+):
+    """A field with what is to know about it.
+
+    A number is `above` a limit, or it is at `least` or at `most` one. `decides`: it decides what a model is shown and
+    writes, so answers made with different values do not go together. `free`: a resumed run may change it.
+    """
+    return dataclasses.field(
+        default=default,
+        metadata={"text": text, "choices": choices, "group": group, "used_by": used_by}
+        | {"above": above, "least": least, "most": most, "decides": decides, "free": free},
+    )
+
+
+SEEN = "what the model sees (Eq. 3)"
+run = partial(option, group="run", used_by=LOOPS)
+data = partial(option, group="data", used_by=SHOWING)
+seen = partial(option, group=SEEN, used_by=SHOWING, decides=True)
+rollout = partial(option, group="rollout", used_by=SHOWING)
+turns = partial(option, group="episodes of several turns (VideoZoomer)", used_by=SHOWING, decides=True)
+zoom = partial(option, group="zoom pass", used_by=SCORING)
+reward = partial(option, group="rewards", used_by=("train",))
+loss = partial(option, group="advantages and loss", used_by=("train",))
+update = partial(option, group="updates", used_by=LOOPS)
+scoring = partial(option, group="evaluation", used_by=SCORING)
+machine = partial(option, group="machine", used_by=ALL)
 
 
 @dataclass
 class Config:
     # ---- the run
-    out: str = option("runs/zoom_zero_stage1", "Folder that the run leaves everything in.")
-    seed: int = option(0, "Seed of sampling, data order and initialisation.")
-    model: str = option(
-        "Qwen/Qwen2.5-VL-7B-Instruct", "Checkpoint to start from, a folder or a hub name; also the reference policy."
+    out: str = run("runs/zoom_zero_stage1", "Folder that the run leaves everything in.", free=True)
+    seed: int = run(0, "Seed of sampling, data order and initialisation.", least=0, most=2**32 - 1, used_by=LEARNING)
+    model: str = run(
+        "Qwen/Qwen2.5-VL-7B-Instruct",
+        "Checkpoint to start from, a folder or a hub name; also the reference policy.",
+        used_by=SHOWING,
     )
-    resume: bool = option(False, "Continue the run in `out` from its last checkpoint.")
-    overwrite: bool = option(False, "Replace a run that `out` holds already; without it that is an error.")
-    tracker: str = option(
-        "tensorboard", "Where accelerate logs to beside metrics.jsonl: tensorboard, wandb, ... or none."
+    resume: bool = run(False, "Continue the run in `out` from its last checkpoint.", free=True)
+    overwrite: bool = run(False, "Replace a run that `out` holds already; without it that is an error.", free=True)
+    tracker: str = run(
+        "tensorboard", "Where accelerate logs to beside metrics.jsonl: tensorboard, wandb, ... or none.", free=True
     )
-    save_every: int = option(50, "Steps between checkpoints; the last step always writes one.")
-    n_episodes: int = option(6, "Groups shown on the page of episodes at the end of the run.")
+    save_every: int = run(50, "Steps between checkpoints; the last step always writes one.", above=0, free=True)
+    n_episodes: int = run(
+        6, "Groups shown on the page of episodes at the end of the run.", least=0, free=True, used_by=("train",)
+    )
 
     # ---- data
-    train_data: str = option(
+    train_data: str = data(
         "data/train.jsonl",
-        "Training annotations, or a mixture of files (.yaml); `world` is the built-in benchmark's training split.",
+        "Training annotations, or a mixture of files (.yaml); `world`: the built-in benchmark's.",
+        used_by=LEARNING,
     )
-    test_data: str = option(
-        "", "Annotations for the table before and after training; `world` is the test split; empty for no table."
+    test_data: str = data("", "Test annotations; `world`: the built-in benchmark's; empty: none.", used_by=TESTING)
+    data_format: str = data("records", "Format of both files, a reader of annotations/formats.py.")
+    video_root: str = data("", "Folder put before relative video paths; empty for the current one.")
+    max_failed_videos: float = data(
+        0.05,
+        "Stop when more than this share of the prompts so far had an unreadable video.",
+        least=0,
+        free=True,
+        used_by=("train",),
     )
-    data_format: str = option("records", "Format of both files, a reader of annotations/formats.py.")
-    video_root: str = option("", "Folder put before relative video paths; empty for the current one.")
-    max_failed_videos: float = option(
-        0.05, "Stop when more than this share of the prompts so far had an unreadable video."
-    )
-    cache: str = option("cache", "Folder of the built-in benchmark's videos.")
-    world_seed: int = option(0, "Seed of the built-in benchmark.")
-    world_duration: int = option(20, "Seconds of each video of the built-in benchmark.")
-    world_events: int = option(3, "Events in each video of the built-in benchmark.")
-    world_train_videos: int = option(400, "Training videos of the built-in benchmark.")
-    world_test_videos: int = option(80, "Test videos of the built-in benchmark.")
+    cache: str = data("cache", "Folder of the built-in benchmark's videos.", used_by=ALL)
+    world_seed: int = data(0, "Seed of the built-in benchmark.", least=0, used_by=ALL)
+    world_duration: int = data(20, "Seconds of each video of the built-in benchmark.", above=0)
+    world_events: int = data(3, "Events in each video of the built-in benchmark.", above=0)
+    world_train_videos: int = data(400, "Training videos of the built-in benchmark.", above=0, used_by=LEARNING)
+    world_test_videos: int = data(80, "Test videos of the built-in benchmark.", above=0, used_by=TESTING)
 
     # ---- what the model sees (Eq. 3)
-    template: str = option(
+    template: str = seen(
         "zoom_zero",
-        "Prompt template; with the zoomers, responses are VideoZoomer's episodes of several turns.",
+        "Prompt template; with the zoomers, a response is an episode of several turns.",
         TEMPLATES,
     )
-    system_prompt: str = option("You are a helpful assistant.", "System prompt; empty for none.")
-    question_first: bool = option(False, "Put the question before the video, which a tiny policy learns to use sooner.")
-    state_duration: bool = option(False, "The coarse prompt begins with the video's duration (released code).")
-    fps: float = option(1.0, "Frames per second of the coarse pass.")
-    min_frames: int = option(
-        0, "Least frames of the coarse pass: short videos get a higher rate (the released code has 96)."
+    system_prompt: str = seen("You are a helpful assistant.", "System prompt; empty for none.")
+    question_first: bool = seen(False, "Put the question before the video, which a tiny policy learns to use sooner.")
+    state_duration: bool = seen(False, "The coarse prompt begins with the video's duration (released code).")
+    fps: float = seen(1.0, "Frames per second of the coarse pass.", above=0, used_by=ALL)
+    min_frames: int = seen(
+        0, "Least frames of the coarse pass: a higher rate for short videos (released code 96).", least=0
     )
-    max_frames: int = option(
-        0, "Most frames of the coarse pass: long videos get a lower rate (VideoZoomer has 64); 0: no limit of its own."
+    max_frames: int = seen(
+        0, "Most frames of the coarse pass: a lower rate for long videos (VideoZoomer 64); 0: no limit.", least=0
     )
-    zoom_fps: float = option(2.0, "Frames per second of the zoom pass, where the source has them.")
-    budget: int = option(8192, "L_v, visual tokens of 28x28 pixels per clip, in both passes.")
-    zoom_budget: int = option(0, "L_v of the zoom pass if it differs (the released code has 4096); 0 for the same.")
-    v_min: int = option(16, "V_min, least tokens per frame.")
-    v_max: int = option(768, "V_max, most tokens per frame.")
-    paired_frames: bool = option(
-        False, "The budget counts pairs of frames, as Qwen's utilities do, not frames (Eq. 3)."
+    zoom_fps: float = seen(2.0, "Frames per second of the zoom pass, where the source has them.", above=0)
+    budget: int = seen(8192, "L_v, visual tokens of 28x28 pixels per clip, in both passes.", above=0, used_by=ALL)
+    zoom_budget: int = seen(0, "L_v of the zoom pass if it differs (released code 4096); 0 for the same.", least=0)
+    v_min: int = seen(16, "V_min, least tokens per frame.", above=0, used_by=ALL)
+    v_max: int = seen(768, "V_max, most tokens per frame; at least v_min.", used_by=ALL)
+    paired_frames: bool = seen(
+        False, "The budget counts pairs of frames, as Qwen's utilities do, not frames (Eq. 3).", used_by=ALL
     )
 
     # ---- rollout
-    prompts_per_step: int = option(64, "Prompts per rollout, over all processes.")
-    group_size: int = option(8, "G, responses per prompt.")
-    max_tokens: int = option(512, "Most tokens of a response.")
-    temperature: float = option(
-        1.0, "Temperature of sampling; the policy's and the reference's log-probabilities use it too."
+    prompts_per_step: int = rollout(64, "Prompts per rollout, over all processes.", above=0, used_by=LOOPS)
+    group_size: int = rollout(8, "G, responses per prompt.", above=0, used_by=SAMPLING)
+    max_tokens: int = rollout(512, "Most tokens of a response.", above=0, decides=True, used_by=ALL)
+    temperature: float = rollout(
+        1.0, "Temperature of sampling, and of the log-probabilities of policy and reference.", above=0, used_by=SAMPLING
     )
-    rollout_batch: int = option(8, "Prompts decoded together on one device.")
+    rollout_batch: int = rollout(8, "Prompts decoded together on one device.", above=0)
 
     # ---- episodes of several turns (VideoZoomer)
-    max_turns: int = option(5, "Turns of an episode; a call in the last one ends it without an answer.")
-    max_calls: int = option(4, "Calls of an episode that may return frames; an illegal one costs its turn only.")
-    frames_per_call: int = option(16, "Most frames of a call.")
-    total_frames: int = option(128, "Most frames of an episode, with those of the coarse pass.")
+    max_turns: int = turns(5, "Turns of an episode; a call in the last one ends it without an answer.", above=0)
+    max_calls: int = turns(4, "Calls that may return frames; an illegal one costs its turn only.", above=0)
+    frames_per_call: int = turns(16, "Most frames of a call.", above=0)
+    total_frames: int = turns(128, "Most frames of an episode, with those of the coarse pass.", above=0)
+
+    # ---- zoom pass
+    zoom_reward: bool = zoom(True, "Run the zoom pass and pay R_zoom.", used_by=("train",))
+    zoom_judge: str = zoom(
+        "policy",
+        "Who answers in the zoom pass: the policy (paper) or the reference (released code).",
+        ("policy", "reference"),
+        used_by=("train",),
+    )
+    zoom_sees_think: bool = zoom(
+        False,
+        "The zoom prompt carries the coarse reasoning without its times (released code; the answer can leak).",
+        decides=True,
+        used_by=TESTING,
+    )
+    zoom_answer: str = zoom(
+        "letters",
+        "The zoom pass' answer: the likeliest letter after `<answer>`, or decoded.",
+        ("letters", "decode"),
+        decides=True,
+        used_by=(*TESTING, "filters"),
+    )
+    zoom_batch: int = zoom(16, "Clips answered together in the zoom pass.", above=0, used_by=(*TESTING, "filters"))
+    invalid_span: str = zoom(
+        "zero", "Without a usable span: R_zoom = 0, or zoom on the whole video (released code).", ("zero", "uniform")
+    )
 
     # ---- rewards
-    grounding: str = option(
+    grounding: str = reward(
         "iou",
         "Reward of the spans: IoU (Zoom-Zero), GIoU, or `tg`, IoU and centre distance (LongVTG-R1 Eq. 7).",
         ("iou", "giou", "tg"),
     )
-    alpha: float = option(0.8, "Share of IoU in `tg`; the rest is the centre distance.")
-    zoom_reward: bool = option(True, "Run the zoom pass and pay R_zoom.")
-    zoom_judge: str = option(
-        "policy",
-        "Who answers in the zoom pass: the policy (paper) or the reference (released code).",
-        ("policy", "reference"),
-    )
-    zoom_sees_think: bool = option(
-        False, "The zoom prompt carries the coarse reasoning without its times (released code; the answer can leak)."
-    )
-    zoom_answer: str = option(
-        "letters", "The zoom pass' answer: the likeliest letter after `<answer>`, or decoded.", ("letters", "decode")
-    )
-    zoom_batch: int = option(16, "Clips answered together in the zoom pass.")
-    invalid_span: str = option(
-        "zero",
-        "A response without a usable span: R_zoom = 0, or zoom on the whole video (released code).",
-        ("zero", "uniform"),
+    alpha: float = reward(0.8, "Share of IoU in `tg`; the rest is the centre distance.", least=0, most=1)
+    accuracy_weight: float = reward(1.0, "Weight of R_acc where rewards are summed (tokenadv = off).", least=0)
+    format_weight: float = reward(1.0, "Weight of R_format there.", least=0)
+    tool_weight: float = reward(
+        1.0, "Weight of R_tool there: a right answer after a call that returned frames.", least=0
     )
 
-    accuracy_weight: float = option(1.0, "Weight of R_acc where rewards are summed (tokenadv = off).")
-    format_weight: float = option(1.0, "Weight of R_format there.")
-    tool_weight: float = option(1.0, "Weight of R_tool there: a right answer after a call that returned frames.")
-
-    # ---- advantages and objective
-    tokenadv: str = option(
+    # ---- advantages and loss
+    tokenadv: str = loss(
         "paper",
         "Credit table: Eq. 5 as printed, the released code's, or rewards summed (Eq. 1).",
         ("paper", "code", "off"),
     )
-    std: str = option(
+    std: str = loss(
         "population",
         "Deviation in Eq. 1 and 4: divided by n (the paper's Table 8) or n - 1 (released code).",
         ("population", "sample"),
     )
-    kl: str = option(
+    kl: str = loss(
         "exact",
         "KL over the vocabulary, or an estimate from the sampled token; `none` needs no reference, and cannot log it.",
         ("exact", "k1", "k2", "k3", "none"),
     )
-    kl_clamp: float = option(
-        0.0, "Values of the k3 estimate are clamped to +-kl_clamp (released code 10); 0 for no clamp. Needs kl = k3."
+    kl_clamp: float = loss(
+        0.0, "The k3 estimate is clamped to +-kl_clamp (released code 10); 0 for no clamp. Needs kl = k3.", least=0
     )
-    beta: float = option(0.01, "Weight of the KL penalty; with 0, the KL is only logged.")
-    beta_time: float = option(
+    beta: float = loss(0.01, "Weight of the KL penalty; with 0, the KL is only logged.", least=0)
+    beta_time: float = loss(
         -1.0, "Weight on time tokens (LongVTG-R1 Eq. 5); negative for the same as beta. Needs kl = exact."
     )
-    clip_low: float = option(
-        0.0, "Ratio is clipped below 1 - clip_low (released code 0.2); 0 with clip_high 0 for the unclipped Eq. 2."
+    clip_low: float = loss(
+        0.0, "Ratio is clipped below 1 - clip_low (released code 0.2); 0 with clip_high 0: not (Eq. 2).", least=0
     )
-    clip_high: float = option(0.0, "Ratio is clipped above 1 + clip_high (released code 0.28).")
-    normalise: str = option(
+    clip_high: float = loss(0.0, "Ratio is clipped above 1 + clip_high (released code 0.28).", least=0)
+    normalise: str = loss(
         "sequence",
         "Mean over each response's tokens (Eq. 2), over all tokens, or by max_tokens.",
         ("sequence", "token", "fixed"),
     )
-
-    mask_truncated: bool = option(False, "Responses that a limit ended have no part in the loss.")
-    max_redraws: int = option(
-        0, "Dynamic sampling: groups without variance are redrawn, so often at most; 0 for never."
+    mask_truncated: bool = loss(False, "Responses that a limit ended have no part in the loss.")
+    max_redraws: int = loss(
+        0, "Dynamic sampling: groups without variance are redrawn, so often at most; 0 for never.", least=0
     )
 
-    # ---- evaluation
-    eval_controls: bool = option(False, "Also evaluate with questions of other videos, and zoom on the true spans.")
-    eval_batch: int = option(32, "Questions answered together on one device.")
-
-    # ---- optimisation
-    steps: int = option(500, "Rollouts; each is followed by updates_per_rollout updates.")
-    epochs: float = option(
-        0.0, "Passes over the trajectories in supervised training, in place of steps; 0: steps decides."
+    # ---- updates
+    steps: int = update(500, "Rollouts; each is followed by updates_per_rollout updates.", above=0)
+    epochs: float = update(
+        0.0, "Passes over the trajectories, in place of steps; 0: steps decides.", least=0, used_by=("sft",)
     )
-    updates_per_rollout: int = option(
-        1, "Mini-batches of a rollout, one update each (released code 8); old log-probabilities are exact."
+    updates_per_rollout: int = update(
+        1,
+        "Mini-batches of a rollout, one update each (released code 8); old log-probabilities are exact.",
+        above=0,
+        used_by=("train",),
     )
-    prompts_per_pass: int = option(
-        1, "Prompts (with their groups) in one forward and backward pass on one device; the rest is accumulated."
+    prompts_per_pass: int = update(
+        1, "Prompts (with their groups) in one forward and backward pass on one device; the rest is added up.", above=0
     )
-    lr: float = option(1e-6, "Learning rate after warm-up.")
-    warmup: int = option(10, "Updates of linear warm-up.")
-    schedule: str = option(
+    lr: float = update(1e-6, "Learning rate after warm-up.", above=0)
+    warmup: int = update(10, "Updates of linear warm-up.", least=0)
+    schedule: str = update(
         "cosine", "Learning rate after warm-up: falls to 0 as a cosine, or stays.", ("cosine", "constant")
     )
-    weight_decay: float = option(0.01, "AdamW's weight decay.")
-    max_grad_norm: float = option(1.0, "Gradients are clipped to this norm.")
-    train_vision: bool = option(True, "Train the vision tower too.")
-    reference_device: str = option(
+    weight_decay: float = update(0.01, "AdamW's weight decay.", least=0)
+    max_grad_norm: float = update(1.0, "Gradients are clipped to this norm.", above=0)
+    train_vision: bool = update(True, "Train the vision tower too.")
+    gradient_checkpointing: bool = update(True, "Recompute activations in the backward pass.")
+
+    # ---- evaluation
+    eval_controls: bool = scoring(False, "Also ask with questions of other videos, and zoom on the true spans.")
+    eval_batch: int = scoring(32, "Questions answered together on one device.", above=0)
+
+    # ---- machine
+    reference_device: str = machine(
         "same",
-        "Where the reference's decoder layers are kept: on the policy's device, or in the CPU's memory, and each is "
-        "copied whenever it computes.",
+        "Where the reference's decoder layers are kept: with the policy, or in the CPU's memory, copied when needed.",
         ("same", "cpu"),
+        used_by=("train",),
     )
-    gradient_checkpointing: bool = option(True, "Recompute activations in the backward pass.")
-    mixed_precision: str = option("bf16", "Compute precision; weights and optimiser stay float32.", ("no", "bf16"))
-    threads: int = option(0, "CPU threads per process; 0 leaves torch's own choice.")
+    mixed_precision: str = machine(
+        "bf16", "Compute precision; weights and optimiser stay float32.", ("no", "bf16"), decides=True
+    )
+    threads: int = machine(0, "CPU threads per process; 0 leaves torch's own choice.", least=0, free=True)
 
     @property
     def multi_turn(self) -> bool:
         """Whether a response is an episode of several turns (VideoZoomer)."""
         return TEMPLATES[self.template].multi_turn
+
+
+OPTIONS = {field.name: field.metadata for field in dataclasses.fields(Config)}
+KINDS: dict[str, type] = typing.get_type_hints(Config)
+
+
+def decisive(config: Config, program: str | None = None, group: str | None = None) -> dict[str, object]:
+    """The options that decide what a model is shown and writes, of all or of those that a program reads, or a group."""
+    return {
+        name: getattr(config, name)
+        for name, about in OPTIONS.items()
+        if about["decides"] and group in (None, about["group"]) and (program is None or program in about["used_by"])
+    }
+
+
+# ---------------------------------------------------------------- recipes
 
 
 def suiting_recipe(model: str | None) -> Path:
@@ -227,14 +312,38 @@ def suiting_recipe(model: str | None) -> Path:
     return beside if beside.is_file() else RECIPES / "long_video.yaml"
 
 
-def _field_types() -> dict[str, type]:
-    return typing.get_type_hints(Config)
+def read_recipe(path: str | Path) -> dict[str, object]:
+    """The fields that a YAML recipe sets, checked and converted. Raises ConfigError naming the file."""
+    path = Path(path)
+    if not path.is_file():
+        known = sorted(p.name for p in RECIPES.glob("*.yaml") if not p.stem.startswith("accelerate"))
+        raise ConfigError(f"{path}: no such recipe; there are {', '.join(known)} in {RECIPES.name}/")
+    try:
+        values = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not YAML: {error}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: a recipe is a list of `option: value` lines, not {type(values).__name__}")
+    for name in values:
+        if name not in OPTIONS:
+            raise ConfigError(f"{path}: {unknown(name, OPTIONS)}")
+    return {name: convert(name, value, str(path)) for name, value in values.items()}
 
 
-def _convert(name: str, value: object, origin: str) -> object:
+def save(config: Config, path: str | Path) -> None:
+    """Write the full configuration as a recipe that `--config` reads."""
+    Path(path).write_text(yaml.safe_dump(dataclasses.asdict(config), sort_keys=False))
+
+
+def unknown(name: object, known: Sequence[str]) -> str:
+    """What is wrong with a name that is none, and which is meant if one is near."""
+    near = difflib.get_close_matches(str(name).lower().replace("-", "_"), known, n=1)
+    return f"there is no option {name!r}" + (f"; the nearest is {near[0]!r}" if near else "")
+
+
+def convert(name: str, value: object, origin: str) -> object:
     """The value as the field's type, or ConfigError naming the field, the value and where it came from."""
-    kind = _field_types()[name]
-    choices = Config.__dataclass_fields__[name].metadata["choices"]
+    kind, choices = KINDS[name], OPTIONS[name]["choices"]
     try:
         if kind is bool:
             converted = {"true": True, "false": False}[str(value).lower()]
@@ -251,117 +360,138 @@ def _convert(name: str, value: object, origin: str) -> object:
     return converted
 
 
-def _check_name(name: object, origin: str, others: Sequence[str] = ()) -> None:
-    known = [*_field_types(), *others]
-    if name not in known:
-        near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.0)
-        raise ConfigError(f"{origin}: there is no option {name!r}; the nearest is {near[0]!r}")
+# ---------------------------------------------------------------- command lines
 
 
-def read_recipe(path: str | Path) -> dict[str, object]:
-    """The fields that a YAML recipe sets, checked and converted. Raises ConfigError naming the file."""
-    path = Path(path)
-    if not path.is_file():
-        known = sorted(p.name for p in RECIPES.glob("*.yaml") if not p.stem.startswith("accelerate"))
-        raise ConfigError(f"{path}: no such recipe; there are {', '.join(known)} in {RECIPES.name}/")
-    try:
-        values = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: not YAML: {error}") from None
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path}: a recipe is a list of `option: value` lines, not {type(values).__name__}")
-    for name in values:
-        _check_name(name, str(path))
-    return {name: _convert(name, value, str(path)) for name, value in values.items()}
-
-
-def parse(arguments: list[str] | None = None, recipe: str | Path = DEFAULT_RECIPE, description: str = "") -> Config:
+def parse(
+    arguments: list[str] | None = None,
+    recipe: str | Path = DEFAULT_RECIPE,
+    description: str = "",
+    program: str | None = None,
+) -> Config:
     """The configuration of a command line: `--config recipe.yaml`, then `--field value`. Raises ConfigError."""
-    return parse_with(argparse.ArgumentParser(description=description, add_help=False), arguments, lambda _: recipe)[1]
+    extra = argparse.ArgumentParser(description=description, add_help=False)
+    return parse_with(extra, arguments, lambda _: recipe, program)[1]
 
 
 def parse_with(
-    own: argparse.ArgumentParser,
+    extra: argparse.ArgumentParser,
     arguments: list[str] | None = None,
     recipe: Callable[[argparse.Namespace], str | Path] = lambda _: DEFAULT_RECIPE,
+    program: str | None = None,
 ) -> tuple[argparse.Namespace, Config]:
-    """The command line of a script that has options of its own (those of `own`, made with add_help=False) beside these.
+    """The command line of a program that has `extra` options (a parser made with add_help=False) beside these.
 
-    `recipe`: which one is meant without --config; it sees what was given (None: it was not). An option of both is
-    described by `own`. Raises ConfigError, naming the nearest option for an unknown one.
+    `recipe`: which one is meant without --config; it sees the arguments (None: it was not given). `program`: only the
+    options that it reads are taken; None takes all. An option of both is described by `extra`. Raises ConfigError,
+    naming the nearest option for an unknown one.
     """
-    parser = argparse.ArgumentParser(
-        parents=[own], description=own.description, allow_abbrev=False, exit_on_error=False
-    )
-    group = parser.add_argument_group("configuration", "what a recipe sets can be changed here, option by option")
-    group.add_argument("--config", help=f"recipe: a YAML file, such as those in {RECIPES.name}/")
-    described = {action.dest for action in own._actions}
-    for name, field in Config.__dataclass_fields__.items():
-        if name in described:
-            continue
-        bare = {"nargs": "?", "const": "true"} if _field_types()[name] is bool else {}  # --resume is --resume true
-        text = field.metadata["help"].replace("%", "%%")
-        group.add_argument(f"--{name}", metavar="VALUE", help=text, **bare)
+    parser = build_parser(extra, program)
+    known = {action.dest for action in parser._actions}
+    words = [with_underscores(word, known) for word in (sys.argv[1:] if arguments is None else arguments)]
     try:
-        given, unknown = parser.parse_known_args(arguments)
+        parsed, rest = parser.parse_known_args(words)
     except argparse.ArgumentError as error:
         raise ConfigError(f"command line: {error}") from None
-    for token in unknown:
-        if token.startswith("--"):
-            _check_name(token[2:].split("=")[0], "command line", [action.dest for action in parser._actions])
-        raise ConfigError(f"command line: {token!r} belongs to no option; options are written --name value")
-    values = read_recipe(given.config or recipe(given))
-    for name in _field_types():
-        value = getattr(given, name)
+    for word in rest:
+        raise ConfigError(f"command line: {unusable(word, known)}")
+    values = read_recipe(parsed.config or recipe(parsed))
+    for name in OPTIONS:
+        value = getattr(parsed, name, None)
         if value is not None:
-            values[name] = _convert(name, value, "command line")
+            values[name] = convert(name, value, "command line")
     config = Config(**values)
     check(config)
-    return given, config
+    return parsed, config
 
 
 def parse_for_model(
-    own: argparse.ArgumentParser,
+    extra: argparse.ArgumentParser,
     arguments: list[str] | None = None,
-    recipe: Callable[[argparse.Namespace], str | Path] = lambda given: suiting_recipe(given.model),
+    recipe: Callable[[argparse.Namespace], str | Path] = lambda parsed: suiting_recipe(parsed.model),
+    program: str | None = None,
 ) -> tuple[argparse.Namespace, Config]:
-    """`parse_with` for a script that asks a model: --model, else that of --config, else the built-in one."""
-    given, config = parse_with(own, arguments, recipe)
-    if not given.model and not given.config:
+    """`parse_with` for a program that asks a model: --model, else that of --config, else the built-in one."""
+    parsed, config = parse_with(extra, arguments, recipe, program)
+    if not parsed.model and not parsed.config:
         config.model = str(BUILT_IN)
-    return given, config
+    return parsed, config
 
 
-POSITIVE = ["steps", "prompts_per_step", "prompts_per_pass", "updates_per_rollout", "rollout_batch", "group_size"]
-POSITIVE += ["max_tokens", "temperature", "fps", "zoom_fps", "budget", "v_min", "zoom_batch", "eval_batch"]
-POSITIVE += [
-    "save_every",
-    "lr",
-    "max_grad_norm",
-    "world_duration",
-    "world_events",
-    "world_train_videos",
-    "world_test_videos",
-    "max_turns",
-    "max_calls",
-    "frames_per_call",
-    "total_frames",
-]
-NOT_NEGATIVE = ["warmup", "weight_decay", "beta", "clip_low", "clip_high", "zoom_budget", "n_episodes", "threads"]
-NOT_NEGATIVE += ["seed", "world_seed", "max_failed_videos", "min_frames", "max_frames", "kl_clamp", "alpha", "epochs"]
-NOT_NEGATIVE += ["accuracy_weight", "format_weight", "tool_weight", "max_redraws"]
+class OptionHelp(argparse.HelpFormatter):
+    """Help with a line for an option that needs no more, as wide as the terminal allows."""
+
+    def __init__(self, prog: str):
+        super().__init__(prog, max_help_position=26, width=min(130, shutil.get_terminal_size().columns))
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        choices = f"{{{','.join(action.choices)}}}" if action.choices else ""
+        return " ".join([*action.option_strings, choices]).strip() or action.dest
+
+
+def build_parser(extra: argparse.ArgumentParser, program: str | None) -> argparse.ArgumentParser:
+    """The `extra` options and those that the program reads, by group."""
+    parser = argparse.ArgumentParser(
+        prog=f"{program}.py" if program else None,
+        parents=[extra],
+        usage="%(prog)s [--config RECIPE] [--option value] ...",
+        description=f"{extra.description} In brackets: the default unless a recipe sets another | other choices.",
+        formatter_class=OptionHelp,
+        allow_abbrev=False,
+        exit_on_error=False,
+    )
+    parser.add_argument("--config", help=f"recipe: a YAML file that sets options, such as those in {RECIPES.name}/")
+    described = {action.dest for action in extra._actions}
+    groups: dict[str, argparse._ArgumentGroup] = {}
+    for name, about in OPTIONS.items():
+        if name in described or (program and program not in about["used_by"]):
+            continue
+        group = about["group"]
+        if group not in groups:
+            groups[group] = parser.add_argument_group(group)
+        default = Config.__dataclass_fields__[name].default
+        others = [choice for choice in about["choices"] if choice != default]
+        shown = str(default).lower() if KINDS[name] is bool else str(default)
+        text = f"{about['text']} [{' | '.join([shown, *others])}]".replace("%", "%%")
+        bare = {"nargs": "?", "const": "true"} if KINDS[name] is bool else {}  # --resume is --resume true
+        groups[group].add_argument(f"--{name}", help=text, **bare)
+    return parser
+
+
+def with_underscores(word: str, known: Sequence[str]) -> str:
+    """--train-data as --train_data, if there is such an option."""
+    name, *value = re.split("(?==)", word, maxsplit=1)
+    plain = name[2:].replace("-", "_")
+    return "".join([f"--{plain}", *value]) if name.startswith("--") and plain in known else word
+
+
+def unusable(word: str, known: Sequence[str]) -> str:
+    """Why a word of the command line belongs to none of the program's options."""
+    if not word.startswith("--"):
+        return f"{word!r} belongs to no option; options are written --name value"
+    name = word[2:].split("=")[0]
+    plain = name.replace("-", "_")
+    if plain in OPTIONS:
+        return f"{plain} is read by {', '.join(f'{one}.py' for one in OPTIONS[plain]['used_by'])} only"
+    return f"{unknown(name, known)}; --help lists all"
+
+
+# ---------------------------------------------------------------- what goes together
 
 
 def check(config: Config) -> None:
     """Raise ConfigError for values that cannot work, alone or together."""
-    for name, kind in _field_types().items():
+    for name, kind in KINDS.items():
         value = getattr(config, name)
         if kind is float and not math.isfinite(value):
             raise ConfigError(f"{name} must be finite, not {value}")
-        if name in POSITIVE and value <= 0:
-            raise ConfigError(f"{name} must be positive, not {value}")
-        if name in NOT_NEGATIVE and value < 0:
-            raise ConfigError(f"{name} must not be negative, not {value}")
+        above, least, most = (OPTIONS[name][limit] for limit in ("above", "least", "most"))
+        if above is not None and value <= above:
+            raise ConfigError(f"{name} must be {'positive' if above == 0 else f'above {above}'}, not {value}")
+        if least is not None and value < least:
+            raise ConfigError(f"{name} must {'not be negative' if least == 0 else f'be at least {least}'}, not {value}")
+        if most is not None and value > most:
+            raise ConfigError(f"{name} {'is a share,' if most == 1 else 'must be'} at most {most}, not {value}")
     if config.v_max < config.v_min or config.budget < config.v_min:
         raise ConfigError(f"v_min = {config.v_min} must be at most v_max = {config.v_max} and budget = {config.budget}")
     if config.max_frames and config.max_frames < config.min_frames:
@@ -383,8 +513,6 @@ def check(config: Config) -> None:
     weights = (config.accuracy_weight, config.format_weight, config.tool_weight)
     if weights != (1, 1, 1) and config.tokenadv != "off":
         raise ConfigError(f"weights of rewards need tokenadv = off, where they are summed, not {config.tokenadv}")
-    if config.alpha > 1:
-        raise ConfigError(f"alpha is a share, at most 1, not {config.alpha}")
     if config.beta_time >= 0 and config.kl != "exact":
         raise ConfigError(
             f"beta_time = {config.beta_time} weighs subsets of the vocabulary, which needs kl = exact, not {config.kl}"
@@ -401,8 +529,3 @@ def check(config: Config) -> None:
             f"updates_per_rollout = {config.updates_per_rollout} must divide "
             f"prompts_per_step = {config.prompts_per_step}"
         )
-
-
-def save(config: Config, path: str | Path) -> None:
-    """Write the full configuration as a recipe that `--config` reads."""
-    Path(path).write_text(yaml.safe_dump(dataclasses.asdict(config), sort_keys=False))

@@ -67,7 +67,6 @@ from video import Budget, load_clip, plan_clip
 NEIGHBOURS = 5  # scenes before, and as many after
 MAX_CLUES = 8
 FRAME_BYTES = 2**30  # decoded frames that are kept for the next question
-SHOWN_BY = ("fps", "budget", "v_min", "v_max", "paired_frames")  # the options that decide what a model sees
 RECIPE = configuration.RECIPES / "scenetg.yaml"  # for an endpoint
 
 QUESTION = """These frames, in order, are one scene of a longer video. Write one multiple-choice question about the \
@@ -410,7 +409,7 @@ def curate(given: argparse.Namespace, config: Config, accelerator: Accelerator) 
     tasks = [Task(row["video"], row["video"], row) for row in usable(shots)]
     found = in_turn(out / "scenes.jsonl", tasks, lambda task: scenes_row(task, find), made_with)
 
-    made_with = {**made_with, "judge": judge.name, **{name: getattr(config, name) for name in SHOWN_BY}}
+    made_with = {**made_with, "judge": judge.name, **configuration.decisive(config, "curate", configuration.SEEN)}
     tasks = [
         Task(f"{row['video']}:{n}", row["video"], {"duration": row["duration"], "number": n, "scene": scene})
         for row in usable(found)
@@ -614,7 +613,7 @@ def parse(arguments: list[str] | None = None) -> tuple[argparse.Namespace, Confi
     def recipe(given: argparse.Namespace) -> Path:
         return configuration.suiting_recipe(given.model) if given.model or given.oracle else RECIPE
 
-    given, config = configuration.parse_with(parser(), arguments, recipe)
+    given, config = configuration.parse_with(parser(), arguments, recipe, "curate")
     asked = [name for name in ("endpoint", "model", "oracle") if getattr(given, name)]
     if len(asked) > 1:
         raise ConfigError(f"--{asked[0]} and --{asked[1]}: one of them asks and judges")

@@ -260,7 +260,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    given, config = configuration.parse_for_model(parser(), arguments)
+    given, config = configuration.parse_for_model(parser(), arguments, program="evaluate")
     out = given.out or "runs/evaluate"  # not the recipe's: a run may be there
     if config.threads:
         torch.set_num_threads(config.threads)

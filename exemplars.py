@@ -57,7 +57,7 @@ from episodes import ClipEnvironment, environments, messages
 from filters import finished, identity, save
 from harness import journal
 from harness.chat import Cached, Chat, ChatError, Message, RequestError, Shown, connect
-from infer import DECISIVE, Agent, load_agent
+from infer import Agent, load_agent
 from lessons import asked_colour, asked_pattern, glimpse, span_text
 from policy import BANNED_TOKENS, EOS_TOKENS, ModelError
 from prompts import CALL_END
@@ -308,8 +308,7 @@ def run(given: argparse.Namespace, config: Config) -> None:
     check_samples(samples, ("options", "answer"), config.train_data)
     check_playable(samples, given.expert, config.train_data)
     expert = load_expert(given, out, config)
-    made_with = {"what": given.what, "expert": expert.name}
-    made_with |= {name: getattr(config, name) for name in DECISIVE}
+    made_with = {"what": given.what, "expert": expert.name, **configuration.decisive(config)}
     if given.what == "reflect":
         made_with |= {name: getattr(config, name) for name in ("model", "seed", "group_size", "temperature")}
         made_with["learn_failures"] = given.learn_failures
@@ -396,7 +395,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    given, config = configuration.parse_for_model(parser(), arguments)
+    given, config = configuration.parse_for_model(parser(), arguments, program="exemplars")
     if given.what is None:
         raise ConfigError("play or reflect?")
     if not config.multi_turn:

@@ -55,7 +55,7 @@ from config import Config, ConfigError, suiting_recipe
 from evaluate import view_all
 from harness import journal
 from harness.chat import Cached, Chat, ChatError, Message, RequestError, Shown, connect
-from infer import DECISIVE, Agent, load_agent
+from infer import Agent, load_agent
 from media.decode import probe
 from media.prefetch import prefetch
 from media.source import VideoError
@@ -326,7 +326,8 @@ def run(given: argparse.Namespace, rule: str, threshold: float | None, config: C
         samples = load_samples(config.train_data, "train", config)
     events = given.filter == "stage2" and prompts.TEMPLATES[config.template].event  # the template asks for events too
     check_samples(samples, ("evidence",) if events else chosen.needed, config.train_data)
-    settings = {name: getattr(config, name) for name in (*DECISIVE, "model", "seed", "group_size", "temperature")}
+    sampled = {name: getattr(config, name) for name in ("model", "seed", "group_size", "temperature")}
+    settings = configuration.decisive(config) | sampled
     if given.judge_model:
         settings["model"] = f"{given.judge_model} at an endpoint"
     made_with = {"filter": given.filter, **(settings if chosen.asks else {})}
@@ -383,7 +384,7 @@ def recipe(given: argparse.Namespace) -> Path:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    given, config = configuration.parse_for_model(parser(), arguments, recipe)
+    given, config = configuration.parse_for_model(parser(), arguments, recipe, "filters")
     if given.filter is None:
         raise ConfigError(f"which filter? {', '.join(FILTERS)}")
     chosen = FILTERS[given.filter]

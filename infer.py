@@ -489,10 +489,11 @@ def parser() -> argparse.ArgumentParser:
 def parse(arguments: list[str] | None = None) -> tuple[argparse.Namespace, Settings, Config, Config | None]:
     """What is asked, the strategy's settings, and how the answering and the grounding model (if it is another one) are
     shown videos: each by the recipe that suits it, unless --config names one. Raises ConfigError."""
-    given, config = configuration.parse_for_model(parser(), arguments)
+    given, config = configuration.parse_for_model(parser(), arguments, program="infer")
     grounding = None
     if given.ground_model:
-        _, grounding = configuration.parse_with(parser(), arguments, lambda _: suiting_recipe(given.ground_model))
+        recipe = suiting_recipe(given.ground_model)
+        _, grounding = configuration.parse_with(parser(), arguments, lambda _: recipe, "infer")
         grounding.model = given.ground_model
     changed = {f.name: getattr(given, f.name) for f in fields(Settings) if getattr(given, f.name) is not None}
     settings = Settings(**{**(RELEASED if given.released else {}), **changed})
@@ -591,24 +592,6 @@ def whole_data_set(given: argparse.Namespace, settings: Settings, config: Config
         print(f"results in {out}; evaluate.py --results compares them and draws them")
 
 
-# The options that decide what a model is shown and writes.
-DECISIVE = ("template", "system_prompt", "question_first", "fps", "zoom_fps", "budget", "zoom_budget", "v_min", "v_max")
-DECISIVE += (
-    "paired_frames",
-    "min_frames",
-    "max_frames",
-    "max_turns",
-    "max_calls",
-    "frames_per_call",
-    "total_frames",
-    "state_duration",
-    "max_tokens",
-    "zoom_sees_think",
-    "zoom_answer",
-    "mixed_precision",
-)
-
-
 def made_with(strategy: str, ground_model: str | None, settings: Settings, config: Config) -> dict:
     """What rows of a result file must have in common."""
     return {
@@ -616,7 +599,7 @@ def made_with(strategy: str, ground_model: str | None, settings: Settings, confi
         "model": config.model,
         "ground_model": ground_model,
         **asdict(settings),
-        **{name: getattr(config, name) for name in DECISIVE},
+        **configuration.decisive(config),
     }
 
 

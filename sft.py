@@ -157,7 +157,7 @@ def train(run: Run, rows: Sequence[Trajectory]) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    config = configuration.parse(arguments, recipe=RECIPE, description=__doc__.splitlines()[0])
+    config = configuration.parse(arguments, RECIPE, __doc__.splitlines()[0], "sft")
     if config.train_data == "world":
         lessons.teach(config)
         return

@@ -71,8 +71,6 @@ SPARE = 64  # samples to try in place of one whose video cannot be read
 # What a run leaves in `out`; --overwrite deletes it.
 LEFT_BEHIND = ("config.yaml", "metrics.jsonl", "state", "checkpoint", "zoomgrpo", "curves.png", "episodes.html")
 LEFT_BEHIND += ("evaluation.json", "results-before.jsonl", "results-after.jsonl")
-# Options that a resumed run may change without a word.
-FREE = ("out", "resume", "overwrite", "tracker", "save_every", "n_episodes", "threads", "max_failed_videos")
 
 
 class TrainingError(Exception):
@@ -733,7 +731,7 @@ def claim_folder(config: Config, accelerator: Accelerator) -> None:
     if config.resume and (out / "config.yaml").exists():
         before = configuration.read_recipe(out / "config.yaml")
         for name, value in asdict(config).items():
-            if name not in FREE and name in before and before[name] != value:
+            if not configuration.OPTIONS[name]["free"] and name in before and before[name] != value:
                 log.warning("resuming with another %s: %r, before %r", name, value, before[name])
     elif begun and not config.overwrite:
         raise TrainingError(
@@ -803,7 +801,7 @@ def start_processes(config: Config) -> Accelerator:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    config = configuration.parse(arguments, description=__doc__.splitlines()[0])
+    config = configuration.parse(arguments, description=__doc__.splitlines()[0], program="train")
     check_rewards(config)
     accelerator = start_processes(config)
     with accelerator.main_process_first():  # one process writes the built-in videos, the others find them

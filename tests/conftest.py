@@ -21,6 +21,7 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 from numbered import get
 from safetensors.torch import load_file, save_file
 
+import config as configuration
 import lessons
 import prompts
 import tiny
@@ -32,6 +33,7 @@ from policy import Policy, Video, Vocabulary, build_prompt
 from rollout import Group, roll_out
 
 ROOT = Path(__file__).resolve().parents[1]
+SETS_ITSELF = {"sft": ("kl", "zoom_judge")}  # options that a program gives a value of its own
 RECIPE = """
 model: {model}
 out: {out}
@@ -64,6 +66,28 @@ n_episodes: 1
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread():
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _programs_read_what_they_offer(monkeypatch):
+    """A program whose code reads an option that it does not offer fails the test that runs it."""
+    reader: list[str | None] = [None]
+    parse_with = configuration.parse_with
+
+    def parse_and_note(extra, arguments=None, *recipe_and_program, **named):
+        reader[0] = named.get("program") or (recipe_and_program[1:] or [None])[0]
+        return parse_with(extra, arguments, *recipe_and_program, **named)
+
+    def read(config, name):
+        about = configuration.OPTIONS.get(name)
+        if about and reader[0] and reader[0] not in about["used_by"] and name not in SETS_ITSELF.get(reader[0], ()):
+            file = Path(sys._getframe(1).f_code.co_filename)
+            ours = file.is_relative_to(ROOT) and not file.is_relative_to(ROOT / "tests") and file.name != "config.py"
+            assert not ours, f"{reader[0]}.py reads {name} in {file.name}, and config.py does not say so"
+        return object.__getattribute__(config, name)
+
+    monkeypatch.setattr(configuration, "parse_with", parse_and_note)
+    monkeypatch.setattr(configuration.Config, "__getattribute__", read)
 
 
 @pytest.fixture(autouse=True)

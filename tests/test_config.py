@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import ast
 import re
 from dataclasses import asdict
 from pathlib import Path
@@ -11,11 +12,13 @@ import pytest
 
 import config as configuration
 from config import (
-    NOT_NEGATIVE,
-    POSITIVE,
+    KINDS,
+    OPTIONS,
+    PROGRAMS,
     Config,
     ConfigError,
     check,
+    decisive,
     parse,
     parse_for_model,
     parse_with,
@@ -65,17 +68,31 @@ def test_a_saved_configuration_reads_back(tmp_path, recipe):
     assert parse(["--config", str(tmp_path / "saved.yaml")]) == config
 
 
-@pytest.mark.parametrize("name", ["group_sise", "group-size", "groupsize", "GROUP_SIZE"])
+@pytest.mark.parametrize("name", ["group_sise", "groupsize", "GROUP_SIZE", "group-sise"])
 def test_a_misspelt_option_names_the_nearest(recipe, name):
-    expected = f"there is no option '{name}'; the nearest is '"
+    expected = f"there is no option '{name}'; the nearest is 'group_size'"
     with pytest.raises(ConfigError, match=f"command line: {expected}"):
         parse(["--config", str(recipe), f"--{name}", "4"])
     recipe.write_text(f"{name}: 4\n")
-    with pytest.raises(ConfigError, match=f"{re.escape(str(recipe))}: {expected}"):
+    with pytest.raises(ConfigError, match=f"{re.escape(str(recipe))}: {expected}$"):
         parse(["--config", str(recipe)])
-    if name != "GROUP_SIZE":
-        with pytest.raises(ConfigError, match=r"'group_size'$"):
-            parse(["--config", str(recipe)])
+
+
+def test_nothing_is_suggested_that_is_not_near(recipe):
+    with pytest.raises(ConfigError, match=r"command line: there is no option 'quantum'; --help lists all$"):
+        parse(["--config", str(recipe), "--quantum", "4"])
+    recipe.write_text("quantum: 4\n")
+    with pytest.raises(ConfigError, match=r"there is no option 'quantum'$"):
+        parse(["--config", str(recipe)])
+
+
+def test_the_command_line_takes_hyphens_for_underscores(recipe):
+    config = parse(["--config", str(recipe), "--group-size", "4", "--system-prompt=a-b-c", "--eval-controls"])
+    assert (config.group_size, config.system_prompt, config.eval_controls) == (4, "a-b-c", True)
+    assert parse(["--config", str(recipe), "--system_prompt", "no --group-size here"]).group_size == 8
+    recipe.write_text("group-size: 4\n")  # a recipe has one spelling
+    with pytest.raises(ConfigError, match="there is no option 'group-size'; the nearest is 'group_size'"):
+        parse(["--config", str(recipe)])
 
 
 @pytest.mark.parametrize(
@@ -94,6 +111,7 @@ def test_a_misspelt_option_names_the_nearest(recipe, name):
         (["--lr", "nan"], "lr must be finite"),
         (["--temperature", "inf"], "temperature must be finite"),
         (["--steps", "0"], "steps must be positive, not 0"),
+        (["--seed", "12345678901234"], "seed must be at most 4294967295, not 12345678901234"),
         (["--beta=-0.1"], "beta must not be negative"),
         (["--v_min", "40", "--v_max", "39"], "v_min = 40 must be at most v_max = 39"),
         (["--budget", "10", "--v_min", "16"], "v_min = 16 must be at most .* budget = 10"),
@@ -142,20 +160,110 @@ def test_a_missing_recipe_names_those_there_are(tmp_path):
 def test_every_number_has_a_range():
     """A new number must be put into a range, or named here because any finite value works."""
     free = {"beta_time", "v_max"}
-    for name, kind in configuration._field_types().items():
-        if kind in (int, float):
-            assert (name in POSITIVE) + (name in NOT_NEGATIVE) + (name in free) == 1, name
-    for name in (*POSITIVE, *NOT_NEGATIVE):
-        wrong = Config(**{name: -1})
-        with pytest.raises(ConfigError, match=f"{name} must"):
-            check(wrong)
+    for name, about in OPTIONS.items():
+        if KINDS[name] in (int, float):
+            assert (about["above"] is not None) + (about["least"] is not None) + (name in free) == 1, name
+            wrong = {limit: value for limit in ("above", "least") if (value := about[limit]) is not None}
+            for value in wrong.values():
+                with pytest.raises(ConfigError, match=f"{name} must"):
+                    check(Config(**{name: value - 1}))
+            if "above" in wrong:
+                with pytest.raises(ConfigError, match=f"{name} must"):
+                    check(Config(**{name: wrong["above"]}))
 
 
-def test_every_option_is_read_somewhere():
-    """No option that nothing reads."""
-    source = "".join(path.read_text() for path in ROOT.glob("*.py") if path.name != "config.py")
-    for name in Config.__dataclass_fields__:
-        assert re.search(rf"config\.{name}\b", source), f"{name} is read nowhere"
+def source_of(module: str) -> Path | None:
+    path = ROOT / f"{module.replace('.', '/')}.py"
+    return path if path.is_file() else None
+
+
+def modules_of(program: str) -> dict[str, ast.Module]:
+    """The syntax trees of a program and of all files of ours that it imports."""
+    trees, todo = {}, [program]
+    while todo:
+        name = todo.pop()
+        path = source_of(name)
+        if path is None or name in trees or name == "config":
+            continue
+        trees[name] = ast.parse(path.read_text())
+        for node in ast.walk(trees[name]):
+            if isinstance(node, ast.Import):
+                todo += [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                todo += [node.module or "", *(f"{node.module}.{alias.name}" for alias in node.names)]
+    return trees
+
+
+def options_within_reach(program: str) -> set[str]:
+    """The options that are read by functions and classes whose names a program's `main` mentions, or these mention, and
+    so on: no fewer than those it reads.
+    """
+    trees = modules_of(program)
+    named: dict[str, list[ast.AST]] = {}
+    for tree in trees.values():
+        for node in ast.walk(tree):
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+                named.setdefault(node.name, []).append(node)
+            elif isinstance(node, ast.alias) and node.asname:
+                named.setdefault(node.asname, []).append(ast.Name(node.name.split(".")[-1]))
+        for node in tree.body:  # tables of functions
+            if isinstance(node, (ast.Assign, ast.AnnAssign)):
+                target = node.targets[0] if isinstance(node, ast.Assign) else node.target
+                named.setdefault(ast.unparse(target), []).append(node)
+    [main] = [node for node in trees[program].body if getattr(node, "name", None) == "main"]
+    todo, seen, found = [main], set(), set()
+    while todo:
+        for node in ast.walk(todo.pop()):
+            name = getattr(node, "id", None) or getattr(node, "attr", None)
+            if isinstance(node, ast.Attribute) and ast.unparse(node.value).endswith(("config", "grounding")):
+                found |= {node.attr} & set(OPTIONS)
+            if name and name not in seen:
+                seen.add(name)
+                todo += named.get(name, [])
+    return found
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_what_a_program_offers_is_read_within_its_reach(program):
+    """The other direction, that it offers what it reads, is checked by conftest.py whenever a test runs a program."""
+    offered = {name for name, about in OPTIONS.items() if program in about["used_by"]}
+    assert offered <= options_within_reach(program)
+
+
+def test_reach_has_limits():
+    assert not {"beta", "lr", "steps", "tokenadv"} & options_within_reach("evaluate")
+
+
+def test_every_option_has_a_reader_and_a_sentence():
+    for name, about in OPTIONS.items():
+        assert about["used_by"] and set(about["used_by"]) <= set(PROGRAMS), name
+        assert about["group"] and about["text"].endswith("."), name
+
+
+def test_a_program_takes_only_the_options_that_it_reads(recipe):
+    with pytest.raises(ConfigError, match=r"command line: epochs is read by sft\.py only$"):
+        parse(["--config", str(recipe), "--epochs", "2"], program="train")
+    with pytest.raises(ConfigError, match=r"lr is read by train\.py, sft\.py only$"):
+        parse(["--config", str(recipe), "--lr=2"], program="evaluate")
+    recipe.write_text("epochs: 2\n")  # a recipe is read by several programs
+    assert parse(["--config", str(recipe)], program="train").epochs == 2
+
+
+def test_the_options_that_decide_an_answer_keep_their_names():
+    """Journals have them in "made_with": another name, or one more, and nothing can be resumed."""
+    names = (
+        "template system_prompt question_first fps zoom_fps budget zoom_budget v_min v_max paired_frames min_frames "
+    )
+    names += "max_frames max_turns max_calls frames_per_call total_frames state_duration max_tokens zoom_sees_think "
+    names += "zoom_answer mixed_precision"
+    assert set(decisive(Config())) == set(names.split())
+    assert set(decisive(Config(), "curate", configuration.SEEN)) == {"fps", "budget", "v_min", "v_max", "paired_frames"}
+    assert decisive(Config(fps=3))["fps"] == 3
+
+
+def test_a_resumed_run_may_change_what_leaves_its_numbers_alone():
+    names = "out resume overwrite tracker save_every n_episodes threads max_failed_videos"
+    assert {name for name, about in OPTIONS.items() if about["free"]} == set(names.split())
 
 
 # ---------------------------------------------------------------- a script's own options
@@ -205,7 +313,8 @@ def test_help_shows_both_kinds_of_options(capsys):
         parse_with(own_options(), ["--help"])
     printed = capsys.readouterr().out
     assert "A script." in printed and "--colour {red,blue}" in printed and "where this script writes" in printed
-    assert "--budget" in printed and printed.count("--out ") == 2  # usage and description, once each
+    assert "--budget" in printed and printed.count("--out ") == 1
+    assert "[8192]" in printed and "[paper | code | off]" in printed  # defaults and choices
 
 
 def test_a_model_is_shown_videos_as_it_is_used_to(tmp_path):
