@@ -33,7 +33,14 @@ from policy import Policy, Video, Vocabulary, build_prompt
 from rollout import Group, roll_out
 
 ROOT = Path(__file__).resolve().parents[1]
-SETS_ITSELF = {"sft": ("kl", "zoom_judge")}  # options that a program gives a value of its own
+# What a program reads without effect: greedy answers have no temperature; supervised training has no reference, and
+# one mini-batch per step.
+WITHOUT_EFFECT = {
+    "sft": ("kl", "zoom_judge", "beta", "beta_time", "reference_device", "updates_per_rollout", "temperature"),
+    "evaluate": ("temperature", "train_vision"),
+    "infer": ("temperature", "train_vision"),
+    "exemplars": ("train_vision",),
+}
 RECIPE = """
 model: {model}
 out: {out}
@@ -80,7 +87,7 @@ def _programs_read_what_they_offer(monkeypatch):
 
     def read(config, name):
         about = configuration.OPTIONS.get(name)
-        if about and reader[0] and reader[0] not in about["used_by"] and name not in SETS_ITSELF.get(reader[0], ()):
+        if about and reader[0] and reader[0] not in about["used_by"] and name not in WITHOUT_EFFECT.get(reader[0], ()):
             file = Path(sys._getframe(1).f_code.co_filename)
             ours = file.is_relative_to(ROOT) and not file.is_relative_to(ROOT / "tests") and file.name != "config.py"
             assert not ours, f"{reader[0]}.py reads {name} in {file.name}, and config.py does not say so"
