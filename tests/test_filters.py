@@ -294,7 +294,7 @@ def test_what_is_refused_before_a_model_is_loaded(asking, samples, tmp_path, mon
     path, out = tmp_path / "data.jsonl", tmp_path / "out"
     asking += ["--train_data", str(path), "--out", str(out)]
     write_samples(path, [samples[0], replace(samples[1], evidence=())])
-    with pytest.raises(DataError, match=r"data\.jsonl: row 2 \(.*\): spans needed, but missing or empty"):
+    with pytest.raises(DataError, match=r"data\.jsonl: row 2 \(.*\): evidence needed, but missing or empty"):
         filters.main(asking)
     write_samples(path, [samples[0], replace(samples[1], video="nowhere.mp4")])
     with pytest.raises(DataError, match=r"1 video files are missing: .*nowhere\.mp4"):
