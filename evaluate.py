@@ -235,7 +235,7 @@ def save_and_print(
     *_, (last, rows) = drawn.items()
     rows = [{**row, "question": questions[row["id"]], "video": Path(row["video"]).name} for row in rows]
     evaluation_page(rows, out / "evaluation.html", f"{out.name}: {last}", shown)
-    evidence = [row for row in rows if row["glue"]]
+    evidence = [row for row in rows if row["evidence"]]
     if evidence and all(row["duration"] for row in evidence):
         plot_by_clue(drawn, out / "clue.png")
     print(tables.describe(results, benchmark))

@@ -67,7 +67,7 @@ from media.source import VideoError
 from policy import ModelError, Video, Vocabulary
 from report import ReportError, tables
 from report.answer import answer_page, answer_record, answer_text, play_source
-from report.results import priced_row, read_results
+from report.results import from_file, priced_row, read_results, to_file
 from rewards import interval_iou, merge
 from rollout import (
     Spans,
@@ -440,7 +440,7 @@ def answer_all(
     mine = [rest[k] for k in evaluate.share(rest, accelerator)]
     for one in tqdm(mine, desc=label, unit="question", disable=None if accelerator.is_main_process else True):
         with accelerator.autocast():
-            journal.append(path, {**answer_row(agent, ask, one, settings), "made_with": made_with})
+            journal.append(path, {**to_file(answer_row(agent, ask, one, settings)), "made_with": made_with})
     accelerator.wait_for_everyone()
     rows = finished(path, samples, made_with)
     return [rows[sample.id] for sample in samples]
@@ -453,7 +453,7 @@ def finished(path: Path, samples: Sequence[Sample], made_with: dict) -> dict[str
     read_results(path, list(samples))  # checks ids, videos, answers, spans
     rows = journal.read(path)
     journal.check_made_with(rows, made_with)
-    return {str(row.fields["id"]): row.fields for row in rows}
+    return {str(row.fields["id"]): from_file(row.fields) for row in rows}
 
 
 # ---------------------------------------------------------------- command line

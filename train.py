@@ -62,7 +62,7 @@ from policy import (
 )
 from report.curves import plot_curves
 from report.episodes import episode_record, episodes_page
-from report.results import write_results
+from report.results import stored_rows, write_results
 from rollout import Group, View, response_seed, roll_out, view_video, zoom_pass
 
 log = logging.getLogger("zoomgrpo")
@@ -760,7 +760,7 @@ def results_before(run: Run, test: list[Sample]) -> list[dict]:
     """Rows of the policy before training; a resumed run finds them in its folder."""
     path = Path(run.config.out) / "results-before.jsonl"
     if run.config.resume and path.exists():
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        return stored_rows(path)
     rows = results(run, test, "before training")
     if run.accelerator.is_main_process:
         part = path.with_suffix(".part")

@@ -31,6 +31,7 @@ from infer import RELEASED, STRATEGIES, Settings, load_agent
 from policy import ModelError
 from report.intervals import bootstrap, paired_test
 from report.scores import summarise
+from report.tables import cost, p_text
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPE = ROOT / "recipes" / "cpu_world.yaml"
@@ -79,10 +80,10 @@ def tables(results: dict[str, list[dict]]) -> str:
         cells = [*(interval(rows, name) for name in ("accuracy", "mIoU", "Acc@GQA")), *by_kind]
         lines.append(f"| {label} | {' | '.join(cells)} |")
 
-    base = infer.cost(first)
+    base = cost(first)
     lines += ["", "| strategy | passes | visual tokens | GFLOP | times | seconds | times |", "|---" * 7 + "|"]
     for label, rows in results.items():
-        spent = infer.cost(rows)
+        spent = cost(rows)
         more = {name: spent[name] / base[name] for name in ("gflop", "seconds")}
         lines.append(
             f"| {label} | {spent['passes']:.2f} | {spent['visual_tokens']:.0f} | {spent['gflop']:.2f} | "
@@ -94,7 +95,7 @@ def tables(results: dict[str, list[dict]]) -> str:
         cells = []
         for chosen in (lambda row: True, lambda row: row["kind"] == "fine"):
             test = paired_test(list(filter(chosen, rows)), list(filter(chosen, first)), "accuracy")
-            cells += [f"{test['difference']:+.3f} [{test['low']:+.2f}, {test['high']:+.2f}]", f"{test['p_value']:.4f}"]
+            cells += [f"{test['difference']:+.3f} [{test['low']:+.2f}, {test['high']:+.2f}]", p_text(test).removeprefix("= ")]
         lines.append(f"| {label} | {' | '.join(cells)} |")
     return "\n".join(lines)
 

@@ -17,7 +17,7 @@ POSITIVE, NEGATIVE = (33, 102, 172), (224, 112, 10)  # blue and orange
 def episodes_page(episodes: Sequence[Mapping], out: str | Path, title: str) -> None:
     """Write a page of training episodes: question, coarse frames, time line, then each response of the group.
 
-    An episode: {"id", "video", "question", "options": [str], "answer": letter, "duration": s, "glue": [[s, e]],
+    An episode: {"id", "video", "question", "options": [str], "answer": letter, "duration": s, "evidence": [[s, e]],
     "coarse": {"times": [s], "frames": uint8 [N, 3, H, W]}, "responses": [{"tokens": [str], "advantages": [float],
     "segments": [str] (optional, one per token), "answer": str | None, "spans": [[s, e]] | None,
     "rewards": {facet: float}, "zoom": {"times", "frames", "answer": str | None} | None, "calls" (optional, of several
@@ -45,7 +45,7 @@ def episodes_page(episodes: Sequence[Mapping], out: str | Path, title: str) -> N
 
 
 def episode_html(episode: Mapping, scale: float) -> str:
-    truth, right = episode["glue"], episode["answer"]
+    truth, right = episode["evidence"], episode["answer"]
     options = []
     for letter, option in zip(string.ascii_uppercase, episode["options"], strict=False):
         is_right = letter == right
@@ -87,10 +87,10 @@ def response_html(response: Mapping, number: int, episode: Mapping, scale: float
     if zoom is not None:
         zoomed = (
             f"<h4>Zoom pass: answered {mark(zoom['answer'], episode['answer'])}</h4>"
-            f"{film_strip(zoom['frames'], zoom['times'], 168, episode['glue'])}"
+            f"{film_strip(zoom['frames'], zoom['times'], 168, episode['evidence'])}"
         )
     if response.get("calls") is not None:
-        zoomed = "".join(call_html(call, episode["glue"]) for call in response["calls"]) or "<h4>No call</h4>"
+        zoomed = "".join(call_html(call, episode["evidence"]) for call in response["calls"]) or "<h4>No call</h4>"
     return (
         f"<section>\n<header><h3>Response {number}</h3>"
         f"<span>answered {mark(response['answer'], episode['answer'])}</span>"
@@ -156,7 +156,7 @@ def episode_record(group: Group, multi_turn: bool) -> dict:
         "options": list(sample.options),
         "answer": sample.answer,
         "duration": group.view.info.duration,
-        "glue": [list(span) for span in sample.evidence],
+        "evidence": [list(span) for span in sample.evidence],
         "coarse": {"times": clip.times, "frames": clip.frames.numpy()},
         "responses": responses,
     }

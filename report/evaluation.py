@@ -22,9 +22,9 @@ def evaluation_page(rows: Sequence[Mapping], out: str | Path, title: str, summar
     """Write a page with the summary and one sortable row per question, each with its time line.
 
     A row: {"id", "video", "question", "kind", "answer": letter, "predicted_answer": str | None, "zoom_answer": str |
-    None (optional), "glue": [[s, e]], "spans": [[s, e]] | None, "iou": float | None, "duration": s | None}. summary:
-    {metric: number or text}, or {line: {metric: number or text}} for several lines, such as before and after. A column
-    that no row has anything for is left out. Raises ReportError naming the row and the field that is missing.
+    None (optional), "evidence": [[s, e]], "predicted": [[s, e]] | None, "iou": float | None, "duration": s | None}.
+    summary: {metric: number or text}, or {line: {metric: number or text}} for several lines, such as before and after.
+    A column that no row has anything for is left out. Raises ReportError naming the row and the field that is missing.
     """
     table = []
     for number, row in enumerate(rows, start=1):
@@ -67,7 +67,7 @@ def summary_html(summary: Mapping) -> str:
 
 def result_cells(row: Mapping) -> tuple[list[tuple[object, str]], str]:
     """Sort key (None: nothing there) and content of each of COLUMNS, and the time line."""
-    duration, truth, right = row["duration"], row["glue"], row["answer"]
+    duration, truth, right = row["duration"], row["evidence"], row["answer"]
     evidence = union_length(truth) if truth else None
     origin = f'<br><span class="muted">{text(row["id"])} · {text(row["video"])}</span>'
 
@@ -86,9 +86,9 @@ def result_cells(row: Mapping) -> tuple[list[tuple[object, str]], str]:
     ]
     tracks = ""
     if duration is not None:
-        for spans, kind in ((truth, "true"), (row["spans"], "pred")):
+        for spans, kind in ((truth, "true"), (row["predicted"], "pred")):
             tracks += f'<div class="track">{bars(spans, duration, kind)}</div>'
-    times = f"{span_text(truth) if truth else 'not annotated'} | {span_text(row['spans'])}"
+    times = f"{span_text(truth) if truth else 'not annotated'} | {span_text(row['predicted'])}"
     return cells, f'{tracks}<div class="muted">{times}</div>'
 
 

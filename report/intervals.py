@@ -46,7 +46,8 @@ def paired_test(rows_a: list[dict], rows_b: list[dict], metric: str, samples: in
 
     Under the null hypothesis the two results of a video could be exchanged: the p-value (two-sided) is the share of
     random exchanges whose difference is at least as large as the observed one, which counts itself. "low" and "high"
-    are the 95% bootstrap interval of the difference A - B, over videos. Raises DataError if the questions differ.
+    are the 95% bootstrap interval of the difference A - B, over videos; "least_p" is the least p-value that so many
+    exchanges can give. Raises DataError if the questions differ.
     """
     by_id = {row["id"]: row for row in rows_b}
     if len(rows_a) != len(rows_b) or any(row["id"] not in by_id for row in rows_a):
@@ -73,6 +74,7 @@ def paired_test(rows_a: list[dict], rows_b: list[dict], metric: str, samples: in
         "low": float(low),
         "high": float(high),
         "p_value": (1 + extreme) / (1 + samples),
+        "least_p": 1 / (1 + samples),
         "questions": int(counts.sum()),
         "videos": len(differences),
     }

@@ -33,7 +33,7 @@ def hull_iou(a: list[float], b: list[float]) -> float:
 
 def best_iou(row: dict) -> float:
     """The first predicted span's IoU with the span of the evidence that it fits best; 0 without a prediction."""
-    return max(hull_iou(row["spans"][0], span) for span in row["glue"]) if row["spans"] else 0.0
+    return max(hull_iou(row["predicted"][0], span) for span in row["evidence"]) if row["predicted"] else 0.0
 
 
 def rounded(fraction: float) -> float:
@@ -47,8 +47,8 @@ def nextgqa(rows: list[dict]) -> dict[str, float]:
     A point inside the evidence has IoP 1 and IoU 0; a reversed span has 0. Per cent, over questions with a
     prediction. "Acc" is over all questions.
     """
-    grounded = [row for row in rows if row["spans"]]
-    pairs = np.array([nextgqa_iou_iop(row["spans"][0], row["glue"]) for row in grounded]).reshape(-1, 2)
+    grounded = [row for row in rows if row["predicted"]]
+    pairs = np.array([nextgqa_iou_iop(row["predicted"][0], row["evidence"]) for row in grounded]).reshape(-1, 2)
     right = np.array([row["predicted_answer"] == row["answer"] for row in grounded], dtype=bool)
     if not grounded:
         raise DataError("NExT-GQA: no question has a predicted span")
@@ -80,7 +80,7 @@ def nextgqa_iou_iop(pred: list[float], gt: list[list[float]]) -> tuple[float, fl
 
 def cgbench(rows: list[dict]) -> dict[str, float]:
     """CG-Bench: unions of all spans; fractions. rec@IoU and acc@IoU are means over the thresholds 0.1 to 0.5."""
-    iou = np.array([cgbench_iou(row["spans"] or [], row["glue"]) for row in rows])  # [N]
+    iou = np.array([cgbench_iou(row["predicted"] or [], row["evidence"]) for row in rows])  # [N]
     right = np.array([row["predicted_answer"] == row["answer"] for row in rows], dtype=bool)
     recalls = {m: iou >= m for m in CGBENCH_THRESHOLDS}
     return {
@@ -176,7 +176,7 @@ def ranked_recall(
     recalls = {}
     for k in ranks:
         best = np.array(
-            [max((hull_iou(s, row["glue"][0]) for s in (row["spans"] or [])[:k]), default=-1) for row in rows]
+            [max((hull_iou(s, row["evidence"][0]) for s in (row["predicted"] or [])[:k]), default=-1) for row in rows]
         )
         for m in thresholds:
             hits = best > m if strict else best >= m
@@ -214,7 +214,7 @@ def charades_span(text: str) -> list[float] | None:
 
 def ego4d_nlq(rows: list[dict]) -> dict[str, float]:
     """Ego4D-NLQ: fractions over the questions with a prediction; mIoU of the first span."""
-    predicted = [row for row in rows if row["spans"]]
+    predicted = [row for row in rows if row["predicted"]]
     if not predicted:
         raise DataError("Ego4D-NLQ: no question has a predicted span")
     return {
@@ -238,8 +238,8 @@ def qvhighlights(rows: list[dict]) -> dict[str, dict]:
     """
     results = {}
     for name, (low, high) in QVHIGHLIGHTS_LENGTHS.items():
-        kept = [{**row, "glue": [s for s in row["glue"] if low < s[1] - s[0] <= high]} for row in rows]
-        kept = [row for row in kept if row["glue"]]
+        kept = [{**row, "evidence": [s for s in row["evidence"] if low < s[1] - s[0] <= high]} for row in rows]
+        kept = [row for row in kept if row["evidence"]]
         if not kept:
             continue
         precisions = np.mean([moment_precisions(row) for row in kept], axis=0)  # [thresholds]
@@ -259,10 +259,10 @@ def moment_precisions(row: dict) -> np.ndarray:
 
     The ten first spans by falling score; each takes the best-fitting span of the evidence that is still free.
     """
-    spans = np.array((row["spans"] or [])[:10], dtype=float).reshape(-1, 2)  # [P, 2]
-    scores = np.array(row.get("span_scores", -np.arange(len(row["spans"] or [])))[:10])
+    spans = np.array((row["predicted"] or [])[:10], dtype=float).reshape(-1, 2)  # [P, 2]
+    scores = np.array(row.get("span_scores", -np.arange(len(row["predicted"] or [])))[:10])
     spans = spans[np.argsort(-scores, kind="stable")]
-    gt = np.array(row["glue"], dtype=float)  # [G, 2]
+    gt = np.array(row["evidence"], dtype=float)  # [G, 2]
     overlap = np.minimum(spans[:, None, 1], gt[:, 1]) - np.maximum(spans[:, None, 0], gt[:, 0])  # [P, G]
     overlap = overlap.clip(min=0)
     union = (spans[:, 1] - spans[:, 0])[:, None] + (gt[:, 1] - gt[:, 0]) - overlap
@@ -335,8 +335,8 @@ def qvhighlights_files(truths: list[dict], predictions: list[dict]) -> dict[str,
     moments = qvhighlights(
         [
             {
-                "glue": truth["relevant_windows"],
-                "spans": [window[:2] for window in by_id[truth["qid"]]],
+                "evidence": truth["relevant_windows"],
+                "predicted": [window[:2] for window in by_id[truth["qid"]]],
                 "span_scores": [window[2] for window in by_id[truth["qid"]]],
             }
             for truth in truths
@@ -365,7 +365,7 @@ def scores(benchmark: str, rows: list[dict]) -> dict:
     """The benchmark's own scores; `benchmark` is a key of OFFICIAL. DataError if there is nothing to compare with."""
     if benchmark not in OFFICIAL:
         raise DataError(f"no official scores for '{benchmark}'; known: {', '.join(OFFICIAL)}")
-    without = [row["id"] for row in rows if not row["glue"]]
+    without = [row["id"] for row in rows if not row["evidence"]]
     if without or not rows:
         raise DataError(f"{benchmark}: {len(without)} of {len(rows)} questions have no evidence, first {without[:3]}")
     return OFFICIAL[benchmark](rows)

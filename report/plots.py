@@ -21,20 +21,20 @@ from rewards import union_length
 def plot_by_clue(results: Mapping[str, Sequence[Mapping]], out: str | Path, bins: int = 5) -> dict[str, list[int]]:
     """Draw mIoU against the evidence's duration (left) and its share of the video (right), one line per label.
 
-    results: {label: rows with "id", "duration", "glue" and "iou"}, the first label being the baseline (grey). Questions
-    without annotated evidence are left out. Whiskers are 1.96 standard errors over questions. Returns the number of
-    questions in each bin, {"duration": [...], "proportion": [...]}.
-    Raises ReportError if the labels do not answer the same questions. Source: Zoom-Zero, Figure 3.
+    results: {label: rows with "id", "duration", "evidence" and "iou"}, the first label being the baseline (grey).
+    Questions without annotated evidence are left out. Whiskers are 1.96 standard errors over questions. Returns the
+    number of questions in each bin, {"duration": [...], "proportion": [...]}. Raises
+    ReportError if the labels do not answer the same questions. Source: Zoom-Zero, Figure 3.
     """
     if not results:
         raise ReportError("no results to draw; give at least one label")
-    by_id = {label: {row["id"]: row for row in rows if row["glue"]} for label, rows in results.items()}
+    by_id = {label: {row["id"]: row for row in rows if row["evidence"]} for label, rows in results.items()}
     first = next(iter(by_id))
     questions = list(by_id[first])
     if not questions:
-        raise ReportError(f"{first}: no question has annotated evidence ('glue')")
+        raise ReportError(f"{first}: no question has annotated evidence")
     for label, rows in by_id.items():
-        annotated = sum(bool(row["glue"]) for row in results[label])
+        annotated = sum(bool(row["evidence"]) for row in results[label])
         if annotated != len(rows):
             raise ReportError(f"{label}: {annotated} rows with evidence but {len(rows)} different ids")
         different = sorted(set(rows) ^ set(questions), key=str)
@@ -45,7 +45,7 @@ def plot_by_clue(results: Mapping[str, Sequence[Mapping]], out: str | Path, bins
         unscored = [q for q in questions if rows[q]["iou"] is None or not math.isfinite(rows[q]["iou"])]
         if unscored:
             raise ReportError(f"{label}: no IoU for {unscored[:3]}, whose evidence is annotated")
-    lengths = np.array([union_length(by_id[first][q]["glue"]) for q in questions])
+    lengths = np.array([union_length(by_id[first][q]["evidence"]) for q in questions])
     shares = lengths / np.array([by_id[first][q]["duration"] for q in questions])
     iou = {label: np.array([rows[q]["iou"] for q in questions]) for label, rows in by_id.items()}
 

@@ -1,4 +1,4 @@
-"""Result files: JSON lines of rows, one per question, as scores.py has them."""
+"""Result files: JSON lines of rows, one per question, as scores.py has them but for two names (`FILE_NAMES`)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ if TYPE_CHECKING:
     from infer import Result
 
 
-def row_of(sample: Sample, predicted_answer: str | None, spans: list | None) -> dict:
+FILE_NAMES = {"evidence": "glue", "predicted": "spans"}  # of a row, and in a file, as Zoom-Zero's data has it
+
+
+def row_of(sample: Sample, predicted_answer: str | None, predicted: list | None) -> dict:
     """The row of one question."""
     return {
         "id": sample.id,
@@ -24,8 +27,8 @@ def row_of(sample: Sample, predicted_answer: str | None, spans: list | None) -> 
         "duration": sample.duration,
         "answer": sample.answer,
         "predicted_answer": predicted_answer,
-        "glue": [list(span) for span in sample.evidence],
-        "spans": spans,
+        "evidence": [list(span) for span in sample.evidence],
+        "predicted": predicted,
     }
 
 
@@ -92,4 +95,21 @@ def read_results(path: str | Path, samples: list[Sample]) -> list[dict]:
 
 def write_results(path: str | Path, rows: list[dict]) -> None:
     """Write rows as a result file."""
-    Path(path).write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    lines = (json.dumps(to_file(row), ensure_ascii=False) + "\n" for row in rows)
+    Path(path).write_text("".join(lines), encoding="utf-8")
+
+
+def stored_rows(path: str | Path) -> list[dict]:
+    """The rows of a file that `write_results` has written, with all that they had. Raises DataError."""
+    return [from_file(line.fields) for line in read_rows(Path(path))]
+
+
+def to_file(row: dict) -> dict:
+    """A row under the names of a file."""
+    return {FILE_NAMES.get(name, name): value for name, value in row.items()}
+
+
+def from_file(fields: dict) -> dict:
+    """The row of a file's line."""
+    names = {in_file: name for name, in_file in FILE_NAMES.items()}
+    return {names.get(name, name): value for name, value in fields.items()}

@@ -1,8 +1,8 @@
 """Our scores of questions, and their means over a data set.
 
 A row is what is known about one question, a dict with "id", "video", "kind", "duration" (seconds or None), "answer"
-(letter or None), "predicted_answer" (letter or None: unanswered), "glue" (the evidence's spans, seconds) and "spans"
-(the predicted spans, best first, or None: no readable one). A row may have more: "zoom_answer" and "true_zoom_answer"
+(letter or None), "predicted_answer" (letter or None: unanswered), "evidence" (its spans, seconds) and "predicted" (the
+predicted spans, best first, or None: no readable one). A row may have more: "zoom_answer" and "true_zoom_answer"
 (letters from the predicted and the true spans' frames), "format" (0 or 1) and "shuffled_spans" (predicted for the
 question of another video).
 
@@ -36,8 +36,8 @@ def score(row: dict) -> dict[str, float]:
         scores = {name: float(row[key] == row["answer"]) for name, key in ACCURACIES.items() if key in row}
     if "format" in row:
         scores["format"] = row["format"]
-    if row["glue"]:
-        pred, gt = as_spans(row["spans"]), as_spans(row["glue"])
+    if row["evidence"]:
+        pred, gt = as_spans(row["predicted"]), as_spans(row["evidence"])
         iou, iop, iog = (formula(pred, gt) for formula in (interval_iou, interval_iop, interval_iog))
         scores |= {"mIoU": iou, "mIoP": iop, "mIoG": iog}
         scores |= {f"R@{m}": float(iou > m) for m in (0.3, 0.5, 0.7)}
@@ -61,7 +61,7 @@ def summarise(rows: list[dict]) -> dict[str, float]:
     return {
         "questions": len(rows),
         "unanswered": sum(row["answer"] is not None and row["predicted_answer"] is None for row in rows),
-        "without_span": sum(bool(row["glue"]) and not row["spans"] for row in rows),
+        "without_span": sum(bool(row["evidence"]) and not row["predicted"] for row in rows),
         **{name: float(np.mean([s[name] for s in scores if name in s])) for name in names},
     }
 
@@ -93,9 +93,9 @@ def group_names(rows: list[dict], by: str) -> list[str]:
 def groups_of(row: dict, by: str) -> list[str]:
     if by == "kind":
         return row["kind"].split(KIND_SEPARATOR) if row["kind"] else ["unknown"]
-    if not row["glue"] or (by == "clue_portion" and row["duration"] is None):
+    if not row["evidence"] or (by == "clue_portion" and row["duration"] is None):
         return ["unknown"]
-    length = union_length(as_spans(row["glue"]))
+    length = union_length(as_spans(row["evidence"]))
     value, borders = (length, CLUE_LENGTHS) if by == "clue_length" else (length / row["duration"], CLUE_PORTIONS)
     return [group_names([], by)[bisect.bisect_right(borders, value) - 1]]
 
@@ -109,7 +109,7 @@ def overall(rows: Sequence[dict]) -> dict[str, float]:
     result = summarise(list(rows))
     result["unreadable"] = sum(row.get("error") is not None for row in rows)
     if "shuffled mIoU" in result:
-        result["chance mIoU"] = mean(chance_iou(row, rows) for row in rows if row["glue"])
+        result["chance mIoU"] = mean(chance_iou(row, rows) for row in rows if row["evidence"])
     return result
 
 
@@ -120,7 +120,9 @@ def mean(values) -> float:
 
 def chance_iou(row: dict, rows: Sequence[dict]) -> float:
     """Expected IoU of the evidence of a random question about this row's video."""
-    return mean(interval_iou(as_spans(o["glue"]), as_spans(row["glue"])) for o in rows if o["video"] == row["video"])
+    return mean(
+        interval_iou(as_spans(o["evidence"]), as_spans(row["evidence"])) for o in rows if o["video"] == row["video"]
+    )
 
 
 def by_kind(rows: Sequence[dict]) -> dict[str, dict[str, float]]:

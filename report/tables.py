@@ -1,6 +1,7 @@
 """Scores side by side, as text."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 from annotations.rows import DataError
 from report import official
@@ -12,42 +13,75 @@ HEADLINE += ("accuracy", "zoom_accuracy", "Acc@GQA", "acc@IoU", "format", *COSTS
 CONTROLS = ("true_zoom_accuracy", "shuffled mIoU", "chance mIoU")
 
 
-def table(results: Mapping[str, list[dict]]) -> str:
-    """Results side by side as text: the scores with their 95% intervals, then accuracies by kind of question.
+@dataclass(frozen=True)
+class Line:
+    """One score of each result, with 95% intervals where there are any, and the change between two results."""
 
-    Between two results, the change, its interval and the p-value of `paired_test`.
+    name: str
+    means: list[float | None]
+    intervals: list[tuple[float, float] | None]
+    change: dict | None = None  # of `paired_test`, or the difference alone
+
+
+def compare(results: Mapping[str, list[dict]]) -> list[Line]:
+    """The scores of all questions, with intervals, then those by kind of question, in the order of the table.
+
+    Between two results, the change is that of `paired_test`.
     """
-    labels = list(results)
-    means = {label: overall(rows) for label, rows in results.items()}
-    between = {label: bootstrap(rows) for label, rows in results.items()}
-    compared = list(results.values()) if len(results) == 2 else None
-    lines = [("score", *labels, *(["change"] if compared else []))]
+    found = [overall(rows) for rows in results.values()]
+    intervals = [bootstrap(rows) for rows in results.values()]
+    lines = []
     for name in (*HEADLINE, *CONTROLS):
-        if name not in means[labels[0]]:
-            continue
-        cells = [figure(means[label].get(name), between[label].get(name)) for label in labels]
-        if compared and all(name in intervals for intervals in between.values()):
-            both = compared
-            if name in COSTS:  # of which an unreadable video has none
-                ids = set.intersection(*({row["id"] for row in rows if name in row} for rows in compared))
-                both = [[row for row in rows if row["id"] in ids] for rows in compared]
-            test = paired_test(both[1], both[0], name)
-            cells.append(f"{figure(test['difference'], (test['low'], test['high']), '+')} p = {test['p_value']:.4f}")
-        lines.append((name, *cells))
-    kinds = {label: by_kind(rows) for label, rows in results.items()}
-    for kind, ours in kinds[labels[0]].items():
+        if name in found[0]:
+            between = [interval.get(name) for interval in intervals]
+            change = paired_change(*results.values(), name) if len(results) == 2 and None not in between else None
+            lines.append(Line(name, [means.get(name) for means in found], between, change))
+    kinds = [by_kind(rows) for rows in results.values()]
+    for kind, first in kinds[0].items():
         for name in ("mIoU", "accuracy", "zoom_accuracy", "true_zoom_accuracy", *COSTS):
-            if name in ours:
-                values = [kinds[label][kind].get(name) for label in labels]
-                change = [f"{values[1] - values[0]:+.3f}"] if compared and None not in values else []
-                lines.append((f"{kind} ({ours['questions']}): {name}", *map(figure, values), *change))
+            if name in first:
+                means = [found[kind].get(name) for found in kinds]
+                change = {"difference": means[1] - means[0]} if len(means) == 2 and None not in means else None
+                lines.append(Line(f"{kind} ({first['questions']}): {name}", means, [None] * len(means), change))
+    return lines
+
+
+def paired_change(before: list[dict], after: list[dict], name: str) -> dict:
+    """`paired_test` of a score; of a cost, on the questions that have one in both results: those with a readable
+    video.
+    """
+    if name in COSTS:
+        ids = set.intersection(*({row["id"] for row in rows if name in row} for rows in (before, after)))
+        before, after = ([row for row in rows if row["id"] in ids] for rows in (before, after))
+    return paired_test(after, before, name)
+
+
+def table(results: Mapping[str, list[dict]]) -> str:
+    """`compare` as text, and how many questions each result has, and of which kinds of failure."""
+    lines = [("score", *results, *(["change"] if len(results) == 2 else []))]
+    for line in compare(results):
+        cells = [figure(mean, interval) for mean, interval in zip(line.means, line.intervals, strict=True)]
+        lines.append((line.name, *cells, *([change_text(line.change)] if line.change else [])))
     text = aligned(lines)
-    for label, found in means.items():
+    for label, rows in results.items():
+        found = overall(rows)
         text += f"\n{label}: {found['questions']} questions, {found['unanswered']} unanswered"
         text += f", {found['without_span']} without a span"
         if found["unreadable"]:
             text += f"; {found['unreadable']} of them count as unanswered because their videos are unreadable"
     return text
+
+
+def change_text(change: dict) -> str:
+    """+0.120 [+0.05, +0.19] p = 0.0021"""
+    if "p_value" not in change:
+        return figure(change["difference"], sign="+")
+    return f"{figure(change['difference'], (change['low'], change['high']), '+')} p {p_text(change)}"
+
+
+def p_text(test: dict) -> str:
+    """The p-value of `paired_test`; at the least that its number of exchanges can tell, it may be lower."""
+    return f"{'<=' if test['p_value'] <= test['least_p'] else '='} {test['p_value']:.4f}"
 
 
 def figure(value: float | None, interval: tuple[float, float] | None = None, sign: str = "") -> str:
@@ -100,7 +134,7 @@ def official_text(found: dict, path: str = "") -> str:
 def describe(results: Mapping[str, list[dict]], benchmark: str) -> str:
     """All tables as text."""
     parts = [table(results)]
-    if any(row["glue"] for rows in results.values() for row in rows):
+    if any(row["evidence"] for rows in results.values() for row in rows):
         parts.append(clue_table(results))
     for label, rows in results.items():
         found = official_scores(rows, benchmark)

@@ -50,7 +50,13 @@ def model(talker):
 def row(**changes) -> dict:
     """A row of a question about 4 to 8 s that was answered and grounded perfectly."""
     values = {"id": "0", "video": "v.mp4", "kind": "fine", "duration": 20.0, "answer": "B", "predicted_answer": "B"}
-    values |= {"glue": [[4.0, 8.0]], "spans": [[4.0, 8.0]], "zoom_answer": "B", "format": 1.0, "response": "..."}
+    values |= {
+        "evidence": [[4.0, 8.0]],
+        "predicted": [[4.0, 8.0]],
+        "zoom_answer": "B",
+        "format": 1.0,
+        "response": "...",
+    }
     values |= {"error": None, "shuffled_spans": [(6.0, 10.0)], "true_zoom_answer": "B"}
     return values | changes
 
@@ -61,9 +67,14 @@ def row(**changes) -> dict:
 def test_scores_by_hand():
     rows = [
         row(),
-        row(spans=[[6.0, 8.0]], predicted_answer="A", zoom_answer="C", format=0.0),  # IoU 0.5, IoP 1
+        row(predicted=[[6.0, 8.0]], predicted_answer="A", zoom_answer="C", format=0.0),  # IoU 0.5, IoP 1
         row(
-            glue=[[10.0, 12.0]], spans=None, predicted_answer=None, zoom_answer=None, true_zoom_answer=None, format=0.0
+            evidence=[[10.0, 12.0]],
+            predicted=None,
+            predicted_answer=None,
+            zoom_answer=None,
+            true_zoom_answer=None,
+            format=0.0,
         ),
     ]
     result = overall(rows)
@@ -79,7 +90,7 @@ def test_scores_by_hand():
 
 
 def test_chance_is_about_the_same_video():
-    rows = [row(), row(video="w.mp4", glue=[[0.0, 1.0]])]
+    rows = [row(), row(video="w.mp4", evidence=[[0.0, 1.0]])]
     assert chance_iou(rows[0], rows) == 1.0
 
 
@@ -120,12 +131,12 @@ def test_scores_by_kind():
 
 def test_the_table_of_two_results():
     """With intervals over the videos, and the paired test."""
-    before = [row(id=f"{k}", video=f"{k}.mp4", spans=None) for k in range(20)]
-    after = [{**r, "spans": [[4.0, 8.0]]} for r in before]
+    before = [row(id=f"{k}", video=f"{k}.mp4", predicted=None) for k in range(20)]
+    after = [{**r, "predicted": [[4.0, 8.0]]} for r in before]
     lines = table({"before": before, "after": after}).splitlines()
     assert lines[0].split() == ["score", "before", "after", "change"]
     (line,) = [line for line in lines if line.startswith("mIoU ")]
-    assert " ".join(line.split()) == "mIoU 0.000 [0.00, 0.00] 1.000 [1.00, 1.00] +1.000 [+1.00, +1.00] p = 0.0001"
+    assert " ".join(line.split()) == "mIoU 0.000 [0.00, 0.00] 1.000 [1.00, 1.00] +1.000 [+1.00, +1.00] p <= 0.0001"
     (line,) = [line for line in lines if line.startswith("accuracy ")]
     assert line.endswith("+0.000 [+0.00, +0.00] p = 1.0000")
     (line,) = [line for line in lines if line.startswith("fine (20): mIoU")]
@@ -144,7 +155,7 @@ def test_scores_that_a_data_set_does_not_have_are_left_out():
 
 
 def test_scores_by_length_and_portion_of_the_evidence():
-    rows = [row(), row(glue=[[0.0, 1.0]], spans=None), row(glue=[], spans=None)]
+    rows = [row(), row(evidence=[[0.0, 1.0]], predicted=None), row(evidence=[], predicted=None)]
     other = [{**r, "predicted_answer": "A"} for r in rows]
     lines = [line.split("  ") for line in clue_table({"a": rows, "b": other}).splitlines()]
     assert [[cell.strip() for cell in line if cell.strip()] for line in lines] == [

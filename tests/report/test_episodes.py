@@ -28,7 +28,7 @@ def episode(**fields):
     }
     failed = response | {"answer": None, "spans": None, "zoom": None, "tokens": list("abcdefgh")}
     whole = {"id": "e1", "video": "v.mp4", "question": HOSTILE, "options": ["<b>one</b>", "two", "three"]}
-    whole |= {"answer": "C", "duration": 4.0, "glue": [[1.0, 3.0]], "coarse": clip, "responses": [response, failed]}
+    whole |= {"answer": "C", "duration": 4.0, "evidence": [[1.0, 3.0]], "coarse": clip, "responses": [response, failed]}
     return whole | fields
 
 
@@ -77,7 +77,7 @@ def test_one_colour_scale_for_the_whole_page(tmp_path):
 
 
 def test_segments_and_truth_may_be_absent_and_zero_advantages_stay_white(tmp_path):
-    bare = episode(glue=[], answer="a dog", options=[])
+    bare = episode(evidence=[], answer="a dog", options=[])
     bare["responses"] = [{**bare["responses"][1], "advantages": [0.0] * 8}]
     del bare["responses"][0]["segments"]
     root = episode_page(tmp_path, bare)
@@ -126,7 +126,7 @@ def test_a_response_that_does_not_fit_is_named(tmp_path, change, message):
 
 
 def test_a_missing_field_is_named(tmp_path):
-    for field in ("glue", "coarse", "responses", "question"):
+    for field in ("evidence", "coarse", "responses", "question"):
         wrong = episode()
         del wrong[field]
         with pytest.raises(ReportError, match=f"episode e1: no field '{field}'"):

@@ -17,8 +17,10 @@ def evaluation(tmp_path, rows, summary=None):
 
 def test_rows_carry_the_keys_they_are_sorted_by(tmp_path):
     rows = [
-        result(1, [[5, 10], [8, 12]], 0.25, question=HOSTILE, spans=[[4, 8]]),
-        result(2, [], None, answer=None, predicted_answer=None, zoom_answer=None, spans=None, kind=None, duration=7.5),
+        result(1, [[5, 10], [8, 12]], 0.25, question=HOSTILE, predicted=[[4, 8]]),
+        result(
+            2, [], None, answer=None, predicted_answer=None, zoom_answer=None, predicted=None, kind=None, duration=7.5
+        ),
         result(3, [[1, 2]], 0.0, duration=None),
     ]
     root = evaluation(tmp_path, rows)
@@ -103,8 +105,8 @@ def test_summary_of_one_line_and_of_several(tmp_path):
 
 def test_a_row_that_lacks_a_field_or_a_duration_is_named(tmp_path):
     wrong = result(2, [[0, 1]], 1.0)
-    del wrong["spans"]
-    with pytest.raises(ReportError, match=r"row 2 \(q2\): no field 'spans'"):
+    del wrong["predicted"]
+    with pytest.raises(ReportError, match=r"row 2 \(q2\): no field 'predicted'"):
         evaluation(tmp_path, [result(1, [[0, 1]], 1.0), wrong])
     with pytest.raises(ReportError, match=r"row 1 \(q1\): a time line needs a positive duration"):
         evaluation(tmp_path, [result(1, [[0, 1]], 1.0, duration=0)])

@@ -9,13 +9,14 @@ from scored import row
 from annotations.rows import DataError
 from report.intervals import bootstrap, paired_test
 from report.scores import summarise
+from report.tables import p_text
 
 
 def coin_rows(videos, questions, seed=0, share=0.5):
     """`questions` per video, all of a video right or all wrong."""
     right = np.random.default_rng(seed).random(videos) < share
     return [
-        row(id=f"{v}_{q}", video=f"v{v}", predicted="A" if right[v] else "B")
+        row(id=f"{v}_{q}", video=f"v{v}", letter="A" if right[v] else "B")
         for v in range(videos)
         for q in range(questions)
     ]
@@ -32,16 +33,16 @@ def test_bootstrap_interval_is_that_of_the_videos_however_many_questions_they_ha
 
 
 def test_bootstrap_knows_nothing_from_one_video():
-    assert bootstrap([row(id="1"), row(id="2", predicted="B")])["accuracy"] == (0.5, 0.5)
+    assert bootstrap([row(id="1"), row(id="2", letter="B")])["accuracy"] == (0.5, 0.5)
 
 
 def test_bootstrap_of_nothing():
     assert bootstrap([]) == {}
-    assert bootstrap([row(answer=None, glue=[])]) == {}
+    assert bootstrap([row(answer=None, evidence=[])]) == {}
 
 
 def test_bootstrap_of_a_score_that_few_questions_have():
-    rows = [row(id=f"{i}", video=f"v{i}", glue=[(2, 6)] if i == 0 else []) for i in range(20)]
+    rows = [row(id=f"{i}", video=f"v{i}", evidence=[(2, 6)] if i == 0 else []) for i in range(20)]
     assert bootstrap(rows)["mIoU"] == (1, 1)
 
 
@@ -68,3 +69,11 @@ def test_paired_test_refuses_different_questions_and_unknown_scores():
         paired_test(coin_rows(3, 1), coin_rows(3, 1)[1:], "accuracy")
     with pytest.raises(DataError, match="'speed'"):
         paired_test(coin_rows(3, 1), coin_rows(3, 1), "speed")
+
+
+def test_a_p_value_at_the_floor_of_the_test_is_printed_as_a_bound():
+    never, rarely = (coin_rows(40, 1, share=share) for share in (-0.1, 0.05))
+    floor = paired_test(never, coin_rows(40, 1, share=1.1), "accuracy", samples=999)
+    assert floor["p_value"] == floor["least_p"] == 0.001 and p_text(floor) == "<= 0.0010"
+    above = paired_test(never, rarely, "accuracy", samples=999)
+    assert above["p_value"] > 0.001 and p_text(above) == f"= {above['p_value']:.4f}"

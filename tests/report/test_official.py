@@ -44,7 +44,7 @@ def test_nextgqa_reproduces_the_official_scores(split):
         assert f"{scores[name]:.1f}" == value, name
     scores["Acc (all rows in the qa file)"] = scores.pop("Acc")
     assert scores == pytest.approx(expected["aggregate"], **EXACT)
-    items = {r["id"]: official.nextgqa_iou_iop(r["spans"][0], r["glue"]) for r in rows if r["spans"]}
+    items = {r["id"]: official.nextgqa_iou_iop(r["predicted"][0], r["evidence"]) for r in rows if r["predicted"]}
     assert items == {id: pytest.approx(pair, **EXACT) for id, pair in expected["per_item_max_iou_iop"].items()}
 
 
@@ -108,7 +108,7 @@ def test_charades_sta_reproduces_both_conventions():
         {**expected["recall_strict"], **expected["recall_ge"], "mIoU": expected["mIoU_top1"]}, **EXACT
     )
     for r, ious in zip(rows, expected["per_item_iou"], strict=True):
-        assert [official.hull_iou(span, r["glue"][0]) for span in r["spans"]] == pytest.approx(ious, **EXACT)
+        assert [official.hull_iou(span, r["evidence"][0]) for span in r["predicted"]] == pytest.approx(ious, **EXACT)
 
 
 @real
@@ -146,23 +146,23 @@ def test_nextgqa_rules():
     assert official.nextgqa_iou_iop([7, 7], [[2, 6]]) == (0, 0)
     assert official.nextgqa_iou_iop([6, 2], [[2, 6]]) == (0, 0)  # reversed
     assert official.nextgqa_iou_iop([0, 10], [[0, 4], [6, 10]]) == (0.4, 0.4)  # the best span, not their union
-    rows = [row(id="1"), row(id="2", spans=None), row(id="3", predicted="B")]
+    rows = [row(id="1"), row(id="2", predicted=None), row(id="3", letter="B")]
     scores = official.nextgqa(rows)
     assert (scores["count"], scores["Acc@GQA"], scores["mIoU"]) == (2, 50, 100)
     assert scores["Acc"] == pytest.approx(200 / 3)
 
 
 def test_recalls_strict_and_not():
-    rows = [row(glue=[(0, 4)], spans=[(0, 2), (0, 4)])]
+    rows = [row(evidence=[(0, 4)], predicted=[(0, 2), (0, 4)])]
     scores = official.charades_sta(rows)
     assert (scores["R@1,IoU>0.5"], scores["R@1,IoU>=0.5"], scores["R@5,IoU>0.5"], scores["mIoU"]) == (0, 100, 100, 50)
-    scores = official.ego4d_nlq([*rows, row(spans=None)])  # the one without a prediction is left out
+    scores = official.ego4d_nlq([*rows, row(predicted=None)])  # the one without a prediction is left out
     assert (scores["count"], scores["R@1,IoU>0.3"], scores["R@1,IoU>0.5"], scores["mIoU"]) == (1, 1, 0, 0.5)
-    assert official.charades_sta([*rows, row(spans=None)])["mIoU"] == 25
+    assert official.charades_sta([*rows, row(predicted=None)])["mIoU"] == 25
 
 
 def test_rextime_counts_a_zero_length_span_as_missed():
-    scores = official.rextime([row(glue=[(1, 1)], spans=[(1, 1)]), row()])
+    scores = official.rextime([row(evidence=[(1, 1)], predicted=[(1, 1)]), row()])
     assert (scores["VQA"], scores["full"]["MR-mIoU"], scores["full"]["VQA,mIoU"]["VQA,mIoU@0.7"]) == (1, 50, 0.5)
 
 
@@ -170,7 +170,7 @@ def test_cgbench_merges_overlapping_spans_on_both_sides():
     assert official.cgbench_iou([[4, 12], [4, 12]], [[4, 12]]) == 1
     assert official.cgbench_iou([[0, 4], [2, 6]], [[5, 8], [0, 5]]) == 6 / 8
     assert official.cgbench_iou([], [[5, 8]]) == 0
-    scores = official.cgbench([row(), row(predicted=None, spans=None)])
+    scores = official.cgbench([row(), row(letter=None, predicted=None)])
     assert (scores["accuracy"], scores["mIoU"], scores["rec@IoU"], scores["acc@IoU"]) == (0.5, 0.5, 0.5, 0.5)
 
 
@@ -210,7 +210,10 @@ def test_charades_parser(text, span):
 
 
 def test_qvhighlights_perfect_predictions_and_lengths():
-    rows = [row(glue=[(0, 8)], spans=[(0, 8)]), row(glue=[(0, 20), (30, 36)], spans=[(0, 20), (30, 36)])]
+    rows = [
+        row(evidence=[(0, 8)], predicted=[(0, 8)]),
+        row(evidence=[(0, 20), (30, 36)], predicted=[(0, 20), (30, 36)]),
+    ]
     scores = official.qvhighlights(rows)
     assert list(scores) == ["short", "middle", "full"]  # no evidence is longer than 30 s
     assert set(scores["full"]["MR-mAP"].values()) == set(scores["full"]["MR-R1"].values()) == {100}
@@ -219,10 +222,12 @@ def test_qvhighlights_perfect_predictions_and_lengths():
 
 
 def test_qvhighlights_ranks_by_score_and_finds_each_span_once():
-    truth = row(glue=[(0, 10)], spans=[(50, 60), (0, 10), (0, 10)])
+    truth = row(evidence=[(0, 10)], predicted=[(50, 60), (0, 10), (0, 10)])
     assert official.moment_precisions(truth)[0] == 1 / 2
     assert official.moment_precisions({**truth, "span_scores": [0.1, 0.9, 0.8]})[0] == 1
-    assert official.moment_precisions(row(glue=[(0, 10)], spans=[(50, 60)] * 10 + [(0, 10)])).max() == 0  # rank 11
+    assert (
+        official.moment_precisions(row(evidence=[(0, 10)], predicted=[(50, 60)] * 10 + [(0, 10)])).max() == 0
+    )  # rank 11
 
 
 @settings(derandomize=True, max_examples=100, deadline=None)
@@ -267,7 +272,7 @@ def test_official_scores_need_evidence_and_a_known_name():
     with pytest.raises(DataError, match="no official scores for 'mlvu'"):
         official.scores("mlvu", [row()])
     with pytest.raises(DataError, match=r"1 of 2 questions have no evidence, first .'x'"):
-        official.scores("rextime", [row(), row(id="x", glue=[])])
+        official.scores("rextime", [row(), row(id="x", evidence=[])])
     for name in ("nextgqa", "ego4d_nlq"):
         with pytest.raises(DataError, match="no question has a predicted span"):
-            official.scores(name, [row(spans=None)])
+            official.scores(name, [row(predicted=None)])

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from annotations.rows import DataError, Sample
-from report.results import read_results, row_of, write_results
+from report.results import read_results, row_of, stored_rows, write_results
 from report.scores import summarise
 
 SAMPLES = [
@@ -52,3 +52,13 @@ def test_results_of_something_else_are_refused(tmp_path, lines, message):
 def test_results_may_name_the_video_in_another_folder(tmp_path):
     path = write_lines(tmp_path / "r.jsonl", [{"id": "1", "predicted_answer": "A", "spans": [], "video": "/x/a.mkv"}])
     assert read_results(path, SAMPLES)[0]["video"] == "videos/a.mp4"
+
+
+def test_a_row_has_other_names_in_a_file_and_all_its_fields_come_back(tmp_path):
+    """A file says "glue" and "spans", as earlier ones did; a line separator inside a text ends no line."""
+    row = row_of(SAMPLES[0], "A", [[2.5, 6.0]]) | {"response": "one\u2028two", "error": None}
+    assert row["evidence"] == [[2.0, 6.0]] and row["predicted"] == [[2.5, 6.0]]
+    write_results(tmp_path / "r.jsonl", [row, row])
+    line = json.loads((tmp_path / "r.jsonl").read_text().split("\n")[0])
+    assert line["glue"] == [[2.0, 6.0]] and line["spans"] == [[2.5, 6.0]] and not {"evidence", "predicted"} & set(line)
+    assert stored_rows(tmp_path / "r.jsonl") == [row, row]

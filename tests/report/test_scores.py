@@ -8,7 +8,7 @@ from report.scores import breakdown, score, summarise
 
 def test_scores_of_one_question_by_hand():
     # Evidence 2-6 and 10-12: 6 s. Prediction 4-8 and 7-11, together 4-11: 7 s. Overlap 4-6 and 10-11: 3 s. Union: 10 s.
-    scores = score(row(glue=[(2, 6), (10, 12)], spans=[(4, 8), (7, 11)]))
+    scores = score(row(evidence=[(2, 6), (10, 12)], predicted=[(4, 8), (7, 11)]))
     assert scores == pytest.approx(
         {
             "accuracy": 1,
@@ -26,16 +26,16 @@ def test_scores_of_one_question_by_hand():
 
 
 def test_an_iou_equal_to_the_threshold_is_a_hit_for_cgbench_but_not_for_recall():
-    scores = score(row(glue=[(0, 4)], spans=[(0, 2)]))
+    scores = score(row(evidence=[(0, 4)], predicted=[(0, 2)]))
     assert (scores["mIoU"], scores["R@0.3"], scores["R@0.5"], scores["rec@IoU"]) == (0.5, 1, 0, 1)
     assert scores["Acc@GQA"] == 1  # IoP is 1
-    assert score(row(glue=[(0, 2)], spans=[(0, 4)]))["Acc@GQA"] == 1  # IoP is exactly 0.5
-    assert score(row(glue=[(0, 2)], spans=[(0, 4.1)]))["Acc@GQA"] == 0
+    assert score(row(evidence=[(0, 2)], predicted=[(0, 4)]))["Acc@GQA"] == 1  # IoP is exactly 0.5
+    assert score(row(evidence=[(0, 2)], predicted=[(0, 4.1)]))["Acc@GQA"] == 0
 
 
 @pytest.mark.parametrize("spans", [None, []])
 def test_unanswered_and_spanless_questions_score_zero(spans):
-    scores = score(row(predicted=None, spans=spans))
+    scores = score(row(letter=None, predicted=spans))
     assert set(scores.values()) == {0}
     assert {"accuracy", "mIoU", "mIoP", "mIoG", "Acc@GQA", "acc@IoU"} <= set(scores)
 
@@ -43,9 +43,9 @@ def test_unanswered_and_spanless_questions_score_zero(spans):
 def test_means_are_over_the_questions_that_have_the_score():
     rows = [
         row(id="1"),
-        row(id="2", predicted="B", spans=None),
-        row(id="3", glue=[], spans=None),  # an answer without evidence
-        row(id="4", answer=None, predicted=None),  # evidence without an answer
+        row(id="2", letter="B", predicted=None),
+        row(id="3", evidence=[], predicted=None),  # an answer without evidence
+        row(id="4", answer=None, letter=None),  # evidence without an answer
     ]
     summary = summarise(rows)
     assert (summary["questions"], summary["unanswered"], summary["without_span"]) == (4, 0, 1)
@@ -57,10 +57,10 @@ def test_means_are_over_the_questions_that_have_the_score():
 
 def test_breakdown_by_kind_length_and_portion():
     rows = [
-        row(id="1", kind="fine", glue=[(0, 1), (0.5, 2)]),  # 2 s, a tenth
-        row(id="2", kind="fine + blink", glue=[(0, 10)]),  # 10 s, a half
-        row(id="3", kind="blink", glue=[(0, 50)], duration=None),
-        row(id="4", kind="", glue=[]),
+        row(id="1", kind="fine", evidence=[(0, 1), (0.5, 2)]),  # 2 s, a tenth
+        row(id="2", kind="fine + blink", evidence=[(0, 10)]),  # 10 s, a half
+        row(id="3", kind="blink", evidence=[(0, 50)], duration=None),
+        row(id="4", kind="", evidence=[]),
     ]
 
     def sizes(by):
