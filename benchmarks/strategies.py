@@ -31,7 +31,7 @@ from infer import RELEASED, STRATEGIES, Settings, load_agent
 from policy import ModelError
 from report.intervals import bootstrap, paired_test
 from report.scores import summarise
-from report.tables import cost, p_text
+from report.tables import cost, figure, p_text
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPE = ROOT / "recipes" / "cpu_world.yaml"
@@ -95,7 +95,7 @@ def tables(results: dict[str, list[dict]]) -> str:
         cells = []
         for chosen in (lambda row: True, lambda row: row["kind"] == "fine"):
             test = paired_test(list(filter(chosen, rows)), list(filter(chosen, first)), "accuracy")
-            cells += [f"{test['difference']:+.3f} [{test['low']:+.2f}, {test['high']:+.2f}]", p_text(test).removeprefix("= ")]
+            cells += [figure(test["difference"], (test["low"], test["high"]), "+"), p_text(test).removeprefix("= ")]
         lines.append(f"| {label} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
