@@ -50,7 +50,8 @@ import config as configuration
 import evaluate
 import scenes
 import world
-from annotations.rows import LETTERS, DataError, Row, Sample, letter_of_answer, read_rows, strip_letters
+from annotations.answers import letter_of_answer, strip_letters
+from annotations.rows import DataError, Row, Sample, control, read_rows
 from annotations.samples import VIDEO_SUFFIXES, spread, write_samples
 from config import Config, ConfigError
 from harness import chat, journal
@@ -59,6 +60,7 @@ from media.decode import probe
 from media.frames import FrameCache
 from media.source import VideoError
 from policy import ModelError
+from prompts import LETTERS
 from report.plots import plot_statistics, round_edges
 from rollout import Spans
 from scenes import SceneError
@@ -187,6 +189,8 @@ def read_question(text: str) -> dict:
     options = strip_letters(distinct_texts(value, "options", 2, len(LETTERS)))
     clues = distinct_texts(value, "clues", 1, MAX_CLUES)
     letter = letter_of_answer(answer, options) if isinstance(answer, str) else None
+    if found := control("\n".join([question, *options, *clues])):
+        raise ReplyError(f"it {found}")
     if letter is None:
         raise ReplyError(f"its answer is not the letter of an option: {one_line(repr(answer), 40)}")
     return {"question": question.strip(), "options": list(options), "answer": letter, "clues": clues}

@@ -55,7 +55,7 @@ import config as configuration
 import evaluate
 import prompts
 import world
-from annotations.rows import DataError, Sample
+from annotations.rows import DataError, Sample, control
 from annotations.samples import check_videos, load_samples
 from config import Config, ConfigError, suiting_recipe
 from engine.flops import forward_flops, patch_grids
@@ -516,6 +516,9 @@ def check(given: argparse.Namespace, settings: Settings) -> None:
         raise ConfigError('--video needs a --question "..."')
     if any(not option.strip() for option in given.options):
         raise ConfigError("--options: one of them is empty")
+    for name, words in (("question", given.question or ""), ("options", "\n".join(given.options))):
+        if found := control(words):
+            raise ConfigError(f"--{name} {found}; leave it out")
     if given.ground_model and given.strategy != "ground-then-answer":
         raise ConfigError("--ground_model is for --strategy ground-then-answer")
 

@@ -29,7 +29,7 @@ import evaluate
 import kl
 import lessons
 from annotations import trajectories
-from annotations.samples import load_samples
+from annotations.samples import load_test
 from annotations.trajectories import Example, Trajectory, build_example
 from media.prefetch import prefetch
 from media.source import VideoError
@@ -167,7 +167,7 @@ def main(arguments: list[str] | None = None) -> None:
     if config.epochs:
         config = replace(config, steps=max(1, round(config.epochs * len(rows) / config.prompts_per_step)))
     with accelerator.main_process_first():
-        test = load_samples(config.test_data, "test", config) if config.test_data else []
+        test = load_test(config)
     evaluate.check_test_samples(test, config)
     claim_folder(config, accelerator)
     start_tracker(config, accelerator)

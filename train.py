@@ -27,6 +27,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -42,7 +43,7 @@ import kl
 import rewards
 from advantage import RewardError, credit
 from annotations.rows import DataError, Sample
-from annotations.samples import DataSet, load_samples, load_training
+from annotations.samples import DataSet, Epochs, load_test, load_training
 from config import Config
 from episodes import clip_failures, environments
 from grpo import grpo_loss, loss_count
@@ -111,7 +112,7 @@ class Run:
 # ---------------------------------------------------------------- sample
 
 
-def draw(run: Run, sets: Sequence[DataSet], step: int) -> Iterator[list[Sample]]:
+def draw(run: Run, epochs: Epochs, step: int) -> Iterator[list[Sample]]:
     """For each of this process' prompts of a step: the sample, and others to take if its video cannot be read.
 
     The order is a permutation per epoch that depends on the seed alone. Each of the step's updates gets a consecutive
@@ -120,19 +121,12 @@ def draw(run: Run, sets: Sequence[DataSet], step: int) -> Iterator[list[Sample]]
     config, accelerator = run.config, run.accelerator
     per_update = config.prompts_per_step // config.updates_per_rollout
     mine = per_update // accelerator.num_processes
-    length = sum(map(len, sets))
-    shuffled: dict[int, list[Sample]] = {}  # epoch: its samples in order
     for number in range(config.updates_per_rollout):
         first = step * config.prompts_per_step + number * per_update + accelerator.process_index * mine
         for position in range(first, first + mine):
-            epoch, index = divmod(position, length)
-            if epoch not in shuffled:
-                parts = [part.once(generator(config.seed, "part", k, epoch)) for k, part in enumerate(sets)]
-                once = [row for part in parts for row in part]
-                order = torch.randperm(length, generator=generator(config.seed, "epoch", epoch))
-                shuffled[epoch] = [once[i] for i in order.tolist()]
-            spare = torch.randint(length, (SPARE,), generator=generator(config.seed, "spare", position))
-            yield [shuffled[epoch][i] for i in [index, *spare.tolist()]]
+            epoch, index = divmod(position, len(epochs))
+            spare = torch.randint(len(epochs), (SPARE,), generator=generator(config.seed, "spare", position))
+            yield [epochs.sample(epoch, i) for i in [index, *spare.tolist()]]
 
 
 def generator(*parts: object) -> torch.Generator:
@@ -160,13 +154,13 @@ def readable_view(candidates: list[Sample], config: Config, unreadable: dict[str
     raise TrainingError(f"none of {len(candidates)} videos drawn in a row could be read; the last: {failed[-1][1]}")
 
 
-def view_batches(run: Run, sets: Sequence[DataSet], first_step: int) -> Iterator[list[Drawn]]:
+def view_batches(run: Run, epochs: Epochs, first_step: int) -> Iterator[list[Drawn]]:
     """This process' views of each step, decoded in the background while the model computes."""
     share = run.config.prompts_per_step // run.accelerator.num_processes
     jobs = (
         partial(readable_view, candidates, run.config, run.unreadable)
         for step in range(first_step, run.config.steps)
-        for candidates in draw(run, sets, step)
+        for candidates in draw(run, epochs, step)
     )
     with prefetch(jobs, ahead=2 * share) as views:
         for _ in range(first_step, run.config.steps):
@@ -581,6 +575,7 @@ def timed(seconds: dict[str, float], name: str) -> Iterator[None]:
 def train(run: Run, sets: Sequence[DataSet]) -> list[Group]:
     """The loop. Returns the groups of the last step, for the page of episodes. Raises Stopped after a signal."""
     config, accelerator = run.config, run.accelerator
+    epochs = Epochs(sets, partial(generator, config.seed))
     done = resume(run) if config.resume else 0
     saved = done if config.resume else None
     keep_metrics(Path(config.out) / "metrics.jsonl", done, accelerator)
@@ -589,7 +584,7 @@ def train(run: Run, sets: Sequence[DataSet]) -> list[Group]:
     counted = run.drawn, run.failures  # up to the steps done
     with (
         StopSignal(accelerator) as stop,
-        contextlib.closing(view_batches(run, sets, done)) as batches,
+        contextlib.closing(view_batches(run, epochs, done)) as batches,
         tqdm(total=config.steps, initial=done, unit="step", disable=None if shown else True) as bar,
     ):
         try:
@@ -597,7 +592,7 @@ def train(run: Run, sets: Sequence[DataSet]) -> list[Group]:
                 seconds: dict[str, float] = {}
                 groups = collect(run, batches, done, seconds, stop)
                 score(groups, config)
-                redrawn = redraw(run, sets, groups, done, seconds, stop) if config.max_redraws else 0
+                redrawn = redraw(run, epochs, groups, done, seconds, stop) if config.max_redraws else 0
                 with timed(seconds, "update"):
                     totals = update_on_rollout(run, groups) | {"redrawn": float(redrawn)}
                 log_step(run, bar, done, step_metrics(run, groups, totals, seconds))
@@ -644,7 +639,7 @@ def collect(
 
 
 def redraw(
-    run: Run, sets: Sequence[DataSet], groups: list[Group], step: int, seconds: dict[str, float], stop: StopSignal
+    run: Run, epochs: Epochs, groups: list[Group], step: int, seconds: dict[str, float], stop: StopSignal
 ) -> int:
     """Replace groups without variance, which teach nothing, by those of other samples, `max_redraws` times at most.
 
@@ -665,10 +660,7 @@ def redraw(
         if not accelerator.reduce(found, "sum"):  # all processes go on, or none
             break
         tried.update(gather_object([name(group.view.sample) for group in groups]))
-        parts = [part.once(generator(config.seed, "redraw part", k, step)) for k, part in enumerate(sets)]
-        epoch = [sample for part in parts for sample in part]
-        order = torch.randperm(len(epoch), generator=generator(config.seed, "redraw", step, attempt)).tolist()
-        shuffled = [epoch[i] for i in order]
+        shuffled = list(islice(epochs.redrawn(step, attempt), SPARE * config.prompts_per_step))
         others = list({name(s): s for s in shuffled if name(s) not in tried}.values()) or shuffled
         mine = others[accelerator.process_index :: accelerator.num_processes] or others
         drawn = (  # those behind are spare, should a video be unreadable
@@ -806,7 +798,7 @@ def main(arguments: list[str] | None = None) -> None:
     accelerator = start_processes(config)
     with accelerator.main_process_first():  # one process writes the built-in videos, the others find them
         sets = load_training(config)
-        test = load_samples(config.test_data, "test", config) if config.test_data else []
+        test = load_test(config)
     evaluate.check_test_samples(test, config)
     claim_folder(config, accelerator)
     start_tracker(config, accelerator)

@@ -1,4 +1,4 @@
-"""One reader per published annotation format, listed in `READERS`: adding a format is one function and one entry.
+"""One reader per published annotation format, listed in `FORMATS`: adding a format is one function and one entry.
 
 A reader takes a file's path and a `Report`, and yields a `Sample` per question. Rules that hold for every format:
 
@@ -19,48 +19,50 @@ or no evidence, `null` for no answer or an unknown duration).
 
 from __future__ import annotations
 
-import ast
 import re
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
+from annotations.answers import letter_of_answer, letter_of_text, strip_letters
 from annotations.rows import (
-    LETTERS,
     DataError,
     Report,
     Row,
     Sample,
     as_row,
-    letter_of_answer,
-    letter_of_text,
+    open_text,
     read_csv,
     read_object,
     read_rows,
-    read_text,
-    strip_letters,
 )
+from prompts import LETTERS
 
 KIND_SEPARATOR = " + "  # between the types of a question that has several
 PLM_FPS = 24  # frame numbers of PLM-Video count the frames of SA-V videos
+CHARADES_LINE = re.compile(r"(\S+) (\d+(?:\.\d+)?) (\d+(?:\.\d+)?)##(.*)")
+TIMES = re.compile(r"\s*(?:<answer>)?\s*(\d+(?:\.\d+)?)\s+to\s+(\d+(?:\.\d+)?)\s*(?:</answer>)?\s*")
+NOT_AN_OPTION = "the answer is not among the options"
 
 
 # ---------------------------------------------------------------- our own format
 
 
-def read_records(path: Path, report: Report) -> Iterator[Sample]:
+def read_records(path: Path, report: Report, absent: dict | None = None) -> Iterator[Sample]:
     """Our records, also as released with Zoom-Zero, where "glue" may be a text holding the list.
 
     Without an "id", the sample's id is the file's name and the row. Without options, an answer other than "(C)" is
-    the free-text reference.
+    the free-text reference. `absent`: what stands for fields that are not there.
     """
     for number, row in enumerate(read_rows(path), start=1):
-        options = row.options("options")
-        given = row.get("answer", str, type(None))
-        bare_text = given is not None and not options and not re.fullmatch(r"\([A-H]\)", given)
-        answer = None if given is None or bare_text else letter_of_answer(given, options)
-        if given is not None and not bare_text and answer is None:
-            report.drop(row.where, "the answer is not among the options")
+        if absent:
+            row = Row(row.file, row.where, absent | row.fields)
+        options = read_options(row, "options")
+        answer = row.get("answer", str, type(None))
+        reference = answer is not None and not options and not re.fullmatch(r"\([A-Z]\)", answer)
+        letter = None if answer is None or reference else letter_of_answer(answer, options)
+        if answer is not None and not reference and letter is None:
+            report.drop(row.where, NOT_AN_OPTION, answer)
             continue
         meta = row.get("meta", dict) if "meta" in row.fields else {}
         yield Sample(
@@ -68,23 +70,28 @@ def read_records(path: Path, report: Report) -> Iterator[Sample]:
             video=row.text("video"),
             question=row.text("question"),
             options=options,
-            answer=answer,
-            evidence=written_out(row, "glue").spans("glue", report),
+            answer=letter,
+            evidence=row.spans("glue", report),
             duration=None if row.fields.get("duration", "") is None else row.number("duration"),
             kind=row.text("kind") if "kind" in row.fields else "",
-            meta={**meta, "reference": given} if bare_text else meta,
+            meta={**meta, "reference": row.text("answer")} if reference else meta,
         )
 
 
-def written_out(row: Row, name: str) -> Row:
-    """The row with a list that is written as a text, "[[1, 2]]", turned into that list."""
-    value = row.fields.get(name)
-    if not isinstance(value, str):
-        return row
-    try:
-        return replace(row, fields={**row.fields, name: ast.literal_eval(value)})
-    except (ValueError, SyntaxError) as error:
-        raise row.error(name, f"expected a list, got the text {value!r}") from error
+def read_options(row: Row, name: str) -> tuple[str, ...]:
+    """The field's texts without letters; at most 26, since the answer is a letter."""
+    options = strip_letters(row.texts(name))
+    if len(options) > len(LETTERS):
+        raise row.error(name, f"at most {len(LETTERS)} options have letters, got {len(options)}")
+    return options
+
+
+def read_letter(row: Row, name: str, options: tuple[str, ...]) -> str:
+    """The letter of an option that the field must mean; any letter without options."""
+    letter = letter_of_answer(row.text(name), options)
+    if letter is None:
+        raise row.error(name, f"expected the letter of one of {len(options)} options, got {row.fields[name]!r}")
+    return letter
 
 
 # ---------------------------------------------------------------- question answering with evidence
@@ -108,7 +115,7 @@ def read_nextgqa(path: Path, report: Report) -> Iterator[Sample]:
         options = tuple(row.text(f"a{i}").strip() for i in range(5))
         answer = letter_of_text(row.text("answer"), options)
         if answer is None:
-            report.drop(row.where, "the answer is not among the options")
+            report.drop(row.where, NOT_AN_OPTION, row.text("answer"))
             continue
         spans, duration = (), None
         if video in videos:
@@ -135,7 +142,7 @@ def read_rextime(path: Path, report: Report) -> Iterator[Sample]:
     """ReXTime: the repository's JSON lines (letters, but no options) or the hosted JSON list (with options)."""
     for row in read_rows(path):
         hosted = "options" in row.fields
-        options = row.options("options") if hosted else ()
+        options = read_options(row, "options") if hosted else ()
         if hosted:
             spans = (row.span("span", row.get("span", list), report),)
         else:
@@ -145,7 +152,7 @@ def read_rextime(path: Path, report: Report) -> Iterator[Sample]:
             video=row.text("vid"),
             question=row.text("question" if hosted else "query"),
             options=options,
-            answer=row.letter("ans", options),
+            answer=read_letter(row, "ans", options),
             evidence=spans,
             duration=row.number("duration"),
             kind=row.text("category") if hosted else "",
@@ -158,13 +165,13 @@ def read_cgbench(path: Path, report: Report) -> Iterator[Sample]:
     exact = read_object(exact_file) if exact_file.is_file() else {}
     for row in read_rows(path):
         video = row.text("video_uid")
-        options = row.options("choices")
+        options = read_options(row, "choices")
         yield Sample(
             id=str(row.get("qid", int, str)),
             video=video,
             question=row.text("question"),
             options=options,
-            answer=row.letter("right_answer", options),
+            answer=read_letter(row, "right_answer", options),
             evidence=row.spans("clue_intervals", report),
             duration=(as_row(exact_file, f"video {video}", exact[video]) if video in exact else row).number("duration"),
             kind=row.text("sub_category"),
@@ -196,29 +203,32 @@ def read_charades_sta(path: Path, report: Report) -> Iterator[Sample]:
     durations = charades_durations(path)
     if not durations:
         report.remarks.append("no Charades_v1_*.csv or charades.json beside it: durations are unknown")
-    if path.suffix == ".json":
-        triples = [
-            (Path(r.text("video")).stem, r.get("timestamp", list), r.text("caption"), r) for r in read_rows(path)
-        ]
-    else:
-        triples = [charades_line(path, n, line) for n, line in enumerate(read_text(path).splitlines(), start=1) if line]
-    for number, (video, span, sentence, row) in enumerate(triples):
+    rows = read_rows(path) if path.suffix == ".json" else charades_lines(path)
+    for number, row in enumerate(rows):
+        video = Path(row.text("video")).stem
         yield Sample(
             id=f"{video}_{number}",
             video=video,
-            question=sentence,
+            question=row.text("caption"),
             options=(),
             answer=None,
-            evidence=(row.span("timestamp", span, report),),
+            evidence=(row.span("timestamp", row.get("timestamp", list), report),),
             duration=durations.get(video),
         )
 
 
-def charades_line(path: Path, number: int, line: str) -> tuple[str, list[float], str, Row]:
-    match = re.fullmatch(r"(\S+) (\d+(?:\.\d+)?) (\d+(?:\.\d+)?)##(.*)", line)
-    if not match:
-        raise DataError(f"{path}: row {number}: expected 'ID start end##sentence', got {line!r}")
-    return match[1], [float(match[2]), float(match[3])], match[4], Row(path, f"row {number}", {})
+def charades_lines(path: Path) -> Iterator[Row]:
+    """The lines of the txt as rows of the JSON list."""
+    with open_text(path) as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            match = CHARADES_LINE.fullmatch(line.rstrip("\r\n"))
+            if not match:
+                text = line.rstrip("\r\n")
+                raise DataError(f"{path}: row {number}: expected 'ID start end##sentence', got {text!r}")
+            fields = {"video": match[1], "timestamp": [float(match[2]), float(match[3])], "caption": match[4]}
+            yield Row(path, f"row {number}", fields)
 
 
 def charades_durations(path: Path) -> dict[str, float]:
@@ -298,13 +308,13 @@ def read_ego4d_nlq(path: Path, report: Report) -> Iterator[Sample]:
 def read_videomme(path: Path, report: Report) -> Iterator[Sample]:
     """Video-MME as a JSON list; its `duration` is a class (short, medium, long), so seconds are unknown."""
     for row in read_rows(path):
-        options = row.options("options")
+        options = read_options(row, "options")
         yield Sample(
             id=row.text("question_id"),
             video=row.text("videoID"),
             question=row.text("question"),
             options=options,
-            answer=row.letter("answer", options),
+            answer=read_letter(row, "answer", options),
             evidence=(),
             duration=None,
             kind=row.text("task_type"),
@@ -322,22 +332,22 @@ def read_mlvu(path: Path, report: Report) -> Iterator[Sample]:
         raise DataError(f"{path}: no .json files in this folder")
     for file in files:
         for number, row in enumerate(read_rows(file), start=1):
-            options = row.options("candidates") if "candidates" in row.fields else ()
-            given = row.text("answer") if "answer" in row.fields else None
-            answer = letter_of_text(given, options) if given is not None else None
-            if options and given is not None and answer is None:
-                report.drop(f"{file.name}, {row.where}", "the answer is not among the options")
+            options = read_options(row, "candidates") if "candidates" in row.fields else ()
+            answer = row.text("answer") if "answer" in row.fields else None
+            letter = letter_of_text(answer, options) if answer is not None else None
+            if options and answer is not None and letter is None:
+                report.drop(f"{file.name}, {row.where}", NOT_AN_OPTION, answer)
                 continue
             yield Sample(
                 id=str(row.fields.get("question_id", f"{file.stem}:{number}")),
                 video=f"{file.stem}/{row.text('video')}",
                 question=row.text("question"),
                 options=options,
-                answer=answer,
+                answer=letter,
                 evidence=(),
                 duration=row.number("duration"),
                 kind=row.text("question_type"),
-                meta={} if options or given is None else {"reference": given},
+                meta={} if options or answer is None else {"reference": answer},
             )
 
 
@@ -350,10 +360,10 @@ def read_lvbench(path: Path, report: Report) -> Iterator[Sample]:
     """
     for number, row in enumerate(read_rows(path), start=1):
         if "qa" not in row.fields:
-            options = row.options("candidates")
+            options = read_options(row, "candidates")
             answer = letter_of_answer(row.text("answer"), options)
             if answer is None:
-                report.drop(row.where, "the answer is not among the options")
+                report.drop(row.where, NOT_AN_OPTION, row.text("answer"))
                 continue
             yield lvbench_sample(
                 row, f"{path.stem}:{number}", row.text("video"), row.text("question"), options, answer, report
@@ -363,7 +373,7 @@ def read_lvbench(path: Path, report: Report) -> Iterator[Sample]:
             qa = as_row(path, row.where, question_object)
             question, *options = re.split(r"\n(?=\([A-H]\))", qa.text("question"))
             options = strip_letters(options)
-            answer = qa.letter("answer", options)
+            answer = read_letter(qa, "answer", options)
             yield lvbench_sample(qa, str(qa.get("uid", str, int)), row.text("key"), question, options, answer, report)
 
 
@@ -405,7 +415,7 @@ def read_longvideobench(path: Path, report: Report) -> Iterator[Sample]:
     """
     for row in read_rows(path):
         if "candidates" in row.fields:
-            options = row.options("candidates")
+            options = read_options(row, "candidates")
         else:
             options = tuple(row.text(f"option{i}") for i in range(5) if row.text(f"option{i}") != "N/A")
         choice = row.get("correct_choice", int) if "correct_choice" in row.fields else None
@@ -447,7 +457,7 @@ def read_plm_video(path: Path, report: Report) -> Iterator[Sample]:
         options = tuple(Row(path, f"{row.where}, options", named).text(f"option_{i}") for i in range(len(named)))
         answer = letter_of_text(row.text("answer"), options)
         if answer is None:
-            report.drop(row.where, "the answer is not among the options")
+            report.drop(row.where, NOT_AN_OPTION, row.text("answer"))
             continue
         yield Sample(
             id=row.text("uid"),
@@ -462,19 +472,208 @@ def read_plm_video(path: Path, report: Report) -> Iterator[Sample]:
         )
 
 
-READERS = {
-    "records": read_records,
-    "nextgqa": read_nextgqa,
-    "rextime": read_rextime,
-    "cgbench": read_cgbench,
-    "qvhighlights": read_qvhighlights,
-    "charades_sta": read_charades_sta,
-    "activitynet": read_captions,
-    "tacos": read_captions,
-    "ego4d_nlq": read_ego4d_nlq,
-    "videomme": read_videomme,
-    "mlvu": read_mlvu,
-    "lvbench": read_lvbench,
-    "longvideobench": read_longvideobench,
-    "plm_video": read_plm_video,
+# ---------------------------------------------------------------- what others train on
+
+
+def read_time_r1(path: Path, report: Report) -> Iterator[Sample]:
+    """Time-R1: `train_2k5.json` (a sentence, a timestamp) or `tvgbench.json` (a question, an answer "start-end").
+
+    Rows of a part of a video ("video_start" or "start" and its end) count times from the part's beginning: here they
+    count from the file's, whose duration is then unknown.
+    """
+    for number, row in enumerate(read_rows(path), start=1):
+        bench = "sentence" not in row.fields
+        if bench:
+            numbers = re.fullmatch(r"(\d+(?:\.\d+)?)-(\d+(?:\.\d+)?)", row.text("answer"))
+            if not numbers:
+                raise row.error("answer", f"expected 'start-end', got {row.fields['answer']!r}")
+            start, end = row.span("answer", [float(numbers[1]), float(numbers[2])], report)
+        else:
+            start, end = row.span("timestamp", row.get("timestamp", list), report)
+        part = row.fields.get("start" if bench else "video_start")
+        if part is not None:
+            part, _ = row.span("start" if bench else "video_start", [part, part], report)
+            report.notes["parts of a video, with times of the whole file"] += 1
+        kind = row.fields.get("qsemtype") if bench else None
+        yield Sample(
+            id=row.text("qid") if "qid" in row.fields else f"{path.stem}:{number}",
+            video=row.text("path" if bench else "video"),
+            question=row.text("question" if bench else "sentence"),
+            options=(),
+            answer=None,
+            evidence=((start + (part or 0), end + (part or 0)),),
+            duration=row.number("duration") if part is None else None,
+            kind=kind if isinstance(kind, str) else "",
+        )
+
+
+def read_timelens(path: Path, report: Report) -> Iterator[Sample]:
+    """TimeLens-Bench (`{video: {duration, spans, queries}}`, a span per query) or TimeLens-100K (lines with events)."""
+    if path.suffix == ".jsonl":
+        for number, row in enumerate(read_rows(path), start=1):
+            for n, value in enumerate(row.get("events", list)):
+                event = as_row(path, f"{row.where}, events[{n}]", value)
+                pairs = event.get("span", list)
+                several = bool(pairs) and isinstance(pairs[0], list)
+                evidence = event.spans("span", report) if several else (event.span("span", pairs, report),)
+                duration = row.number("duration") if "duration" in row.fields else None
+                kind = row.text("source") if "source" in row.fields else ""
+                yield grounding(f"{path.stem}:{number}_{n}", row.text("video_path"), event, evidence, duration, kind)
+        return
+    for video, entry in read_object(path).items():
+        row = as_row(path, f"video {video}", entry)
+        queries, spans = row.texts("queries"), row.spans("spans", report)
+        if len(queries) != len(spans):
+            raise row.error("spans", f"{len(spans)} for {len(queries)} queries")
+        for n, (query, span) in enumerate(zip(queries, spans, strict=True)):
+            event = Row(path, row.where, {"query": query})
+            yield grounding(f"{path.stem}:{video}_{n}", video, event, (span,), row.number("duration"), "")
+
+
+def grounding(
+    id: str, video: str, event: Row, evidence: tuple[tuple[float, float], ...], duration: float | None, kind: str
+) -> Sample:
+    """A sentence to find: the field "query", its spaces made single."""
+    question = " ".join(event.text("query").split())
+    return Sample(id, video, question, (), None, evidence, duration, kind)
+
+
+def read_video_r1(path: Path, report: Report) -> Iterator[Sample]:
+    """Video-R1: `Video-R1-260k.json`, its rows with a video. A solution that is no option's letter is the reference."""
+    for number, row in enumerate(read_rows(path), start=1):
+        if row.text("data_type") != "video":
+            report.left_out["not about a video"] += 1
+            continue
+        options = read_options(row, "options") if row.fields.get("options") else ()
+        solution = row.text("solution")
+        letter = letter_of_answer(solution, options) if options else None
+        if options and letter is None:
+            report.drop(row.where, NOT_AN_OPTION, solution)
+            continue
+        inner = re.fullmatch(r"\s*<answer>(.*)</answer>\s*", solution, re.DOTALL)
+        yield Sample(
+            id=f"{path.stem}:{number}",
+            video=row.text("path"),
+            question=row.text("problem"),
+            options=options,
+            answer=letter,
+            evidence=(),
+            duration=None,
+            kind=row.text("problem_type"),
+            meta={} if options else {"reference": inner[1].strip() if inner else solution},
+        )
+
+
+def read_videochat_r1(path: Path, report: Report) -> Iterator[Sample]:
+    """VideoChat-R1: records that leave out what they have not: "options", "answer", "glue" or "duration"."""
+    absent = {"options": [], "answer": None, "glue": [], "duration": None}
+    yield from read_records(path, report, absent)
+
+
+def read_easy_r1(path: Path, report: Report) -> Iterator[Sample]:
+    """EasyR1: "problem" with `<video>` in it, "answer" and "videos", which has one.
+
+    Options are in the field "options" or are the problem's lines "A. ...", "B. ...". Without any, an answer "3.5 to
+    7.25" is the evidence, and any other the reference.
+    """
+    for number, row in enumerate(read_rows(path), start=1):
+        videos = row.get("videos", list, type(None)) if "videos" in row.fields else None
+        if not videos:
+            report.left_out["not about a video"] += 1
+            continue
+        if len(videos) > 1:
+            raise row.error("videos", f"expected one video, got {len(videos)}")
+        entry = videos[0] if isinstance(videos[0], dict) else {"video": videos[0]}
+        question, options = split_options(row.text("problem").replace("<video>", "").strip())
+        if row.fields.get("options"):
+            options = read_options(row, "options")
+        answer = row.text("answer")
+        letter = letter_of_answer(answer, options) if options else None
+        if options and letter is None:
+            report.drop(row.where, NOT_AN_OPTION, answer)
+            continue
+        times = None if options else TIMES.fullmatch(answer)
+        evidence = (row.span("answer", [float(times[1]), float(times[2])], report),) if times else ()
+        yield Sample(
+            id=f"{path.stem}:{number}",
+            video=Row(path, f"{row.where}, videos", entry).text("video"),
+            question=question,
+            options=options,
+            answer=letter,
+            evidence=evidence,
+            duration=None,
+            kind=row.text("problem_type") if row.fields.get("problem_type") else "",
+            meta={} if options or times else {"reference": answer},
+        )
+
+
+def split_options(text: str) -> tuple[str, tuple[str, ...]]:
+    """A problem without its lines "A. ...", "B. ...", and these without their letters; all of it and () without any."""
+    lines = text.split("\n")
+    for first in range(len(lines)):
+        last = first
+        while last < len(lines) and last - first < len(LETTERS):
+            letter = LETTERS[last - first]
+            if not re.match(rf"\s*(\({letter}\)|{letter}[.):])\s*\S", lines[last]):
+                break
+            last += 1
+        if last - first >= 2:
+            rest = "\n".join([*lines[:first], *lines[last:]])
+            return rest.strip(), strip_letters(lines[first:last])
+    return text, ()
+
+
+# ---------------------------------------------------------------- the formats
+
+
+class Format(NamedTuple):
+    """How a format is read, and the fields by which a row of it is known, of which one group is enough."""
+
+    read: Callable[[Path, Report], Iterator[Sample]]
+    fields: tuple[tuple[str, ...], ...]
+
+
+FORMATS = {
+    "records": Format(read_records, (("video", "question", "options", "answer", "glue", "duration"),)),
+    "nextgqa": Format(read_nextgqa, (("video_id", "frame_count", "a0"),)),
+    "rextime": Format(read_rextime, (("vid", "relevant_windows", "ans"), ("vid", "span", "ans"))),
+    "cgbench": Format(read_cgbench, (("video_uid", "clue_intervals", "right_answer"),)),
+    "qvhighlights": Format(read_qvhighlights, (("vid", "qid", "query"),)),
+    "charades_sta": Format(read_charades_sta, (("video", "caption", "timestamp"),)),
+    "activitynet": Format(read_captions, (("duration", "timestamps", "sentences"),)),
+    "tacos": Format(read_captions, (("fps", "num_frames", "timestamps", "sentences"),)),
+    "ego4d_nlq": Format(read_ego4d_nlq, (("version", "videos"),)),
+    "videomme": Format(read_videomme, (("videoID", "question_id", "task_type"),)),
+    "mlvu": Format(read_mlvu, (("video", "question", "candidates", "question_type", "duration"),)),
+    "lvbench": Format(read_lvbench, (("key", "qa"), ("video", "candidates", "time_reference"))),
+    "longvideobench": Format(read_longvideobench, (("video_path", "question_category", "duration_group"),)),
+    "plm_video": Format(read_plm_video, (("start_frame", "total_frames"), ("uid", "qa_uid"), ("uid", "qa_id"))),
+    "time_r1": Format(read_time_r1, (("video", "sentence", "timestamp"), ("path", "question", "answer", "start"))),
+    "timelens": Format(read_timelens, (("duration", "spans", "queries"), ("video_path", "events"))),
+    "video_r1": Format(read_video_r1, (("problem", "data_type", "solution", "path"),)),
+    "videochat_r1": Format(read_videochat_r1, (("video", "question", "answer"), ("video", "question", "glue"))),
+    "easy_r1": Format(read_easy_r1, (("problem", "answer", "videos"),)),
 }
+
+
+def looks_like(path: Path) -> str | None:
+    """The format, or "dialogues", that the fields of a file's first row belong to; None if nothing is known of them."""
+    fields = first_fields(path)
+    if fields & {"messages", "conversations"}:
+        return "dialogues"
+    known = [(len(group), name) for name, format in FORMATS.items() for group in format.fields if fields >= set(group)]
+    return max(known, key=lambda entry: entry[0])[1] if known else None
+
+
+def first_fields(path: Path) -> set[str]:
+    """The names of the fields of a file's first row: of a table, or of the first entry of an object of objects."""
+    try:
+        if path.suffix == ".csv":
+            return set(next(read_csv(path)).fields)
+        if path.suffix == ".txt":
+            return set(next(charades_lines(path)).fields)
+        fields = next(read_rows(path)).fields
+    except (DataError, StopIteration):
+        return set()
+    first = next(iter(fields.values()), None)
+    return {*fields, *(first if isinstance(first, dict) else ())}

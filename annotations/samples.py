@@ -10,13 +10,15 @@ are missing.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import logging
-import math
+import os
 import statistics
 import sys
+import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
@@ -25,85 +27,183 @@ import yaml
 
 import prompts
 import world
-from annotations.formats import READERS
-from annotations.rows import DataError, Report, Sample, as_row, read_text
+from annotations.formats import FORMATS, looks_like
+from annotations.packed import Packed
+from annotations.rows import DataError, Dropped, Report, Row, Sample, as_row, by_reason, read_text, short
 from config import Config
+from media.decode import probe
+from media.source import VideoError
 
 VIDEO_SUFFIXES = (".mp4", ".mkv", ".webm", ".avi", ".mov", ".m4v", ".ts")
+MAX_DROPPED = 0.05  # the share of rows that may be unusable
+MAX_DIFFERENCE = 1.0  # seconds between the duration of a row and its file that pass without a word
+PROBED = 8  # videos of a training file that are looked at before a model is loaded
+log = logging.getLogger(__name__)
 
 
 # ---------------------------------------------------------------- loading
 
 
-def read_samples(
-    path: str | Path, format: str = "records", video_root: str | Path | None = None, clip_spans: bool = False
-) -> list[Sample]:
-    """The samples of an annotation file; dropped rows are logged as a warning.
+def read_samples(path: str | Path, format: str = "records", video_root: str | Path | None = None) -> list[Sample]:
+    """The samples of an annotation file; what was dropped of it is logged as a warning.
 
-    `format` is a key of READERS. `video_root` is put before relative video paths. `clip_spans` cuts evidence to
-    [0, duration] seconds. Raises DataError, naming file, row and field, for a file that cannot be used.
+    `format` is a key of FORMATS. `video_root` is put before relative video paths. Raises DataError, naming file, row
+    and field, for a file that cannot be used, also if more than MAX_DROPPED of its rows cannot.
     """
-    samples, report = read_with_report(path, format, video_root, clip_spans)
-    if report.dropped:
-        reasons = Counter(reason for _, reason in report.dropped)
-        counts = ", ".join(f"{count} because {reason}" for reason, count in reasons.items())
-        logging.getLogger(__name__).warning("%s: %d rows dropped: %s", path, len(report.dropped), counts)
+    samples, report = read_with_report(path, format, video_root)
+    review(report)
     return samples
 
 
 def read_with_report(
-    path: str | Path, format: str = "records", video_root: str | Path | None = None, clip_spans: bool = False
+    path: str | Path, format: str = "records", video_root: str | Path | None = None
 ) -> tuple[list[Sample], Report]:
-    """Like `read_samples`, but also returns the Report."""
-    if format not in READERS:
-        raise DataError(f"unknown format '{format}'; known: {', '.join(READERS)}")
-    path = Path(path)
-    report = Report(path, format)
-    samples, seen = [], set()
-    for sample in READERS[format](path, report):
-        if not sample.question.strip():
-            report.drop(sample.id, "empty question")
-            continue
-        if sample.id in seen:
-            raise DataError(f"{path}: two rows have the id '{sample.id}'")
-        seen.add(sample.id)
-        note_spans(sample, report)
-        evidence = clipped(sample.evidence, sample.duration) if clip_spans else sample.evidence
-        samples.append(replace(sample, video=video_path(sample.video, video_root), evidence=evidence))
-    if not samples:
-        raise DataError(f"{path}: none of the {len(report.dropped)} rows can be used: {report.dropped[:3]}")
-    report.kept = len(samples)
-    return samples, report
+    """Like `read_samples`, but returns the Report too, and any share of the rows may be dropped."""
+    report = Report(Path(path), format)
+    return list(stream(report, video_root)), report
 
 
-def note_spans(sample: Sample, report: Report) -> None:
+def stream(report: Report, video_root: str | Path | None) -> Iterator[Sample]:
+    """The samples of a report's file, one after another; the report is complete when they are through."""
+    path, format = report.path, report.format
+    if format not in FORMATS:
+        raise DataError(f"unknown format '{format}'; known: {', '.join(FORMATS)}")
+    find = functools.lru_cache(1 << 16)(functools.partial(find_video, root=video_root))
+    seen: set[int] = set()  # hashes of the ids
+    try:
+        for sample in FORMATS[format].read(path, report):
+            if not sample.question.strip():
+                report.drop(sample.id, "empty question")
+                continue
+            if hash(sample.id) in seen:
+                raise DataError(f"{path}: two rows have the id '{sample.id}'")
+            seen.add(hash(sample.id))
+            if not sample.video.strip():
+                raise Row(path, f"question '{sample.id}'", {}).error("video", "is empty")
+            note_evidence(sample, report)
+            video, there = find(sample.video)
+            if not there:
+                report.missing += 1
+                if len(report.missing_videos) < 3 and video not in report.missing_videos:
+                    report.missing_videos.append(video)
+            report.kept += 1
+            yield sample if video == sample.video else replace(sample, video=video)
+    except DataError as error:
+        guess = looks_like(path)
+        if report.kept or guess in (None, format) or str(error).startswith(f"{path}: two rows"):
+            raise
+        hint = "dialogues, for sft.py" if guess == "dialogues" else f"{guess}: choose --data_format {guess}"
+        raise DataError(f"{error}; it looks like {hint}") from error
+    if not report.kept:
+        raise DataError(f"{path}: none of the {len(report.dropped)} rows can be used: {'; '.join(reasons(report))}")
+
+
+def reasons(report: Report) -> list[str]:
+    left = [f"{count} x {reason}" for reason, count in report.left_out.items()]
+    return [*by_reason(report.dropped), *left]
+
+
+def review(report: Report) -> None:
+    """Log what is wrong with some rows of a file. Raises DataError if more than MAX_DROPPED were dropped."""
+    dropped, total = len(report.dropped), len(report.dropped) + report.kept
+    if dropped > MAX_DROPPED * total:
+        raise DataError(
+            f"{report.path}: {dropped} of {total} rows cannot be used, more than {MAX_DROPPED:.0%}: "
+            f"{'; '.join(by_reason(report.dropped))}; mend these rows or remove them"
+        )
+    if reasons(report):
+        log.warning("%s: %d rows dropped: %s", report.path, dropped, "; ".join(reasons(report)))
+    if report.out_of_reach:
+        counts = f"{len(report.out_of_reach)} of {report.with_evidence}"
+        log.warning("%s: no span can hit the evidence of %s questions: %s", report.path, counts, unreached(report))
+
+
+def unreached(report: Report) -> str:
+    return "; ".join(by_reason(report.out_of_reach))
+
+
+# ---------------------------------------------------------------- evidence
+
+
+def note_evidence(sample: Sample, report: Report) -> None:
+    """Count what is unusual about a sample's evidence."""
+    if not sample.evidence:
+        return
+    report.with_evidence += 1
     for start, end in sample.evidence:
-        report.notes["spans of zero length"] += start == end
-        report.notes["spans that start below 0"] += start < 0
-        report.notes["spans that end after the video"] += sample.duration is not None and end > sample.duration
+        if start == end:
+            report.notes["spans of zero length"] += 1
+        if start < 0:
+            report.notes["spans that start below 0"] += 1
+        if sample.duration is not None and end > sample.duration:
+            report.notes["spans that end after the video"] += 1
+    if reason := out_of_reach(sample.evidence, sample.duration):
+        report.out_of_reach.append(Dropped(sample.id, reason, short(list(sample.evidence))))
 
 
-def clipped(spans: tuple[tuple[float, float], ...], duration: float | None) -> tuple[tuple[float, float], ...]:
-    """Spans cut to [0, duration]; an unknown duration cuts nothing at the end."""
-    limit = math.inf if duration is None else duration
-    return tuple((min(max(start, 0.0), limit), min(max(end, 0.0), limit)) for start, end in spans)
+def out_of_reach(evidence: Sequence[tuple[float, float]], duration: float | None) -> str | None:
+    """Why no span in a video of so many seconds (None: unknown) can hit any of the evidence; None if one can."""
+    for start, end in evidence:
+        if start < end and end > 0 and (duration is None or start < duration):
+            return None
+    if all(start == end for start, end in evidence):
+        return "evidence of zero length"
+    if duration is None or any(end <= 0 for _, end in evidence):
+        return "evidence before the video"
+    late = all(end <= 1000 * duration for _, end in evidence)
+    return "evidence beyond the video" + (", in milliseconds?" if late else "")
+
+
+def misfit(sample: Sample, duration: float) -> str | None:
+    """What does not fit between a sample and its file's seconds; None if all does."""
+    if sample.evidence and (reason := out_of_reach(sample.evidence, duration)):
+        return f"{reason}: {short(list(sample.evidence))} in {duration:.1f} s"
+    if sample.duration is not None and abs(sample.duration - duration) > MAX_DIFFERENCE:
+        return f"the file has {duration:.1f} s, not the {sample.duration:.1f} s of its row"
+    return None
+
+
+def warn_of_misfit(sample: Sample, duration: float) -> None:
+    """Log what does not fit between a sample and its file's seconds, once per sample."""
+    if problem := misfit(sample, duration):
+        warn_once(f"sample {sample.id} ({sample.video}): {problem}")
+
+
+@functools.lru_cache(1 << 16)
+def warn_once(message: str) -> None:
+    log.warning("%s", message)
+
+
+# ---------------------------------------------------------------- videos
 
 
 def video_path(video: str, root: str | Path | None) -> str:
     """The video's path: under the root if it is relative, with ".mp4" if it has no suffix.
 
-    If that file is not there but the same name with another video suffix is, that one is taken.
+    If that file is not there, but another spelling of the name is, that one is taken: with another video suffix, with
+    "/" for "\\", with accents as letters of their own or not.
     """
-    if not video.lower().endswith(VIDEO_SUFFIXES):
-        video += ".mp4"
-    if root is None:
-        return video
-    path = Path(root) / video
-    if not path.is_file():
-        for suffix in VIDEO_SUFFIXES:
-            if path.with_suffix(suffix).is_file():
-                return str(path.with_suffix(suffix))
-    return str(path)
+    return find_video(video, root)[0]
+
+
+def find_video(video: str, root: str | Path | None) -> tuple[str, bool]:
+    """`video_path`, and whether the file is there."""
+    for name in spellings(video):
+        path = name if root is None else str(Path(root) / name)
+        if os.path.isfile(path):
+            return path, True
+    name = video if video.lower().endswith(VIDEO_SUFFIXES) else video + ".mp4"
+    return name if root is None else str(Path(root) / name), False
+
+
+def spellings(video: str) -> Iterator[str]:
+    """The names under which a video may be found, the likeliest first."""
+    for name in dict.fromkeys([video, video.replace("\\", "/")]):
+        for text in dict.fromkeys([name, *(unicodedata.normalize(form, name) for form in ("NFC", "NFD"))]):
+            yield text
+            stem, dot, suffix = text.rpartition(".")
+            stem = stem if f"{dot}{suffix}".lower() in VIDEO_SUFFIXES else text
+            yield from (stem + suffix for suffix in VIDEO_SUFFIXES if stem + suffix != text)
 
 
 def missing_videos(samples: Iterable[Sample]) -> list[str]:
@@ -161,29 +261,34 @@ class Entry:
 def read_mixture(path: str | Path) -> list[Entry]:
     """The files of a mixture, a YAML list of `{data, format, video_root, weight}`; all but `data` may be left out.
 
-    Paths are relative to the current folder. Raises DataError naming file, entry and field.
+    Zoom-Zero's own files are read too: `datasets:`, a list of `{json_path, data_folder}`. Paths are relative to the
+    current folder. Raises DataError naming file, entry and field.
     """
     path = Path(path)
     try:
         values = yaml.safe_load(read_text(path))
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
         raise DataError(f"{path}: not YAML: {error}") from error
+    names = {f.name: f.name for f in fields(Entry)}
+    if isinstance(values, dict) and list(values) == ["datasets"]:
+        values, names = values["datasets"], {"json_path": "data", "data_folder": "video_root"}
     if not isinstance(values, list) or not values:
         raise DataError(f"{path}: a mixture is a list of `- data: FILE` entries, not {type(values).__name__}")
-    entries = []
-    for number, value in enumerate(values, start=1):
-        row = as_row(path, f"entry {number}", value)
-        known = [f.name for f in fields(Entry)]
-        for name in row.fields:
-            if name not in known:
-                raise row.error(name, f"is not known; there are {', '.join(known)}")
-        given = {name: row.text(name) for name in ("data", "format", "video_root") if name in row.fields}
-        if "format" in given and given["format"] not in READERS:
-            raise row.error("format", f"{given['format']!r} is none of {', '.join(READERS)}")
-        row.text("data")
-        weight = row.number("weight") if "weight" in row.fields else 1.0
-        entries.append(Entry(**given, weight=weight))
-    return entries
+    return [read_entry(as_row(path, f"entry {n}", value), names) for n, value in enumerate(values, start=1)]
+
+
+def read_entry(row: Row, names: dict[str, str]) -> Entry:
+    """A file of a mixture; `names`: the fields of an Entry by the names that they have in the row."""
+    for name in row.fields:
+        if name not in names:
+            raise row.error(str(name), f"is not known; there are {', '.join(names)}")
+    values: dict = {names[name]: row.text(name) for name in row.fields if name != "weight"}
+    if "format" in values and values["format"] not in FORMATS:
+        raise row.error("format", f"{values['format']!r} is none of {', '.join(FORMATS)}")
+    row.text(next(name for name in names if names[name] == "data"))
+    if "weight" in row.fields:
+        values["weight"] = row.number("weight")
+    return Entry(**values)
 
 
 @dataclass(frozen=True)
@@ -193,7 +298,7 @@ class DataSet:
     Of a weight's fraction, so large a share of the samples is drawn, anew in each epoch.
     """
 
-    samples: list[Sample]
+    samples: Sequence[Sample]
     weight: float = 1.0
 
     def __len__(self) -> int:
@@ -205,61 +310,166 @@ class DataSet:
         """How many of them are drawn."""
         return round((self.weight - int(self.weight)) * len(self.samples))
 
-    def once(self, generator: torch.Generator) -> list[Sample]:
-        """The samples of one epoch, not yet shuffled."""
-        drawn = torch.randperm(len(self.samples), generator=generator)[: self.extra].tolist()
-        return self.samples * int(self.weight) + [self.samples[i] for i in drawn]
+    def once(self, generator: torch.Generator) -> torch.Tensor:
+        """The places of the samples of one epoch, int64, not yet shuffled."""
+        drawn = torch.randperm(len(self.samples), generator=generator)[: self.extra]
+        return torch.cat([torch.arange(len(self.samples)).repeat(int(self.weight)), drawn])
+
+
+class Epochs:
+    """The order in which the samples of a mixture come: in each epoch a permutation, which depends on the seed alone.
+
+    `random` makes a generator of the names of what is drawn.
+    """
+
+    def __init__(self, sets: Sequence[DataSet], random: Callable[..., torch.Generator]):
+        self.sets, self.random = sets, random
+        self.order = functools.lru_cache(2)(self._order)
+
+    def __len__(self) -> int:
+        """The number of samples of an epoch."""
+        return sum(map(len, self.sets))
+
+    def sample(self, epoch: int, index: int) -> Sample:
+        """The sample at a place of an epoch."""
+        return self._at(self.order(("part", epoch), ("epoch", epoch))[index])
+
+    def redrawn(self, step: int, attempt: int) -> Iterator[Sample]:
+        """The samples to try in a step in place of others, an epoch of its own for each attempt."""
+        return map(self._at, self._order(("redraw part", step), ("redraw", step, attempt)))
+
+    def _order(self, part: tuple, whole: tuple) -> torch.Tensor:
+        """The set and the place in it of each sample of an epoch, int64 [length, 2]; what is drawn for it has names."""
+        places = [sample_set.once(self.random(part[0], k, *part[1:])) for k, sample_set in enumerate(self.sets)]
+        once = torch.cat([torch.stack([torch.full_like(place, k), place], 1) for k, place in enumerate(places)])
+        return once[torch.randperm(len(self), generator=self.random(*whole))]
+
+    def _at(self, place: torch.Tensor) -> Sample:
+        number, index = place.tolist()
+        return self.sets[number].samples[index]
 
 
 # ---------------------------------------------------------------- what a configuration names
 
 
-def load_samples(name: str, split: str, config: Config) -> list[Sample]:
-    """The samples of an annotation file, or of the built-in benchmark's split for `world`. Raises DataError."""
+def locate(name: str, split: str, config: Config) -> tuple[str | Path, str, str | Path | None]:
+    """The annotation file, its format and its videos' folder; `world` is the built-in benchmark, written if needed."""
     if name != "world":
-        return read_samples(name, config.data_format, video_root=config.video_root or None)
+        return name, config.data_format, config.video_root or None
     n_videos = config.world_train_videos if split == "train" else config.world_test_videos
     path = world.build(config.cache, split, n_videos, config.world_seed, config.world_duration, config.world_events)
-    return read_samples(path, video_root=path.parent)
+    return path, "records", path.parent
+
+
+def load_samples(name: str, split: str, config: Config) -> list[Sample]:
+    """The samples of an annotation file, or of the built-in benchmark's split for `world`. Raises DataError."""
+    return read_samples(*locate(name, split, config))
+
+
+def load_test(config: Config) -> list[Sample]:
+    """The samples to evaluate in a training run, none without `test_data`. Raises DataError."""
+    if not config.test_data:
+        return []
+    path, format, root = locate(config.test_data, "test", config)
+    report = Report(Path(path), format)
+    samples = list(stream(report, root))
+    review(report)
+    check_present(report, config.max_failed_videos)
+    return samples
 
 
 def load_training(config: Config) -> list[DataSet]:
-    """The training data: one file, or the files of a mixture. Raises DataError."""
+    """The training data: one file, or the files of a mixture. Raises DataError.
+
+    Also for a file of which too many videos are missing, or most evidence cannot be hit.
+    """
     if Path(config.train_data).suffix not in (".yaml", ".yml"):
         entries = [Entry(config.train_data, config.data_format, config.video_root)]
     else:
         entries = read_mixture(config.train_data)
     sets = []
     for entry in entries:
-        own = replace(config, data_format=entry.format, video_root=entry.video_root)
-        sets.append(DataSet(load_samples(entry.data, "train", own), entry.weight))
-        check_training(sets[-1].samples, config, entry.data)
+        path, format, root = locate(
+            entry.data, "train", replace(config, data_format=entry.format, video_root=entry.video_root)
+        )
+        report = Report(Path(path), format)
+        samples = Packed(trainable(stream(report, root), config, entry.data))
+        review(report)
+        check_training_files(samples, report, config.max_failed_videos)
+        sets.append(DataSet(samples, entry.weight))
     if not any(map(len, sets)):
         raise DataError(f"{config.train_data}: its weights leave no sample in an epoch; give larger ones")
     return sets
 
 
-def check_training(samples: Sequence[Sample], config: Config, path: str) -> None:
-    """Raise DataError naming the row that lacks what its prompt or every reward needs."""
+def check_training_files(samples: Sequence[Sample], report: Report, max_missing: float) -> None:
+    """Raise DataError if more than a share of the videos is missing, or most evidence cannot be hit.
+
+    The durations of a few files are looked at, since rows may state none, or wrong ones.
+    """
+    check_present(report, max_missing)
+    if 2 * len(report.out_of_reach) > report.with_evidence:
+        count = f"{len(report.out_of_reach)} of {report.with_evidence}"
+        raise DataError(f"{report.path}: no span can hit the evidence of {count} samples: {unreached(report)}")
+    problems, seen = [], 0
+    for index in range(0, len(samples), max(1, len(samples) // PROBED)):
+        sample = samples[index]
+        if not sample.evidence:
+            continue
+        try:
+            duration = probe(sample.video).duration
+        except VideoError:
+            continue
+        seen += 1
+        if out_of_reach(sample.evidence, duration):
+            problems.append(f"{sample.id}: {misfit(sample, duration)}")
+    if 2 * len(problems) > seen:
+        raise DataError(
+            f"{report.path}: no span can hit the evidence of {len(problems)} of {seen} samples: {problems[0]}"
+        )
+
+
+def check_present(report: Report, max_missing: float) -> None:
+    """Log that videos are missing. Raises DataError if they are those of more than a share of the samples."""
+    if not report.missing:
+        return
+    first = ", ".join(report.missing_videos)
+    problem = f"{report.path}: the videos of {report.missing} of {report.kept} samples are missing: {first}"
+    if report.missing > max_missing * report.kept:
+        raise DataError(f"{problem}; check video_root (max_failed_videos = {max_missing:g})")
+    log.warning("%s", problem)
+
+
+def trainable(samples: Iterable[Sample], config: Config, path: str) -> Iterator[Sample]:
+    """The samples; DataError naming the row that lacks what its prompt or every reward needs."""
     if config.multi_turn:
-        return check_samples(samples, ("options", "answer"), path)
-    if not prompts.TEMPLATES[config.template].event:
-        return check_samples(samples, ("options", "answer", "evidence"), path)
-    check_samples(samples, (), path)
-    for number, row in enumerate(samples, 1):
-        if not row.evidence and not (row.options and row.answer):
-            raise DataError(f"{path}: row {number} ({row.id}): neither evidence nor an answer to reward")
+        yield from complete(samples, ("options", "answer"), path)
+    elif not prompts.TEMPLATES[config.template].event:
+        yield from complete(samples, ("options", "answer", "evidence"), path)
+    else:
+        for number, sample in enumerate(complete(samples, (), path), start=1):
+            if not sample.evidence and not (sample.options and sample.answer):
+                raise DataError(f"{path}: row {number} ({sample.id}): neither evidence nor an answer to reward")
+            yield sample
+
+
+def complete(samples: Iterable[Sample], needed: Sequence[str], path: str) -> Iterator[Sample]:
+    """The samples; DataError naming file, row and fields for one that lacks a `needed` field."""
+    for number, sample in enumerate(samples, 1):
+        for name in needed:
+            if not getattr(sample, name):
+                missing = ", ".join(name for name in needed if not getattr(sample, name))
+                raise DataError(f"{path}: row {number} ({sample.id}): {missing} needed, but missing or empty")
+        if len(sample.options) > len(prompts.LETTERS):
+            n = len(sample.options)
+            raise DataError(f"{path}: row {number} ({sample.id}): {n} options, but only {len(prompts.LETTERS)} letters")
+        yield sample
 
 
 def check_samples(samples: Sequence[Sample], needed: Sequence[str], path: str) -> None:
     """Raise DataError naming file, row and fields for a sample that lacks one of the `needed` fields."""
-    for number, row in enumerate(samples, 1):
-        missing = [name for name in needed if not getattr(row, name)]
-        if missing:
-            raise DataError(f"{path}: row {number} ({row.id}): {', '.join(missing)} needed, but missing or empty")
-        if len(row.options) > len(prompts.LETTERS):
-            n = len(row.options)
-            raise DataError(f"{path}: row {number} ({row.id}): {n} options, but only {len(prompts.LETTERS)} letters")
+    for _ in complete(samples, needed, path):
+        pass
 
 
 # ---------------------------------------------------------------- summary
@@ -267,14 +477,13 @@ def check_samples(samples: Sequence[Sample], needed: Sequence[str], path: str) -
 
 def summary(samples: list[Sample], report: Report) -> str:
     """A few lines on what is in a file: rows, answers, spans, durations, kinds, and the rules that were applied."""
-    reasons = Counter(reason for _, reason in report.dropped)
     lengths = [end - start for s in samples for start, end in s.evidence]
     durations = [s.duration for s in samples if s.duration is not None]
     lines = [
         f"{report.format}: {report.path}",
         f"rows kept           {report.kept}",
         f"rows dropped        {len(report.dropped)}",
-        *(f"  {count} x {reason}: {first_rows(report, reason)}" for reason, count in reasons.items()),
+        *(f"  {line}" for line in reasons(report)),
         f"videos              {len({s.video for s in samples})}",
         f"with an answer      {sum(s.answer is not None for s in samples)}",
         f"options             {counts(len(s.options) for s in samples)}",
@@ -283,14 +492,10 @@ def summary(samples: list[Sample], report: Report) -> str:
         f"durations, s        {spread(durations)}, unknown {len(samples) - len(durations)}",
         f"kinds               {counts(s.kind or '-' for s in samples)}",
         *(f"{note}: {count}" for note, count in report.notes.items() if count),
+        *(f"no span can hit the evidence of {line}" for line in by_reason(report.out_of_reach)),
         *report.remarks,
     ]
     return "\n".join(lines)
-
-
-def first_rows(report: Report, reason: str) -> str:
-    rows = [row for row, r in report.dropped if r == reason]
-    return ", ".join(rows[:5]) + (", ..." if len(rows) > 5 else "")
 
 
 def counts(values: Iterable) -> str:
@@ -305,7 +510,7 @@ def spread(numbers: list[float]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Summary of an annotation file, and a check of its videos.")
-    parser.add_argument("--format", default="records", choices=READERS, help="which reader")
+    parser.add_argument("--format", default="records", choices=FORMATS, help="which reader")
     parser.add_argument("--path", required=True, help="the annotation file (mlvu: also a folder)")
     parser.add_argument("--videos", help="folder of the videos: list those that are missing")
     parser.add_argument("--skip_missing", action="store_true", help="go on without questions whose video is missing")

@@ -1,21 +1,23 @@
-"""Trajectories: dialogues with clips that a policy learns from, as JSON lines (or a JSON list) of messages.
+"""Trajectories: dialogues with clips that a policy learns from: JSON lines, a JSON list, or parquet.
 
-Three layouts are read, told apart row by row:
+Four layouts are read, told apart row by row:
 
 | layout                  | messages                                                  | clips                         |
 |-------------------------|-----------------------------------------------------------|-------------------------------|
 | ours, of `episodes.py`  | "messages": {"role", "text"}                              | "videos" of each message      |
-| LLaMA-Factory, OpenAI   | "messages": {"role", "content"}                           | "videos" of the row, in order |
-| LLaMA-Factory, ShareGPT | "conversations": {"from": "human" or "gpt", "value"}      | "videos" of the row, in order |
+| LLaMA-Factory, ms-swift | "messages": {"role", "content"}                           | "videos" of the row, in order |
+| LLaMA-Factory, Qwen     | "conversations": {"from": "human" or "gpt", "value"}      | "videos" or "video" of it     |
+| OpenAI                  | "messages": {"role", "content": [{"type", ...}]}          | entries of the content        |
 
 A system prompt is the field "system" or the first message. In the text of a user, `<video>` stands where a clip is
-shown. A clip is a file's path, then it is shown as the coarse pass would (the first message) or as a whole call (later
-ones), or {"video", "times", "step"}: the frames at these seconds. All frames of a message share the budget, `budget`
+shown; in a list of contents the entries {"type": "video", "video"} and {"type": "video_url", "video_url": {"url"}} do.
+A clip is a file's path, then it is shown as the coarse pass would (the first message) or as a whole call (later ones),
+or {"video", "times", "step"}: the frames at these seconds. All frames of a message share the budget, `budget`
 in the first one and `zoom_budget` later (Eq. 3); with "planned" in the message, so many frames share it, of which some
 were the same picture and are shown once.
 
-Learned are the turns of the assistant alone, those with a "weight" of 0 excepted. As in a rollout, a turn ends with its
-call, where more text is an error, or with <|im_end|>.
+Learned are the turns of the assistant alone, those with a "weight" of 0 or a "loss" of false excepted. As in a rollout,
+a turn ends with its call, where more text is an error, or with <|im_end|>.
 """
 
 from __future__ import annotations
@@ -24,13 +26,14 @@ import json
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 import prompts as text
-from annotations.rows import DataError, Row, as_row, read_rows
+from annotations.rows import DataError, Row, as_float, as_row, control, read_rows
 from annotations.samples import video_path
 from config import Config
 from episodes import written_ids
@@ -91,22 +94,25 @@ def read_trajectory(row: Row, video_root: str = "") -> Trajectory:
     """One row, of any layout. Raises DataError."""
     name = "conversations" if "conversations" in row.fields else "messages"
     turns = [as_row(row.file, f"{row.where}, {name}[{k}]", turn) for k, turn in enumerate(row.get(name, list))]
-    if "images" in row.fields:
+    if row.fields.get("images"):
         raise row.error("images", "frames as images are not read; give videos, with times")
     clips = iter(read_clips(row, video_root))
-    messages, system = [], row.text("system") if "system" in row.fields else None
+    messages, system = [], None if row.fields.get("system") is None else row.text("system")
     for turn in turns:
         role = read_role(turn)
-        words = turn.text(next((n for n in ("text", "content", "value") if n in turn.fields), "text"))
+        words, shown = read_contents(turn, video_root)
+        if found := control(words):
+            raise DataError(f"{row.file}: {row.where}: the {role}'s text {found}; remove it")
         if role == "system" and not messages:
             system = words
             continue
         marks = words.count(MARK) if role == "user" else 0
-        own = read_clips(turn, video_root) if "videos" in turn.fields else [c for _, c in zip(range(marks), clips)]  # noqa: B905
-        if len(own) != marks:
-            raise turn.error("videos", f"{marks} {MARK} in the text, but {len(own)} clips")
+        if not shown:
+            shown = read_clips(turn, video_root) if "videos" in turn.fields else list(islice(clips, marks))
+        if len(shown) != marks:
+            raise turn.error("videos", f"{marks} {MARK} in the text, but {len(shown)} clips")
         planned = turn.get("planned", int) if "planned" in turn.fields else 0
-        messages.append(Message(role, words, tuple(own), read_weight(turn), planned))
+        messages.append(Message(role, words, tuple(shown), read_weight(turn), planned))
     if left := sum(1 for _ in clips):
         raise row.error("videos", f"{left} clips more than {MARK} in the texts")
     check_turns(row, name, messages)
@@ -121,24 +127,66 @@ def read_role(turn: Row) -> str:
     return ROLES[role]
 
 
+def read_contents(turn: Row, video_root: str) -> tuple[str, list[Shown]]:
+    """A message's text, and the clips that are entries of it: then `<video>` stands in the text for each."""
+    name = next((n for n in ("text", "content", "value") if n in turn.fields), "text")
+    if not isinstance(turn.fields.get(name), list):
+        return turn.get(name, str), []
+    words, clips = [], []
+    for k, value in enumerate(turn.fields[name]):
+        entry = as_row(turn.file, f"{turn.where}, {name}[{k}]", value)
+        kind = entry.text("type")
+        if kind == "text":
+            words.append(entry.get("text", str))
+            if MARK in words[-1]:
+                raise entry.error("text", f"{MARK} stands for a clip, which is an entry of the list here")
+            continue
+        if kind not in ("video", "video_url"):
+            raise entry.error("type", f"{kind!r} is none of text, video, video_url")
+        if isinstance(entry.fields.get(kind), dict):
+            entry = as_row(turn.file, f"{entry.where}, {kind}", entry.fields[kind])
+            kind = "url" if "url" in entry.fields else "video"
+        words.append(MARK)
+        clips.append(Shown(clip_path(entry, kind, video_root)))
+    return "".join(words), clips
+
+
+def clip_path(row: Row, name: str, video_root: str) -> str:
+    """The path in a field, which may be written as an address of a file."""
+    path = row.text(name).removeprefix("file://")
+    if not path.strip() or "://" in path:
+        raise row.error(name, f"expected the path of a video file, got {path!r}")
+    return video_path(path, video_root or None)
+
+
 def read_weight(turn: Row) -> float:
-    weight = turn.get("weight", int, float) if "weight" in turn.fields else 1
+    """What a turn counts: its "weight", or its "loss" (of ms-swift: true, false or null), 1 without either."""
+    loss = turn.fields.get("loss")
+    if loss is not None and not isinstance(loss, bool):
+        raise turn.error("loss", f"expected true or false, got {loss!r}")
+    weight = turn.get("weight", int, float) if turn.fields.get("weight") is not None else 1
     if weight not in (0, 1):
         raise turn.error("weight", f"expected 0 or 1, got {weight!r}")
-    return float(weight)
+    return float(weight and loss is not False)
 
 
 def read_clips(row: Row, video_root: str) -> list[Shown]:
-    """The clips in the field "videos", none without it."""
+    """The clips in the field "videos", or the one or more in "video"; none without either."""
+    values = row.get("videos", list, type(None)) if "videos" in row.fields else None
+    if not values and row.fields.get("video"):
+        value = row.get("video", str, list)
+        values = value if isinstance(value, list) else [value]
     found = []
-    for k, clip in enumerate(row.get("videos", list) if "videos" in row.fields else []):
+    for k, clip in enumerate(values or []):
         if isinstance(clip, str):
-            found.append(Shown(video_path(clip, video_root or None)))
+            found.append(
+                Shown(clip_path(Row(row.file, f"{row.where}, videos[{k}]", {"video": clip}), "video", video_root))
+            )
             continue
         entry = as_row(row.file, f"{row.where}, videos[{k}]", clip)
-        path = video_path(entry.text("video"), video_root or None)
+        path = clip_path(entry, "video", video_root)
         times = entry.get("times", list)
-        known = all(isinstance(t, (int, float)) and not isinstance(t, bool) and 0 <= t < math.inf for t in times)
+        known = all(type(t) in (int, float) and 0 <= as_float(t) < math.inf for t in times)
         if not times or not known or times != sorted(times):
             raise entry.error("times", f"expected rising seconds, got {times!r}")
         step = entry.number("step") if "step" in entry.fields else 1.0

@@ -29,7 +29,7 @@ import rollout
 import tiny
 import train
 import world
-from annotations.samples import DataSet
+from annotations.samples import DataSet, Epochs
 from config import ConfigError
 from engine.flops import forward_flops, weights
 from episodes import ClipEnvironment, lay_out, messages, replay
@@ -592,6 +592,10 @@ def test_options_with_episodes(small_recipe, tmp_path, options):
     assert all(math.isfinite(value) for value in row.values())
 
 
+def epochs(sets: list[DataSet]) -> Epochs:
+    return Epochs(sets, partial(train.generator, 0))
+
+
 def test_groups_without_variance_are_redrawn_within_a_bound(samples, config, monkeypatch):
     """Rewards by sample: those of "flat" ones are equal, all others differ."""
     config = replace(config, max_redraws=2, group_size=2)
@@ -620,7 +624,7 @@ def test_groups_without_variance_are_redrawn_within_a_bound(samples, config, mon
         groups = list(map(group_of, first))
         score(groups, config)
         asked.clear()
-        count = train.redraw(run, [DataSet(samples)], groups, 0, {}, None)
+        count = train.redraw(run, epochs([DataSet(samples)]), groups, 0, {}, None)
         assert count == sum(map(len, asked)) and len(asked) <= 2
         assert [g.view.sample.id for g in groups[-2:]] == [s.id for s in samples[8:10]]  # those with variance stay
         assert len({i for ids in asked for i in ids} | {s.id for s in first}) == len(first) + count  # nobody twice
@@ -630,7 +634,7 @@ def test_groups_without_variance_are_redrawn_within_a_bound(samples, config, mon
     groups = list(map(group_of, samples[:2]))
     score(groups, config)
     asked.clear()
-    assert train.redraw(run, [DataSet(samples)], groups, 0, {}, None) == 4 and len(asked) == 2
+    assert train.redraw(run, epochs([DataSet(samples)]), groups, 0, {}, None) == 4 and len(asked) == 2
     left = groups[0]
     assert not train.group_rows(left, run.config)[1].any()  # no part in the loss
     assert train.group_rows(left, replace(run.config, max_redraws=0))[1].all()
@@ -657,7 +661,7 @@ def test_two_processes_redraw_different_samples(samples, config, monkeypatch):
         alone = SimpleNamespace(process_index=rank, num_processes=2, device="cpu", reduce=lambda found, how: found)
         run = SimpleNamespace(config=replace(config, max_redraws=1), accelerator=alone, unreadable={})
         with pytest.raises(StopIteration):
-            train.redraw(run, [DataSet(samples)], groups, 0, {}, None)
+            train.redraw(run, epochs([DataSet(samples)]), groups, 0, {}, None)
     one, other = asked
     assert len(one) == len(other) == 3 and not one & other and not (one | other) & {id for _, id in all_names}
 
@@ -680,7 +684,7 @@ def test_redraws_follow_the_weights_of_a_mixture_and_have_spares(samples, config
     sets = [DataSet(samples[:2], weight=4), DataSet(samples[2:], weight=1 / len(samples[2:]))]
     for step in range(60):
         with pytest.raises(StopIteration):
-            train.redraw(run, sets, groups, step, {}, None)
+            train.redraw(run, epochs(sets), groups, step, {}, None)
     often = sum(sample.id == samples[1].id for sample in drawn)  # 4 of 5 that are left
     assert samples[0] not in drawn and 40 < often < 58
 

@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -29,13 +30,14 @@ import config as configuration
 import train
 from advantage import SEGMENTS, RewardError, segment_ids
 from annotations.rows import DataError
-from annotations.samples import DataSet, load_training, write_samples
+from annotations.samples import DataSet, Epochs, load_training, write_samples
 from policy import Vocabulary, load
 from rollout import Group, Response, read_turn
 from train import (
     MicroBatch,
     TrainingError,
     draw,
+    generator,
     keep_metrics,
     learning_rate,
     main,
@@ -147,7 +149,7 @@ def rolled_out(parsed, samples, *arguments):
     """A prepared run and the groups of its first step, scored."""
     config = parsed(*arguments)
     run = prepare(config, Accelerator(cpu=True))
-    batches = train.view_batches(run, [DataSet(samples)], 0)
+    batches = train.view_batches(run, Epochs([DataSet(samples)], partial(generator, config.seed)), 0)
     views = [drawn.view for drawn in next(batches)]
     batches.close()
     groups = train.roll_out(run.model, views, config, run.vocabulary, 0)
@@ -359,8 +361,8 @@ class FakeRun:
 
 
 def drawn_ids(config, samples, step, processes=1, sets=None) -> list[list[str]]:
-    sets = sets or [DataSet(samples)]
-    return [[c[0].id for c in draw(FakeRun(config, rank, processes), sets, step)] for rank in range(processes)]
+    epochs = Epochs(sets or [DataSet(samples)], partial(generator, config.seed))
+    return [[c[0].id for c in draw(FakeRun(config, rank, processes), epochs, step)] for rank in range(processes)]
 
 
 def test_every_sample_comes_once_per_epoch(parsed, samples):

@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 from rowfiles import write_json, write_rows
 
-from annotations.rows import LETTERS, DataError, Sample
+from annotations.rows import DataError, Sample
 from annotations.samples import read_samples, read_with_report
+from prompts import LETTERS
 
 REAL = Path(__file__).resolve().parents[3] / "shared" / "realdata"
 real = pytest.mark.skipif(not REAL.is_dir(), reason=f"the real annotation files are not at {REAL}")
@@ -252,7 +253,7 @@ def test_nextgqa_small(tmp_path):
     samples, report = read_with_report(nextgqa_folder(tmp_path, rows, videos), "nextgqa")
     assert samples[0] == Sample("9_1", "9.mp4", "what", tuple("abcbe"), "B", ((1.2, 5), (7, 8.5)), 10.4, "TN")
     assert (samples[1].evidence, samples[1].duration) == ((), None)
-    assert report.dropped == [("row 2", "the answer is not among the options")]
+    assert report.dropped == [("row 2", "the answer is not among the options", "x")]
     assert report.notes["questions without evidence"] == 1
     assert report.remarks == ["no map_vid_vidorID.json beside it: videos are named without their folder"]
 
@@ -320,11 +321,11 @@ def test_answers_that_are_no_option_are_dropped(tmp_path):
     row |= {"time_reference": "00:01-00:02"}
     good = {**row, "answer": "(A) x"}
     _, report = read_with_report(write_json(tmp_path / "lv.json", [row, good]), "lvbench")
-    assert report.dropped == [("row 1", "the answer is not among the options")]
+    assert report.dropped == [("row 1", "the answer is not among the options", "z")]
     row = {"uid": "1", "qa_uid": "q", "video": "v", "question": "?", "options": {"option_0": "x", "option_1": "y"}}
     rows = [{**row, "answer": "z"}, {**row, "answer": "y"}]
     samples, report = read_with_report(write_rows(tmp_path / "fgqa.jsonl", rows), "plm_video")
-    assert report.dropped == [("row 1", "the answer is not among the options")]
+    assert report.dropped == [("row 1", "the answer is not among the options", "z")]
     assert (samples[0].answer, samples[0].kind) == ("B", "")
 
 
@@ -381,7 +382,7 @@ def test_mlvu_small(tmp_path):
         ("4_count:1", "B", "4_count/v.mp4"),
         ("C_0", None, "4_count/v.mp4"),
     ]
-    assert report.dropped == [("4_count.json, row 2", "the answer is not among the options")]
+    assert report.dropped == [("4_count.json, row 2", "the answer is not among the options", "3")]
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match=r"no \.json files in this folder"):
         read_samples(tmp_path / "empty", "mlvu")

@@ -21,15 +21,14 @@ from annotations.samples import (
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def test_clipping_is_only_done_when_asked(tmp_path):
+def test_evidence_stays_as_published(tmp_path):
     path = write_rows(tmp_path / "x.jsonl", [{**RECORD, "glue": [[-0.2, 3], [15, 17], [18, 20]]}])
     samples, report = read_with_report(path)
     assert samples[0].evidence == ((-0.2, 3), (15, 17), (18, 20))
     assert report.notes["spans that start below 0"] == 1
     assert report.notes["spans that end after the video"] == 2
-    assert read_samples(path, clip_spans=True)[0].evidence == ((0, 3), (15, 16), (16, 16))
     path = write_rows(tmp_path / "y.jsonl", [{**RECORD, "glue": [[-1, 99]], "duration": None}])
-    assert read_samples(path, clip_spans=True)[0].evidence == ((0, 99),)
+    assert read_samples(path)[0].evidence == ((-1, 99),)
 
 
 # ---------------------------------------------------------------- videos

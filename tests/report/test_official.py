@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scored import row
 
-from annotations.rows import LETTERS, DataError
+from annotations.rows import DataError
 from annotations.samples import read_samples, read_with_report
+from prompts import LETTERS
 from report import official
 from report.results import row_of
 from report.scores import CGBENCH_THRESHOLDS, summarise
