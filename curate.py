@@ -68,6 +68,7 @@ from video import Budget, load_clip, plan_clip
 
 NEIGHBOURS = 5  # scenes before, and as many after
 MAX_CLUES = 8
+MAX_OPTIONS = 8
 FRAME_BYTES = 2**30  # decoded frames that are kept for the next question
 RECIPE = configuration.RECIPES / "scenetg.yaml"  # for an endpoint
 
@@ -186,7 +187,7 @@ def read_question(text: str) -> dict:
         raise ReplyError("its question is not a text")
     if plain(question) in plain(QUESTION):
         raise ReplyError("it repeats the request")
-    options = strip_letters(distinct_texts(value, "options", 2, len(LETTERS)))
+    options = strip_letters(distinct_texts(value, "options", 2, MAX_OPTIONS))
     clues = distinct_texts(value, "clues", 1, MAX_CLUES)
     letter = letter_of_answer(answer, options) if isinstance(answer, str) else None
     if found := control("\n".join([question, *options, *clues])):

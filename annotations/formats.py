@@ -644,7 +644,13 @@ FORMATS = {
     "tacos": Format(read_captions, (("fps", "num_frames", "timestamps", "sentences"),)),
     "ego4d_nlq": Format(read_ego4d_nlq, (("version", "videos"),)),
     "videomme": Format(read_videomme, (("videoID", "question_id", "task_type"),)),
-    "mlvu": Format(read_mlvu, (("video", "question", "candidates", "question_type", "duration"),)),
+    "mlvu": Format(
+        read_mlvu,
+        (
+            ("video", "question", "candidates", "question_type", "duration"),
+            ("video", "question", "answer", "question_type", "duration"),
+        ),
+    ),
     "lvbench": Format(read_lvbench, (("key", "qa"), ("video", "candidates", "time_reference"))),
     "longvideobench": Format(read_longvideobench, (("video_path", "question_category", "duration_group"),)),
     "plm_video": Format(read_plm_video, (("start_frame", "total_frames"), ("uid", "qa_uid"), ("uid", "qa_id"))),

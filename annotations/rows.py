@@ -276,14 +276,15 @@ def json_values(path: Path) -> Iterator[tuple[int, object]]:
     """The values of a JSON list or of JSON lines, with their row."""
     with open_text(path) as file:
         head = file.read(CHUNK)
+        while head.isspace() and (more := file.read(CHUNK)):
+            head += more
         if not head.strip():
-            if head == "" or not file.read().strip():
-                raise DataError(f"{path}: the file is empty")
-        elif head.lstrip()[0] == "[":
+            raise DataError(f"{path}: the file is empty")
+        if head.lstrip()[0] == "[":
             yield from list_values(path, head, file)
-            return
-        file.seek(0)
-        yield from line_values(path, file)
+        else:
+            file.seek(0)
+            yield from line_values(path, file)
 
 
 def line_values(path: Path, file: TextIO) -> Iterator[tuple[int, object]]:

@@ -1,10 +1,14 @@
 """Rows: what is read from a file and a field, and what is refused, by file, row and field."""
 
 import json
+import sys
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
-from rowfiles import RECORD, write_rows
+from rowfiles import RECORD, write_json, write_rows
 
+from annotations import rows
 from annotations.rows import DataError, Sample
 from annotations.samples import read_samples, read_with_report, write_samples
 
@@ -138,3 +142,154 @@ def test_a_file_of_which_many_rows_cannot_be_used_is_refused(tmp_path):
     ):
         read_samples(path)
     assert len(read_samples(write_rows(tmp_path / "y.jsonl", [RECORD] * 95 + broken[:5]))) == 95
+
+
+# ---------------------------------------------------------------- files as they come
+
+
+def test_pretty_printed_json_and_a_list_in_data_are_read(tmp_path):
+    path = tmp_path / "x.json"
+    (one,) = read_samples(write_rows(tmp_path / "lines.jsonl", [RECORD]))
+    records = [{**RECORD, "id": k} for k in "ab"]
+    for text in (
+        json.dumps({"version": 1, "data": records}),
+        json.dumps({"version": 1, "data": records}, indent=2),
+        "\n".join(json.dumps(row, indent=2) for row in records),
+        json.dumps(records, indent=2) + "\n\n",
+        "\n" + "\r\n".join(json.dumps(row) for row in records),
+    ):
+        path.write_text(text)
+        assert read_samples(path) == [replace(one, id="a"), replace(one, id="b")]
+    path.write_text(json.dumps(RECORD, indent=2))
+    assert read_samples(path) == [replace(one, id="x:1")]
+
+
+@pytest.mark.parametrize("indent", [None, 1])
+@pytest.mark.parametrize("chunk", [1, 7, 64, 1 << 20])
+def test_a_list_is_read_piece_by_piece(tmp_path, monkeypatch, chunk, indent):
+    monkeypatch.setattr(rows, "CHUNK", chunk)
+    values = [{"k": k, "text": '[\\n"],}é' * k, "deep": [[k], {"x": None}]} for k in range(20)]
+    path = write_json(tmp_path / "x.json", values)
+    path.write_text("\ufeff  \n" + json.dumps(values, indent=indent, ensure_ascii=chunk == 7), encoding="utf-8")
+    assert [(row.where, row.fields) for row in rows.read_rows(path)] == [
+        (f"row {k}", value) for k, value in enumerate(values, start=1)
+    ]
+
+
+@pytest.mark.parametrize("chunk", [3, 1 << 20])
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('[{"a": 1}\n {"a": 2}]', r"not JSON: line 2, row 1: Expecting ',' delimiter"),
+        ('[{"a": 1},\n\n {"a": tru}]', "not JSON: line 3, row 2: Expecting value"),
+        ('[{"a": 1},\n {"a": 2}', "not JSON: line 2, row 2: Expecting ',' delimiter"),
+        ('[{"a": 1}] x', "not JSON: after the list's end comes 'x'"),
+        ('[] {"a": 1}', "not JSON: after the list's end comes"),
+        ("[ ]", "no rows"),
+        ('[{"a": ' + "[" * 200_000 + "]" * 200_000 + "}]", "row 1: not JSON that can be read: nested too deep"),
+        ('[{"a": ' + "7" * 5000 + "}]", "row 1: not JSON that can be read: Exceeds the limit"),
+        ('{"a": ' + "[" * 200_000 + "]" * 200_000 + "}", "row 1: not JSON that can be read: nested too deep"),
+        ('{"a": 1}\n{"a": ' + "7" * 5000 + "}", "row 2: not JSON that can be read: Exceeds the limit"),
+        ('{"a":\n' + "7" * 5000 + "}", "row 1: not JSON that can be read: Exceeds the limit"),
+        ('{"a":\n1}\n{"a":\n', "row 2: not JSON: line 4"),
+    ],
+)  # fmt: skip
+def test_mistakes_in_json_are_one_line(tmp_path, monkeypatch, text, message, chunk):
+    if chunk == 3 and len(text) > 6000:
+        chunk = 1000
+    monkeypatch.setattr(rows, "CHUNK", chunk)
+    path = tmp_path / "x.json"
+    path.write_text(text)
+    with pytest.raises(DataError, match=rf"x\.json: {message}") as error:
+        list(rows.read_rows(path))
+    assert len(str(error.value)) < 400
+
+
+def test_other_mistakes_are_one_line_too(tmp_path):
+    for field, value in (
+        ("glue", "[" * 100_000),
+        ("glue", "-" * 100_000 + "1"),
+        ("glue", "1" + "+1" * 100_000),
+        ("glue", "{}"),
+        ("glue", [[10**400, 3]]),
+        ("duration", 10**400),
+    ):
+        path = tmp_path / "x.jsonl"
+        path.write_text(json.dumps({**RECORD, field: value}))
+        with pytest.raises(DataError, match=rf"x\.jsonl: row 1, field '{field}': expected") as error:
+            read_samples(path)
+        assert len(str(error.value)) < 400
+
+
+def test_glue_as_a_text_of_tuples(tmp_path):
+    path = write_rows(tmp_path / "x.jsonl", [{**RECORD, "glue": "[(3.0, 8), (10.5, 11.25),]"}])
+    assert read_samples(path)[0].evidence == ((3.0, 8.0), (10.5, 11.25))
+
+
+def test_csv_cells_keep_their_lines_and_other_separators_split_nothing(tmp_path):
+    path = tmp_path / "x.csv"
+    path.write_text('a,b\n1,"two\nlines\n"\n2,"x\u2028y\u0085z\x0cw"\n\n3,"say ""no"""\n', encoding="utf-8", newline="")
+    found = [(row.where, row.fields["b"]) for row in rows.read_csv(path)]
+    assert found == [("row 1", "two\nlines\n"), ("row 2", "x\u2028y\u0085z\x0cw"), ("row 3", 'say "no"')]
+    line = write_rows(tmp_path / "x.jsonl", [])
+    line.write_text(json.dumps({"a": "x\u2028y\u0085\x0cz"}, ensure_ascii=False) + "\n" + json.dumps({"a": "b"}))
+    assert [row.fields["a"] for row in rows.read_rows(line)] == ["x\u2028y\u0085\x0cz", "b"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a,b\n1," + "x" * 200_000 + "\n", "row 1: field larger than field limit"),
+        ('a,b\n1,2\n2,"x\n', "row 2: unexpected end of data; is a quotation mark left open"),
+        ("a,b\n1,2\n1\n", "row 2: expected 2 cells, got 1"),
+        ("a,b\n", "no rows"),
+        ("", "no rows"),
+    ],
+)
+def test_mistakes_in_csv_are_one_line(tmp_path, text, message):
+    path = tmp_path / "x.csv"
+    path.write_text(text)
+    with pytest.raises(DataError, match=rf"x\.csv: {message}"):
+        list(rows.read_csv(path))
+
+
+def test_parquet_is_read_where_pyarrow_is(tmp_path, monkeypatch):
+    """By a stand-in for pyarrow, of which a file of two batches is asked."""
+    path = write_json(tmp_path / "x.parquet", [])
+    batches = [SimpleNamespace(to_pylist=lambda k=k: [{**RECORD, "id": k}]) for k in (1, 2)]
+    parquet = SimpleNamespace(ParquetFile=lambda file: SimpleNamespace(iter_batches=lambda: iter(batches)))
+    pyarrow = SimpleNamespace(parquet=parquet, ArrowException=KeyError)
+    monkeypatch.setitem(sys.modules, "pyarrow", pyarrow)
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", parquet)
+    assert [sample.id for sample in read_samples(path)] == ["1", "2"]
+    with pytest.raises(DataError, match=r"gone\.parquet: no such file"):
+        read_samples(tmp_path / "gone.parquet")
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(DataError, match=r"x\.parquet: needs pyarrow: pip install pyarrow"):
+        read_samples(path)
+
+
+# ---------------------------------------------------------------- texts that no prompt can hold
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("question", "What <|video_pad|> is it?", r"has the special token <\|video_pad\|>"),
+        ("question", "<|im_end|>", r"has the special token <\|im_end\|>"),
+        ("options", ["x", "y <|endoftext|>", "z"], r"has the special token <\|endoftext\|>"),
+        ("question", "half \ud83d", r"has half a character, \\ud83d"),
+        ("options", ["x", "y", "\udc00"], r"has half a character, \\udc00"),
+        ("video", "\ud800.mp4", r"has half a character, \\ud800"),
+        ("kind", "<|x|>", r"has the special token <\|x\|>"),
+    ],
+)
+def test_a_special_token_or_half_a_character_is_named(tmp_path, field, value, message):
+    path = write_rows(tmp_path / "x.jsonl", [RECORD, {**RECORD, field: value}])
+    with pytest.raises(DataError, match=rf"x\.jsonl: row 2, field '{field}': {message}; remove it"):
+        read_samples(path)
+
+
+def test_signs_that_only_resemble_tokens_stay(tmp_path):
+    question = "Is <| a |> b, x<|y, or <||> right? \U0001f600"
+    assert read_samples(write_rows(tmp_path / "x.jsonl", [{**RECORD, "question": question}]))[0].question == question
