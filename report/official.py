@@ -15,14 +15,11 @@ The official scores differ from ours and from each other. What their released ev
 disjoint spans is divided by more than their union; it is 0 all the same.
 """
 
-import json
-import re
-
 import numpy as np
 
 from annotations.rows import DataError
-from report.results import is_span
 from report.scores import CGBENCH_THRESHOLDS
+from rewards import merge, union_length
 
 
 def hull_iou(a: list[float], b: list[float]) -> float:
@@ -95,54 +92,11 @@ def cgbench(rows: list[dict]) -> dict[str, float]:
 
 
 def cgbench_iou(pred: list, gt: list) -> float:
-    """IoU of two unions, |A| + |B| - |A ∩ B| below the line. A reversed span counts as it does there: negatively."""
-
-    def union(spans: list) -> list:
-        merged = []
-        for start, end in sorted(spans, key=lambda span: span[0]):
-            if merged and start <= merged[-1][1]:
-                merged[-1][1] = max(merged[-1][1], end)
-            else:
-                merged.append([start, end])
-        return merged
-
-    a, b = union(pred), union(gt)
+    """IoU of two unions, |A| + |B| - |A ∩ B| below the line."""
+    a, b = merge(pred), merge(gt)
     overlap = sum(max(0, min(x[1], y[1]) - max(x[0], y[0])) for x in a for y in b)
-    whole = sum(end - start for start, end in a) + sum(end - start for start, end in b) - overlap
+    whole = union_length(a) + union_length(b) - overlap
     return overlap / whole if whole > 0 else 0.0
-
-
-def cgbench_result(text: str) -> object:
-    """The value of "result" in the text's ```json block, where a bare letter is a text too; None without one."""
-    block = re.search(r"```json(.*?)```", text, re.DOTALL)
-    if not block:
-        return None
-    quoted = re.sub(r"(?<=:\s)([A-Za-z_]\w*)", r'"\1"', block[1])
-    try:
-        value = json.loads(quoted)
-    except json.JSONDecodeError:
-        return None
-    return value.get("result") if isinstance(value, dict) else None
-
-
-def cgbench_answer(text: str, right: str) -> str | None:
-    """The letter that CG-Bench's parser credits: the JSON's, or else the right one if it is anywhere in the text."""
-    result = cgbench_result(text)
-    if result is not None:
-        return result if isinstance(result, str) else None
-    letters = re.findall(r"\b[A-H]\b", text)
-    return right if right in letters else next(iter(letters), None)
-
-
-def cgbench_spans(text: str) -> list[list[float]] | None:
-    """The spans that CG-Bench's parser reads: the JSON's, or else all numbers of the text in pairs; None if odd."""
-    result = cgbench_result(text)
-    if isinstance(result, list) and all(is_span(pair) for pair in result):
-        return result
-    numbers = [float(number) for number in re.findall(r"-?\d+\.?\d*", text)]
-    if len(numbers) % 2:
-        return None
-    return [list(pair) for pair in zip(numbers[::2], numbers[1::2], strict=True)]
 
 
 def rextime(rows: list[dict]) -> dict:
@@ -192,24 +146,6 @@ def charades_sta(rows: list[dict]) -> dict[str, float]:
         for name, value in ranked_recall(rows, (1, 5), (0.3, 0.5, 0.7), strict).items()
     }
     return {**recalls, "mIoU": 100 * float(np.mean([best_iou(row) for row in rows]))}
-
-
-def charades_span(text: str) -> list[float] | None:
-    """The span that the language models' usual Charades-STA parser reads from free text, or None.
-
-    Only a text with a line that speaks of start, end or happening counts. Then it is the first "a - b" or "a to b"
-    anywhere, else the first numbers of the first two such lines. So a bare "3 - 7" gives None, and so does "starts at
-    3 and ends at 7" on one line; the first number of 00:01:05 is 0.
-    """
-    text = text.lower().replace("a specific example is : 20.8 - 30.0 seconds", "").replace("to", "-")
-    lines = [line for line in re.split(r"[!?\n]", text) if re.search("start|end|happen", line)]
-    if not lines:
-        return None
-    pair = re.search(r"(\d+\.*\d*)\s*-\s*(\d+\.*\d*)", text)
-    if pair:
-        return sorted([float(pair[1]), float(pair[2])])
-    numbers = [match for line in lines if (match := re.search(r"\b(\d+\.\d+|\d+)\b", line))]
-    return sorted(float(match[1]) for match in numbers[:2]) if len(numbers) >= 2 else None
 
 
 def ego4d_nlq(rows: list[dict]) -> dict[str, float]:
@@ -286,69 +222,6 @@ def average_precision(hits: np.ndarray, positives: int) -> float:
     precision = np.cumsum(hits) / np.arange(1, len(hits) + 1)
     precision = np.maximum.accumulate(precision[::-1])[::-1]  # the best at this recall or a higher one
     return float(precision[hits].sum() / positives)
-
-
-def qvhighlights_highlights(truths: list[dict], predictions: list[dict]) -> dict[str, dict]:
-    """QVHighlights' highlight detection from its own JSON lines: {"HL-min-Fair": {"HL-mAP", "HL-Hit1"}, ...}.
-
-    A clip of two seconds is positive for an annotator who gave it at least 2 (Fair), 3 (Good) or 4 (VeryGood). mAP is
-    the mean over the three annotators, Hit1 (of the clip with the highest predicted score) the best of them.
-    Predicted scores beyond the video are cut off for mAP, missing ones are 0.
-    """
-    predicted = {row["qid"]: np.array(row["pred_saliency_scores"]) for row in predictions}
-    if set(predicted) != {row["qid"] for row in truths}:
-        only = sorted(set(predicted) ^ {row["qid"] for row in truths}, key=str)
-        raise DataError(f"QVHighlights: {len(only)} questions are in only one of the two files, first {only[:3]}")
-    results = {}
-    for name, minimum in (("Fair", 2), ("Good", 3), ("VeryGood", 4)):
-        precisions, hits = [], []
-        for truth in truths:
-            clips = np.zeros((int(truth["duration"] / 2), 3))  # [clips, annotators]
-            clips[truth["relevant_clip_ids"]] = truth["saliency_scores"]
-            positive = clips >= minimum
-            scores = predicted[truth["qid"]]
-            top = int(np.argmax(scores))
-            hits.append(top < len(positive) and bool(positive[top].any()))
-            padded = np.zeros(len(positive))
-            padded[: len(scores)] = scores[: len(positive)]
-            precisions += [clip_precision(positive[:, annotator], padded) for annotator in range(3)]
-        results[f"HL-min-{name}"] = {"HL-mAP": rounded(np.mean(precisions)), "HL-Hit1": rounded(np.mean(hits))}
-    return results
-
-
-def clip_precision(positive: np.ndarray, scores: np.ndarray) -> float:
-    """Mean interpolated precision over the scores at which recall grows; 0 without positives. Both [clips]."""
-    if not positive.any():
-        return 0.0
-    order = np.argsort(-scores, kind="stable")
-    last = np.append(np.diff(scores[order]) != 0, True)  # the last of clips with equal scores
-    found = np.cumsum(positive[order])[last]
-    precision = found / np.flatnonzero(np.append(True, last))[1:]
-    precision = np.maximum.accumulate(precision[::-1])[::-1]  # the best at this score or a lower one
-    return float(precision[np.diff(found, prepend=0) > 0].mean())
-
-
-def qvhighlights_files(truths: list[dict], predictions: list[dict]) -> dict[str, dict]:
-    """All scores of QVHighlights' evaluator, from the rows of its two files."""
-    by_id = {row["qid"]: row["pred_relevant_windows"] for row in predictions}
-    highlights = qvhighlights_highlights(truths, predictions)
-    moments = qvhighlights(
-        [
-            {
-                "evidence": truth["relevant_windows"],
-                "predicted": [window[:2] for window in by_id[truth["qid"]]],
-                "span_scores": [window[2] for window in by_id[truth["qid"]]],
-            }
-            for truth in truths
-        ]
-    )
-    full = moments["full"]
-    brief = {f"MR-full-R1@{m}": full["MR-R1"][m] for m in ("0.5", "0.7")}
-    brief |= {"MR-full-mAP": full["MR-mAP"]["average"]}
-    brief |= {f"MR-full-mAP@{m}": full["MR-mAP"][m] for m in ("0.5", "0.75")}
-    brief |= {f"MR-{name}-mAP": scores["MR-mAP"]["average"] for name, scores in moments.items() if name != "full"}
-    brief |= {f"{name}-{key[3:]}": value for name, scores in highlights.items() for key, value in scores.items()}
-    return {"brief": brief, **highlights, **moments}
 
 
 OFFICIAL = {

@@ -29,8 +29,7 @@ from report.scores import by_kind, chance_iou, overall
 from report.tables import aligned, clue_table, official_scores, official_text, table
 
 ROOT = Path(__file__).resolve().parents[1]
-REAL = ROOT.parent / "shared" / "realdata"
-real = pytest.mark.skipif(not REAL.is_dir(), reason=f"the real annotation files are not at {REAL}")
+FACTS = Path(__file__).resolve().parent / "facts"
 
 
 @pytest.fixture
@@ -317,23 +316,27 @@ def test_result_files_are_scored_and_compared_without_a_model(written, samples, 
     assert (out / "evaluation.html").exists() and (out / "clue.png").exists()
 
 
-@real
 def test_the_official_scores_of_a_result_file_are_printed(tmp_path, capsys):
-    """NExT-GQA's, from its csv and the official predictions."""
-    truth = REAL / "nextgqa/val.csv"
-    spans, answers = (json.loads((REAL / f"nextgqa/preds/val{x}.json").read_text()) for x in ("_ground", "-res"))
-    rows = []
-    for s in read_samples(truth, "nextgqa"):
-        start, end = spans.get(s.id, (None, None))
+    """NExT-GQA's, from files in its format with real spans."""
+    facts = json.loads((FACTS / "nextgqa.json").read_text())
+    lines, evidence, rows = ["video_id,frame_count,width,height,question,answer,qid,type,a0,a1,a2,a3,a4"], {}, []
+    for id, duration, answer, letter, spans, predicted, _ in facts["rows"]:
+        video, number = id.split("_")
+        lines.append(f"{video},99,320,240,why,option {answer},{number},CW,{','.join(f'option {c}' for c in 'ABCDE')}")
+        found = evidence.setdefault(video, {"duration": duration, "location": {}, "fps": 29.97})
+        found["location"][number] = spans
+        start, end = predicted or (None, None)
         # A result file has no reversed spans. They score 0; so do spans after the video.
         claimed = None if start is None else [[start, end] if start <= end else [9e9, 9e9 + 1]]
-        letter = LETTERS[answers[s.id]["prediction"]]
-        rows.append({"id": s.id, "predicted_answer": letter, "spans": claimed})
+        rows.append({"id": id, "predicted_answer": letter, "spans": claimed})
+    truth = tmp_path / "val.csv"
+    truth.write_text("\n".join(lines))
+    (tmp_path / "gsub_val.json").write_text(json.dumps(evidence))
     (tmp_path / "r.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     arguments = ["--data_format", "nextgqa", "--test_data", truth, "--results", tmp_path / "r.jsonl"]
     printed = scored(capsys, *arguments, "--out", tmp_path / "out")
     (line,) = [line for line in printed.splitlines() if line.startswith("  count")]
-    expected = json.loads((REAL / "nextgqa/preds/val_expected.json").read_text())["aggregate"]
+    expected = facts["expected"]["aggregate"]
     expected["Acc"] = expected.pop("Acc (all rows in the qa file)")
     assert f"TIoU@0.5 {round(expected['TIoU@0.5'], 4)}," in line
     official = json.loads((tmp_path / "out" / "evaluation.json").read_text())["r"]["official"]
