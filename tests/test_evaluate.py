@@ -23,7 +23,6 @@ from annotations.rows import DataError
 from annotations.samples import read_samples, write_samples
 from evaluate import main, save_and_print, share, unanswered
 from policy import load
-from prompts import LETTERS
 from report.results import row_of
 from report.scores import by_kind, chance_iou, overall
 from report.tables import aligned, clue_table, official_scores, official_text, table
