@@ -464,7 +464,7 @@ def rewarded(ours: Ours, steps: int, autocast: bool) -> list[float]:
         problem = make_problem(ours.model.config, 64, 8, 24, seed=k, batch=2, per_pass=2)
         with torch.autocast(ours.device.type, HALF, enabled=autocast):
             seeds = [[100 * k + 10 * b + g for g in range(8)] for b in range(2)]
-            ids, _ = policy.sample(ours.model, problem.prompts, 8, 24, (-1,), (), 1.0, seeds)
+            ids, _ = policy.sample(ours.model, problem.prompts, 8, 24, (-1,), (4, 5), 1.0, seeds)  # no vision tokens
             reward = (ids % 2 == 0).float().mean(-1).cpu()  # [B, G]
             advantages = (reward - reward.mean(1, keepdim=True)) / (reward.std(1, keepdim=True) + 1e-6)
             problem.responses, problem.advantages = ids.cpu(), advantages[..., None].expand(ids.shape)
@@ -476,9 +476,9 @@ def rewarded(ours: Ours, steps: int, autocast: bool) -> list[float]:
 
 
 def training(at: Setting, scratch: Path) -> None:
-    """Bounds: bfloat16 moves a loss by 2^-9 of itself per product, and AdamW's first steps have the sign of a gradient,
-    whatever its size; between float32 and autocast on a CPU the losses differ by at most 1% of their fall and the
-    rewards' last quarter, over other samples, by 0.03. So 3% and 0.1.
+    """Losses are on the same data: under autocast on a CPU they differ by 0.2% of their fall in 20 steps, and 1% is the
+    bound. Rewards are of other samples as soon as one token differs, and rise from 0.5 to 0.9 ever faster: the rise from
+    the first quarter to the last may be half of the CPU's.
     """
     steps = at(20, 4)
 
@@ -496,7 +496,9 @@ def training(at: Setting, scratch: Path) -> None:
     head("step", "reward, CPU float32", f"reward, {at.device} autocast")
     cpu, other = both(rewarded)
     say(*(row([k, f"{x:.3f}", f"{y:.3f}"]) for k, (x, y) in enumerate(zip(cpu, other, strict=True))))
-    last = [sum(x[-max(steps // 4, 1) :]) / max(steps // 4, 1) for x in (cpu, other)]
+    quarter = steps // 4
+    rise = [(sum(x[-quarter:]) - sum(x[:quarter])) / quarter for x in (cpu, other)]
     head("check", "error", "bound", "")
-    check("losses, largest difference over their fall", apart, 0.03)
-    check("rewards of the last quarter, difference", abs(last[0] - last[1]), 0.1)
+    check("losses, largest difference over their fall", apart, 0.01)
+    if not at.dry:  # four steps are noise
+        check("share of the rewards' rise that is missing", 1 - rise[1] / rise[0], 0.5)
