@@ -476,9 +476,9 @@ def rewarded(ours: Ours, steps: int, autocast: bool) -> list[float]:
 
 
 def training(at: Setting, scratch: Path) -> None:
-    """Losses are on the same data: under autocast on a CPU they differ by 0.2% of their fall in 20 steps, and 1% is the
-    bound. Rewards are of other samples as soon as one token differs, and rise from 0.5 to 0.9 ever faster: the rise from
-    the first quarter to the last may be half of the CPU's.
+    """Losses are on the same data: autocast on a CPU moves them by 0.2% of their fall in 20 steps, so at most 1%.
+    Rewards are of other samples as soon as one token differs, and rise from 0.5 to 0.9 ever faster: from the first
+    quarter of the steps to the last by at least half as much as the CPU's.
     """
     steps = at(20, 4)
 
