@@ -57,8 +57,8 @@ from config import Config, ConfigError
 from harness import chat, journal
 from harness.chat import Cached, Chat, ChatError, Local, Message, Reply, RequestError, Shown, Usage, one_line
 from media.decode import probe
+from media.file import VideoError
 from media.frames import FrameCache
-from media.source import VideoError
 from policy import ModelError
 from prompts import LETTERS
 from report.plots import plot_statistics, round_edges
@@ -123,7 +123,7 @@ class Viewer:
 
     def show(self, video: str, span: tuple[float, float]) -> Shown:
         """The frames of [start, end) seconds, under Eq. 3's budget. Raises VideoError."""
-        info, config = probe(self.path(video), cache=self.frames), self.config
+        info, config = probe(self.path(video)), self.config
         budget = Budget(config.budget, config.v_min, config.v_max, config.paired_frames)
         plan = plan_clip(info, [span], config.fps, budget)
         return Shown(video, span, load_clip(plan, self.path(video), cache=self.frames))
@@ -308,7 +308,7 @@ def question_row(task: Task, viewer: Viewer, judge: Chat, tries: int) -> dict:
     start, end = task.row["scene"]
     row = {"id": task.id, "video": task.video, **task.row, "skipped": None}
     try:
-        if end - start < 1 / probe(viewer.path(task.video), cache=viewer.frames).fps:
+        if end - start < 1 / probe(viewer.path(task.video)).fps:
             return {**row, "skipped": "shorter than a frame"}
         shown = viewer.show(task.video, (start, end))
         return {**row, **ask(judge, [Message("user", (shown, QUESTION))], read_question, tries)}

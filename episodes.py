@@ -23,8 +23,8 @@ import torch
 
 import prompts as text
 from config import Config
+from media.file import VideoError
 from media.frames import FrameCache
-from media.source import VideoError
 from policy import Observation, Prompt, Video, Vocabulary, build_prompt
 from prompts import CALL_END, ToolCall
 from rollout import Group, Response, ToolReply, View, coarse_words, episode_limits, observation_ids, read_turn

@@ -40,7 +40,7 @@ from annotations.rows import DataError, Sample
 from annotations.samples import check_samples, check_videos, load_samples
 from config import Config
 from episodes import environments
-from media.source import VideoError
+from media.file import VideoError
 from policy import ModelError, Vocabulary, load
 from prompts import TEMPLATES
 from report import ReportError, tables

@@ -57,8 +57,8 @@ from harness import journal
 from harness.chat import Cached, Chat, ChatError, Message, RequestError, Shown, connect
 from infer import Agent, load_agent
 from media.decode import probe
+from media.file import VideoError
 from media.prefetch import prefetch
-from media.source import VideoError
 from policy import ModelError
 from report.tables import aligned
 from rewards import accuracy_reward, iou_reward, merge

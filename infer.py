@@ -62,8 +62,8 @@ from engine.flops import forward_flops, patch_grids
 from episodes import environments
 from harness import journal
 from media.decode import VideoInfo, probe
+from media.file import VideoError
 from media.frames import FrameCache
-from media.source import VideoError
 from policy import ModelError, Video, Vocabulary
 from report import ReportError, tables
 from report.answer import answer_page, answer_record, answer_text, play_source
@@ -188,7 +188,7 @@ def coarse_to_fine(agent: Agent, sample: Sample, settings: Settings) -> Result:
 
 def divide_and_conquer(agent: Agent, sample: Sample, settings: Settings) -> Result:
     """Ask every window, and zoom on the spans of the surest ones. Zoom-Zero section 5.5 and Appendix D.3."""
-    info = probe(sample.video, cache=agent.frames)
+    info = probe(sample.video)
     parts = windows(info, agent.config, settings)
     views = window_views(agent, sample, info, parts, settings)
     looks = look(agent, views, "window", parts)

@@ -221,7 +221,7 @@ def response_seed(*parts: object) -> int:
 
 def view_video(sample: Sample, config: Config, cache: FrameCache | None = None) -> View:
     """Decode what the coarse pass sees of a sample's video (Eq. 3). Raises VideoError."""
-    info = probe(sample.video, cache=cache)
+    info = probe(sample.video)
     warn_of_misfit(sample, info.duration)
     clip = load_clip(coarse_plan(info, config), sample.video, cache=cache)
     return View(sample, info, clip, Video.from_frames(clip.frames, clip.step))

@@ -46,7 +46,7 @@ import world
 from annotations.rows import DataError, Report, Row, read_rows
 from annotations.samples import video_path
 from media.decode import probe
-from media.source import VideoError
+from media.file import VideoError
 from policy import ModelError, Video, encode_videos
 from video import Budget, decode, plan_clip
 

@@ -31,8 +31,8 @@ import lessons
 from annotations import trajectories
 from annotations.samples import load_test
 from annotations.trajectories import Example, Trajectory, build_example
+from media.file import VideoError
 from media.prefetch import prefetch
-from media.source import VideoError
 from train import (
     KL_CHUNK,
     Run,

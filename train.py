@@ -47,8 +47,8 @@ from annotations.samples import DataSet, Epochs, load_test, load_training
 from config import Config
 from episodes import clip_failures, environments
 from grpo import grpo_loss, loss_count
+from media.file import VideoError
 from media.prefetch import prefetch
-from media.source import VideoError
 from policy import (
     ModelError,
     Observation,

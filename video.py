@@ -30,10 +30,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from media.decode import Picture, VideoInfo, open_source, show_pictures
+from media.decode import Picture, VideoInfo, read, show_pictures
 from media.decode import probe as probe
+from media.file import CLOCK, VideoError
 from media.frames import FrameCache
-from media.source import CLOCK, VideoError
+from media.source import Source
 
 TOKEN = 28  # pixels along a side of a visual token, which is 2 x 2 patches
 PATCH = 14  # pixels along a side of a patch
@@ -276,8 +277,8 @@ def _read(
         if not (math.isfinite(time) and time >= -CLOCK):
             raise VideoError(path, f"no frame is shown at {time} s", "give finite seconds from 0 on")
     scratch = _Scratch()
-    source, identity = open_source(path, cache)
-    with source:
+
+    def use(source: Source, identity: tuple) -> None:
         places: dict[int, list[tuple[_Request, int]]] = {}  # tick -> requests and rows
         for request in requests:
             for row, time in enumerate(request.times):
@@ -303,6 +304,8 @@ def _read(
                         cache.put((*identity, size, tick), kept, images[size].size)
 
         show_pictures(source, sorted(places), show, threads=threads)
+
+    read(path, use)
 
 
 class _Frames:

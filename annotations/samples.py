@@ -32,7 +32,7 @@ from annotations.packed import Packed
 from annotations.rows import DataError, Dropped, Report, Row, Sample, as_row, by_reason, read_text, short
 from config import Config
 from media.decode import probe
-from media.source import VideoError
+from media.file import VideoError
 
 VIDEO_SUFFIXES = (".mp4", ".mkv", ".webm", ".avi", ".mov", ".m4v", ".ts")
 MAX_DROPPED = 0.05  # the share of rows that may be unusable

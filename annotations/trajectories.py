@@ -38,7 +38,7 @@ from annotations.samples import video_path
 from config import Config
 from episodes import written_ids
 from media.decode import VideoInfo, probe
-from media.source import VideoError
+from media.file import VideoError
 from policy import Observation, Prompt, Video, Vocabulary, build_prompt
 from rollout import coarse_plan
 from video import Budget, ClipPlan, frame_budget, frame_size, load_clips, plan_clip

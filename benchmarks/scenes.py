@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import config as configuration
 import scenes
 import world
-from media.source import VideoError
+from media.file import VideoError
 from policy import ModelError
 from scenes import Labelled, SceneError
 

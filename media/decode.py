@@ -27,9 +27,12 @@ import numpy as np
 from av.sidedata.sidedata import Type as SideDataType
 from av.video.reformatter import VideoReformatter
 
+from media.file import IrregularError, VideoError
 from media.frames import FrameCache
-from media.source import IrregularError, Source, VideoError
+from media.source import REORDERED, Source
+from media.table import play
 
+UPRIGHT = (1, 0, 0, 0, 1)
 SHOW_AHEAD = 4  # decoded frames that may wait to be shown
 WORTH_THREADS = 2e7  # decoded pixels from which a second worker pays
 
@@ -40,13 +43,15 @@ Emit = Callable[[av.VideoFrame, int, list[int]], None]  # a frame, its presentat
 
 
 def _needed(
-    packets: Iterable[tuple[av.Packet, float]], ticks: list[int], answers: dict[int, list[int]]
+    packets: Iterable[tuple[av.Packet, float]], ticks: list[int], answers: dict[int, list[int]], more: int = 0
 ) -> Iterator[tuple[av.Packet, bool]]:
     """Packets to decode, in order, up to the last one needed, each with whether its frame answers a tick (sorted).
 
     The answer to a tick is the largest presentation time <= tick. It is known once no later packet can come between. It
-    is in `answers` (presentation time -> ticks), complete, before its packet is handed out.
+    is in `answers` (presentation time -> ticks), complete, before its packet is handed out. A packet without a
+    presentation time is always needed. At the end, up to `more` packets are handed out that are not needed.
     """
+    packets = iter(packets)
     waiting: deque[av.Packet] = deque()
     shown: list[int] = []  # presentation times of the packets seen, sorted
     k = 0  # the first tick without an answer
@@ -54,7 +59,7 @@ def _needed(
     for packet, bound in itertools.chain(packets, [(None, math.inf)]):
         if packet is not None:
             waiting.append(packet)
-            if not packet.is_discard:
+            if not packet.is_discard and packet.pts is not None:
                 place = bisect_right(shown, packet.pts)
                 if place and shown[place - 1] == packet.pts:
                     raise IrregularError  # the same time twice
@@ -68,8 +73,13 @@ def _needed(
             k += 1
         while waiting:
             if k == len(ticks) and n_due == 0:
+                rest = itertools.chain(waiting, (packet for packet, _ in packets))
+                yield from ((packet, False) for packet in itertools.islice(rest, more))
                 return
             pts = waiting[0].pts
+            if pts is None:
+                yield waiting.popleft(), True
+                continue
             next_tick = bisect_left(ticks, pts, k)  # the first open one that this frame could answer
             place = bisect_right(shown, pts)
             if next_tick < len(ticks) and (place == len(shown) or shown[place] > ticks[next_tick]):
@@ -90,6 +100,32 @@ def _can_skip(source: Source) -> bool:
     return source.codec.name == "h264"
 
 
+class _Attempt:
+    """The decoding of one group of pictures for the sorted ticks, as far as it goes well."""
+
+    def __init__(self, ticks: list[int], emit: Emit, first: av.Packet):
+        self.emit, self.start = emit, first.pts
+        self.answers: dict[int, list[int]] = {}
+        self.is_sound, self.latest = True, -math.inf
+        self.due = set(ticks)
+        if not first.is_discard:
+            self.due.add(first.pts)  # where a picture is refreshed gradually, its "key frame" is not shown
+
+    def take(self, frames: list[av.VideoFrame]) -> None:
+        """Emit those that answer ticks. Raises IrregularError if times contradict the order of the frames."""
+        for frame in frames:
+            if frame.pts is None or frame.pts < self.latest:
+                raise IrregularError
+            self.latest = frame.pts
+            if frame.is_corrupt and frame.pts >= self.start:
+                self.is_sound = False
+                continue
+            self.due.discard(frame.pts)
+            if frame.pts in self.answers:
+                self.emit(frame, frame.pts, self.answers[frame.pts])
+                self.due.difference_update(self.answers[frame.pts])
+
+
 def _decode_quickly(source: Source, ticks: list[int], emit: Emit, stop: threading.Event) -> bool:
     """Answer the sorted ticks of one group of pictures from its key frame on, decoding only what they need.
 
@@ -99,48 +135,34 @@ def _decode_quickly(source: Source, ticks: list[int], emit: Emit, stop: threadin
     while True:
         packets = source.packets(key)
         first, bound = next(packets, (None, 0))
-        if first is not None and first.is_keyframe and first.pts <= ticks[0]:
+        if first is not None and first.is_keyframe and first.pts is not None and first.pts <= ticks[0]:
             break
         key = source.key_before(key)
         if key is None:
             return False
-    codec, can_skip = source.codec, _can_skip(source)
-    answers: dict[int, list[int]] = {}
-    sound, due = True, set(ticks)
-    if not first.is_discard:
-        due.add(first.pts)  # where a picture is refreshed gradually, its "key frame" is not shown
-
-    def take(frames: list[av.VideoFrame]) -> None:
-        nonlocal sound
-        for frame in frames:
-            if frame.pts is None or (frame.is_corrupt and frame.pts >= first.pts):
-                sound = False
-                continue
-            due.discard(frame.pts)
-            if frame.pts in answers:
-                emit(frame, frame.pts, answers[frame.pts])
-                due.difference_update(answers[frame.pts])
-
+    codec, can_skip = source.codec, _can_skip(source) and not source.is_suspect
+    attempt = _Attempt(ticks, emit, first)
+    more = REORDERED if source.is_suspect else 0  # enough to see whether the decoder reorders these
     codec.flush_buffers()
     try:
-        for packet, wanted in _needed(itertools.chain([(first, bound)], packets), ticks, answers):
+        for packet, is_wanted in _needed(itertools.chain([(first, bound)], packets), ticks, attempt.answers, more):
             if stop.is_set():
                 return True
             if packet.is_corrupt:
                 return False
             if can_skip:
-                codec.skip_frame = "DEFAULT" if wanted else "NONREF"
-            take(codec.decode(packet))
-        take(codec.decode(None))
+                codec.skip_frame = "DEFAULT" if is_wanted else "NONREF"
+            attempt.take(codec.decode(packet))
+        attempt.take(codec.decode(None))
     except av.error.FFmpegError:
         return False
-    return sound and not due and not source.broken
+    return attempt.is_sound and not attempt.due and not source.broken
 
 
 class _Fed(NamedTuple):
     """A packet that was given to the decoder."""
 
-    time: int
+    time: int | None
     is_key: bool
     is_shown: bool
     is_corrupt: bool
@@ -148,24 +170,16 @@ class _Fed(NamedTuple):
 
 def _outputs(
     source: Source, key: int, last: int, fed: list[_Fed], stop: threading.Event
-) -> Iterator[tuple[av.VideoFrame | None, int, int | None]]:
-    """Decode from a key frame to what is shown at tick `last`: (frame, number of its packet, presentation time).
+) -> Iterator[tuple[av.VideoFrame | None, int]]:
+    """Decode from a key frame to what is shown at tick `last`: frames, each with the number of its packet.
 
-    The frame is None where decoding fails. `fed` receives every packet. Where frames are told by counting, an error
-    puts the count in doubt, so only the first key frame counts as one.
+    The frame is None where decoding fails. `fed` receives every packet. Raises IrregularError for a frame without time.
     """
-    times = source.table.times if source.counted else None
-    number_of: dict[int, int] = {}
-    count = 0
 
     def packets() -> Iterator[av.Packet | None]:
         for packet, bound in source.packets(key):
-            number_of[packet.pts] = len(fed)
-            if times is None:
-                fed.append(_Fed(packet.pts, packet.is_keyframe, not packet.is_discard, packet.is_corrupt))
-            else:
-                fed.append(_Fed(times[min(len(fed), len(times) - 1)], not fed, True, packet.is_corrupt))
-                bound = times[count] if count < len(times) else math.inf
+            packet.opaque = len(fed)
+            fed.append(_Fed(packet.pts, packet.is_keyframe, not packet.is_discard, packet.is_corrupt))
             yield packet
             if bound > last or stop.is_set():
                 break
@@ -174,37 +188,36 @@ def _outputs(
     source.codec.flush_buffers()
     source.codec.skip_frame = "DEFAULT"
     for packet in packets():
-        try:
-            frames = source.codec.decode(packet)
-        except av.error.FFmpegError:
-            yield None, len(fed) - 1 if times is None else count, None
-            continue
+        frames, decodes = source.feed(packet)
+        if not decodes:
+            yield None, len(fed) - 1
         for frame in frames:
-            if times is None:
-                yield frame, number_of.get(frame.pts, len(fed) - 1), frame.pts
-            else:
-                yield frame, count, times[min(count, len(times) - 1)]
-            count += 1
+            if frame.pts is None:
+                raise IrregularError
+            yield frame, frame.opaque
 
 
 def _decode_carefully(source: Source, key: int, ticks: list[int], emit: Emit, stop: threading.Event) -> bool:
     """Answer sorted ticks by decoding all from a key frame on, twice: to see which frames are intact, then to emit.
 
     Damage spoils what is decoded after it, up to the next key frame. Returns False if decoding has to start earlier.
+    Raises VideoError for damage, IrregularError if there is none that would explain why nothing is shown.
     """
     fed: list[_Fed] = []
     outputs, spoilt = [], []
-    for frame, number, time in _outputs(source, key, ticks[-1], fed, stop):
-        if frame is None or time is None or (frame.is_corrupt and time >= fed[0].time):
+    for frame, number in _outputs(source, key, ticks[-1], fed, stop):
+        if frame is None or (frame.is_corrupt and frame.pts >= fed[0].time):
             spoilt.append(number)
-        if time is not None:
-            outputs.append((number, time))
+        if frame is not None:
+            outputs.append((number, frame.pts))
     if source.broken:
         spoilt.append(len(fed))
     spoilt = sorted(spoilt + [k for k, packet in enumerate(fed) if packet.is_corrupt])
-    if key and fed and fed[0].is_shown and outputs and outputs[0][1] > fed[0].time:
+    if not spoilt and any(a > b for (_, a), (_, b) in itertools.pairwise(outputs)):
+        raise IrregularError
+    if key != source.first_key and fed and fed[0].is_shown and outputs and outputs[0][1] > fed[0].time:
         return False  # a gradual refresh, or a damaged key frame
-    keys = [k for k, packet in enumerate(fed) if packet.is_key]
+    keys = [k for k, packet in enumerate(fed) if packet.is_key and packet.time is not None]
 
     def intact(number: int, time: int) -> bool:
         place = bisect_right(keys, number) - 1
@@ -214,38 +227,64 @@ def _decode_carefully(source: Source, key: int, ticks: list[int], emit: Emit, st
         return after == len(spoilt) or spoilt[after] > number
 
     good = sorted(time for number, time in outputs if intact(number, time))
-    every = sorted(packet.time for packet in fed if packet.is_shown) if spoilt else good
+    every = sorted(packet.time for packet in fed if packet.is_shown and packet.time is not None) if spoilt else good
     chosen: dict[int, list[int]] = {}
     for tick in ticks:
         best, true = bisect_right(good, tick) - 1, bisect_right(every, tick) - 1
         if best < 0 or true < 0:
+            if key == source.first_key and not spoilt and not stop.is_set():
+                raise IrregularError
             return False
         if good[best] != every[true]:
-            cause = f"damaged: the frame shown at {source.seconds(tick):.3f} s cannot be decoded"
-            raise VideoError(source.path, cause, "get it again, or ask for other times")
+            raise _damage(source, tick)
         chosen.setdefault(good[best], []).append(tick)
-    for frame, number, time in _outputs(source, key, ticks[-1], [], stop):
-        if frame is not None and time in chosen and intact(number, time):
-            emit(frame, time, chosen[time])
+    for frame, number in _outputs(source, key, ticks[-1], [], stop):
+        if frame is not None and frame.pts in chosen and intact(number, frame.pts):
+            emit(frame, frame.pts, chosen[frame.pts])
     return True
+
+
+def _damage(source: Source, tick: int) -> VideoError:
+    cause = f"damaged: the frame shown at {source.seconds(tick):.3f} s cannot be decoded"
+    return VideoError(source.path, cause, "get it again, or ask for other times")
+
+
+def _answer_playing(source: Source, ticks: list[int], emit: Emit, stop: threading.Event) -> None:
+    """Emit the frames shown at the sorted ticks while the file is decoded from its beginning."""
+    times, before, k = source.table.times, None, 0
+    for number, output in enumerate(play(source, source.table.first, source.table.joints)):
+        if source.table.guessed and (number >= len(times) or output.frame.dts not in (None, times[number])):
+            raise IrregularError
+        after = bisect_left(ticks, times[min(number, len(times) - 1)], k)
+        if after > k:
+            if before is None or not before.is_sound or not output.is_next:
+                raise _damage(source, ticks[k])
+            emit(before.frame, times[number - 1], ticks[k:after])
+            k = after
+        if k == len(ticks) or stop.is_set():
+            return
+        before = output if before is None or before.is_sound or not source.table.counted else before
+    if before is None or not before.is_sound:
+        raise _damage(source, ticks[k])
+    emit(before.frame, times[-1], ticks[k:])
 
 
 def _answer(source: Source, ticks: list[int], emit: Emit, stop: threading.Event) -> None:
     """Emit the frames shown at the sorted ticks, group of pictures by group of pictures."""
+    if source.played:
+        _answer_playing(source, ticks, emit, stop)
+        return
     while ticks and not stop.is_set():
         key = source.key_of(ticks[0])
         group = list(itertools.takewhile(lambda tick, key=key: source.key_of(tick) == key, ticks))
-        try:
-            if source.counted or not _decode_quickly(source, group, emit, stop):
-                source.reopen(threads=1)  # an error then belongs to the packet at hand
-                starts = [start for start in dict.fromkeys([key, source.key_before(key), 0]) if start is not None]
-                if not any(_decode_carefully(source, start, group, emit, stop) for start in starts):
-                    cause = f"damaged: there is no intact frame up to {source.seconds(group[0]):.3f} s"
-                    raise VideoError(source.path, cause, "get it again, or ask for later times only")
-        except IrregularError:
-            source.use_table()
-        else:
-            ticks = ticks[len(group) :]
+        if not _decode_quickly(source, group, emit, stop):
+            source.reopen(threads=1)  # an error then belongs to the packet at hand
+            starts = [key, source.key_before(key), source.first_key]
+            starts = [start for start in dict.fromkeys(starts) if start is not None]
+            if not any(_decode_carefully(source, start, group, emit, stop) for start in starts):
+                cause = f"damaged: there is no intact frame up to {source.seconds(group[0]):.3f} s"
+                raise VideoError(source.path, cause, "get it again, or ask for later times only")
+        ticks = ticks[len(group) :]
 
 
 # ---------------------------------------------------------------- pictures
@@ -278,13 +317,21 @@ class _Painter:
         pixels = np.ndarray((rgb.height, rgb.width, 3), np.uint8, plane, strides=(plane.line_size, 3, 1))
         height, width = rgb.height, max(1, round(rgb.width * self.pixel_aspect))
         if self.matrix is None:  # asked once: only the cycle collector frees a frame whose side data was touched
-            matrix = frame.side_data.get(SideDataType.DISPLAYMATRIX)
-            self.matrix = (1, 0, 0, 0, 1) if matrix is None else np.frombuffer(matrix, np.int32)[:5].tolist()
+            self.matrix = _display_matrix(frame)
         a, b, _, c, d = self.matrix  # x' = a x + c y, y' = b x + d y
         if abs(a) < abs(b):
             pixels, height, width, a, d = pixels.transpose(1, 0, 2), width, height, c, b
         pixels = pixels[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1]
         return Picture(pixels, (height, width), self.source.seconds(pts))
+
+
+def _display_matrix(frame: av.VideoFrame) -> Sequence[int]:
+    """a, b, _, c, d with x' = a x + c y, y' = b x + d y for the way a frame is to be turned."""
+    try:
+        matrix = frame.side_data.get(SideDataType.DISPLAYMATRIX)
+    except ValueError:  # side data of a kind that PyAV does not know; it still tells the angle
+        return {90: (0, -1, 0, 1, 0), 180: (-1, 0, 0, 0, -1), -90: (0, 1, 0, -1, 0)}.get(frame.rotation, UPRIGHT)
+    return UPRIGHT if matrix is None else np.frombuffer(matrix, np.int32)[:5].tolist()
 
 
 def _shares(source: Source, ticks: list[int], threads: int) -> tuple[list[list[int]], bool]:
@@ -293,7 +340,7 @@ def _shares(source: Source, ticks: list[int], threads: int) -> tuple[list[list[i
     There is one share if that would not pay, or if one group has most of the work. In that case the second value is
     true: pictures are then shown in a thread of their own, and the decoder gets all others.
     """
-    if threads == 1 or source.counted:
+    if threads == 1 or source.played:
         return [ticks], False
     rate = float(source.stream.average_rate or 25) * source.clock  # frames per tick
     groups = [list(group) for _, group in itertools.groupby(ticks, source.key_of)]
@@ -379,26 +426,39 @@ class VideoInfo:
     height: int
 
 
-def open_source(path: str | Path, cache: FrameCache | None) -> tuple[Source, tuple]:
-    """A source, whose table is taken from the cache or put there, and what identifies the file's present content."""
-    if cache is None or not os.path.isfile(path):
-        return Source(path), ()
-    stat = os.stat(path)
-    identity = (os.path.abspath(path), stat.st_mtime_ns, stat.st_size)
-    source = Source(path, cache.get((*identity, "table")))
-    if source.table is not None:
-        cache.put((*identity, "table"), source.table, 200 * len(source.table.pts))
-    return source, identity
+TABLES = FrameCache(64 << 20)  # those of the files read last: a file without an index is read through once
 
 
-def probe(path: str | Path, *, cache: FrameCache | None = None) -> VideoInfo:
+def read(path: str | Path, use: Callable[[Source, tuple], None]) -> None:
+    """Call `use` with an open source and what identifies the file's present content.
+
+    It is called again with a source that knows better, if what the file says about itself turns out to be wrong. Raises
+    VideoError, whatever is wrong with the file.
+    """
+    try:
+        stat = os.stat(path) if os.path.exists(path) else None
+        identity = stat and (os.path.abspath(path), stat.st_mtime_ns, stat.st_size)
+        with Source(path, TABLES.get(identity)) as source:
+            while True:
+                if source.table is not None:
+                    TABLES.put(identity, source.table, 100 * (len(source.table.times) + len(source.table.pts)))
+                try:
+                    return use(source, (*identity, source.start))
+                except IrregularError:
+                    source.look_closer()
+    except (av.error.FFmpegError, OSError) as error:
+        raise VideoError(path, f"it cannot be read ({error})", "get it again, or convert it to mp4") from error
+
+
+def probe(path: str | Path) -> VideoInfo:
     """What `plan_clip` needs to know about a file. Its first frame is decoded: only that tells the displayed size.
 
     A truncated file is an error that says up to which second it is readable. A frame without a length lasts one frame
     period. Raises VideoError.
     """
-    source, _ = open_source(path, cache)
-    with source:
+    found: list[VideoInfo] = []
+
+    def look(source: Source, _) -> None:
         if source.cut:
             raise source.cut_error()
         shown: list[Picture] = []
@@ -408,4 +468,7 @@ def probe(path: str | Path, *, cache: FrameCache | None = None) -> VideoInfo:
         duration = source.seconds(source.find_end()) or 1 / rate
         if source.table is not None:
             rate = len(source.table.times) / duration
-        return VideoInfo(str(path), duration, rate, width, height)
+        found.append(VideoInfo(str(path), duration, rate, width, height))
+
+    read(path, look)
+    return found[-1]

@@ -34,7 +34,7 @@ from config import ConfigError
 from engine.flops import forward_flops, weights
 from episodes import ClipEnvironment, lay_out, messages, replay
 from media.decode import VideoInfo
-from media.source import VideoError
+from media.file import VideoError
 from policy import Policy, Prompt, Video, Vocabulary, build_prompt, load
 from rollout import Group, Response, Turn, coarse_plan, coarse_prompt, read_turn, view_video
 from train import credit, micro_batches, score

@@ -40,8 +40,8 @@ from config import ConfigError
 from engine.flops import forward_flops
 from infer import RELEASED, STRATEGIES, Agent, Look, Settings, load_agent, to_video_time
 from media.decode import VideoInfo
+from media.file import VideoError
 from media.frames import FrameCache
-from media.source import VideoError
 from policy import ModelError, Video, Vocabulary, group_hidden, last_hidden
 from report.answer import answer_page, answer_record, play_source
 from report.html import clock

@@ -18,7 +18,7 @@ import scenes
 import world
 from annotations.rows import DataError
 from benchmarks import scenes as baseline
-from media.source import VideoError
+from media.file import VideoError
 from policy import Video, encode_videos
 from scenes import Detector, Labelled, SceneError, merge_shots
 from video import decode

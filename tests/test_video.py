@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from numbered import HEIGHT, WIDTH, X264, get, read_number, sequential, write_video
 
 from media.decode import VideoInfo, _Painter, probe
+from media.file import VideoError
 from media.frames import FrameCache
 from media.prefetch import prefetch
-from media.source import Source, VideoError
 from video import (
     Budget,
     decode,
@@ -288,7 +288,7 @@ def test_cached_frames_are_not_decoded_again(folder, monkeypatch, name):
     path, cache = get(folder, name), FrameCache(10**7)
     first, times = decode(path, [0.0, 0.4, 0.9], (56, 56), cache=cache)
     monkeypatch.setattr("media.decode._answer", lambda *_: pytest.fail("decoded again"))
-    monkeypatch.setattr(Source, "_scan", lambda *_: pytest.fail("read through again"))
+    monkeypatch.setattr("media.source.scan", lambda *_: pytest.fail("read through again"))
     again, same = decode(path, [0.9, 0.0, 0.4], (56, 56), cache=cache)
     assert torch.equal(again, first[[2, 0, 1]]) and same == [times[2], times[0], times[1]]
 

@@ -13,7 +13,7 @@ import config as configuration
 from annotations import trajectories
 from annotations.rows import DataError, Row
 from episodes import ClipEnvironment, messages, replay
-from media.source import VideoError
+from media.file import VideoError
 from policy import build_prompt
 from prompts import next_turn
 from rollout import coarse_prompt, view_video

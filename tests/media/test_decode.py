@@ -37,7 +37,8 @@ from numbered import (
 )
 
 from media.decode import SideDataType, _can_skip, _needed, _Painter, probe
-from media.source import Source, VideoError
+from media.file import VideoError
+from media.source import Source
 from video import Budget, decode, load_clip, plan_clip, resize
 
 REAL = Path(__file__).resolve().parents[3] / "shared" / "realdata" / "videos"
@@ -371,7 +372,7 @@ def test_a_stream_that_appears_late_does_no_harm(plain):
             raise IndexError("list index out of range")
 
         source.container = SimpleNamespace(demux=demux, close=source.container.close)
-        assert list(source._demux(source.stream)) == packets and len(packets) > 50 and not source.broken
+        assert list(source.demux(source.stream)) == packets and len(packets) > 50 and not source.broken
 
 
 # ---------------------------------------------------------------- bad input
@@ -508,7 +509,7 @@ def test_reading_is_bounded():
     source = Source.__new__(Source)
     source.path, source.n_bytes, source.container = "endless.ts", 500, Endless()
     with pytest.raises(VideoError, match=r"endless\.ts: reading does not end after 1501 packets; "):
-        list(source._demux())
+        list(source.demux())
 
 
 @pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="counts file descriptors in /proc")

@@ -6,8 +6,8 @@ import time
 
 import pytest
 
+from media.file import VideoError
 from media.prefetch import Prefetcher, prefetch
-from media.source import VideoError
 
 
 def test_prefetch_keeps_the_order():
