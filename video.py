@@ -277,28 +277,33 @@ def _read(
         if not (math.isfinite(time) and time >= -CLOCK):
             raise VideoError(path, f"no frame is shown at {time} s", "give finite seconds from 0 on")
     scratch = _Scratch()
+    rows: list[set[int]] = [set() for _ in requests]  # those that were put
+
+    def put(r: int, row: int, image: np.ndarray, seconds: float) -> None:
+        requests[r].put(row, image, seconds)
+        rows[r].add(row)
 
     def use(source: Source, identity: tuple) -> None:
-        places: dict[int, list[tuple[_Request, int]]] = {}  # tick -> requests and rows
-        for request in requests:
+        places: dict[int, list[tuple[int, int]]] = {}  # tick -> (request, row)
+        for r, request in enumerate(requests):
             for row, time in enumerate(request.times):
                 tick = source.tick(time + source.clock / 2 if to_clock else time)
                 if source.cut and tick >= source.end:
                     raise source.cut_error()
                 kept = None if cache is None else cache.get((*identity, request.size, tick))
                 if kept is None:
-                    places.setdefault(tick, []).append((request, row))
+                    places.setdefault(tick, []).append((r, row))
                 else:
-                    request.put(row, *kept)
+                    put(r, row, *kept)
 
         def show(picture: Picture, ticks: list[int]) -> None:
             images: dict[tuple[int, int] | None, np.ndarray] = {}
             for tick in ticks:
-                for request, row in places[tick]:
-                    size = request.size
+                for r, row in places[tick]:
+                    size = requests[r].size
                     if size not in images:
                         images[size] = _resize(picture.pixels, *(size or picture.size), scratch)
-                    request.put(row, images[size], picture.seconds)
+                    put(r, row, images[size], picture.seconds)
                     if cache is not None:
                         kept = (images[size].copy(), picture.seconds)
                         cache.put((*identity, size, tick), kept, images[size].size)
@@ -306,6 +311,10 @@ def _read(
         show_pictures(source, sorted(places), show, threads=threads)
 
     read(path, use)
+    for request, received in zip(requests, rows, strict=True):
+        missing = [time for row, time in enumerate(request.times) if row not in received]
+        if missing:
+            raise VideoError(path, f"nothing is shown at {missing[0]:.3f} s", "convert it to mp4")
 
 
 class _Frames:

@@ -178,7 +178,7 @@ def _outputs(
 
     def packets() -> Iterator[av.Packet | None]:
         for packet, bound in source.packets(key):
-            packet.opaque = len(fed)
+            packet.opaque = (len(fed),)  # PyAV keeps it by its address: an object of its own
             fed.append(_Fed(packet.pts, packet.is_keyframe, not packet.is_discard, packet.is_corrupt))
             yield packet
             if bound > last or stop.is_set():
@@ -194,7 +194,7 @@ def _outputs(
         for frame in frames:
             if frame.pts is None:
                 raise IrregularError
-            yield frame, frame.opaque
+            yield frame, frame.opaque[0]
 
 
 def _decode_carefully(source: Source, key: int, ticks: list[int], emit: Emit, stop: threading.Event) -> bool:

@@ -57,7 +57,8 @@ class Source(OpenFile):
                 return False
             self.start = max(self.start, frame.pts)
         # A truncated file lacks the bytes of its last packets. What is shown before the first one is decoded is there.
-        entries, lost = self.stream.index_entries, len(entries)
+        entries = self.stream.index_entries  # the file may have been opened again
+        lost = len(entries)
         while lost > 0 and entries[lost - 1].pos + entries[lost - 1].size > self.n_bytes:
             lost -= 1
         self.cut = lost < len(entries)

@@ -234,7 +234,7 @@ def play(file: OpenFile, first: int, joints: dict[int, int]) -> Iterator[Output]
             yield from damage.judge(file.feed(None)[0])
             file.codec.flush_buffers()
             shift = joints[number]
-        packet.opaque = number
+        packet.opaque = (number,)  # PyAV keeps it by its address: an object of its own
         packet.pts = None if packet.pts is None else packet.pts + shift
         packet.dts = None if packet.dts is None else packet.dts + shift
         is_corrupt = packet.is_corrupt and number + 1 not in joints and number + 2 not in joints
@@ -264,7 +264,7 @@ class _Damage:
 
     def judge(self, frames: list[av.VideoFrame]) -> Iterator[Output]:
         for frame in frames:
-            number = frame.opaque
+            (number,) = frame.opaque
             place = bisect_right(self.keys, number) - 1
             if frame.is_corrupt:
                 self.spoilt = sorted({*self.spoilt, number})

@@ -108,6 +108,7 @@ FILES = {
     "open.ts": {"options": OPEN_GOP},
     "hevc.ts": {"codec": "libx265", "options": X265},
     "mpeg2.ts": {"codec": "mpeg2video", "options": {"bf": "2", "g": "12"}},
+    "mpeg2.mpg": {"codec": "mpeg2video", "options": {"bf": "2", "g": "12"}},
     "mpeg4.avi": {"codec": "mpeg4", "options": {"bf": "2", "g": "12"}},
     "raw.h264": {"format": "h264", "options": B_FRAMES},
     "b.flv": {"options": {**X264, "x264-params": "keyint=20:bframes=3"}},
