@@ -28,6 +28,11 @@ a single scene gets no question, because there is nothing to find in it.
 
 from __future__ import annotations
 
+from harness import commands
+
+if __name__ == "__main__":
+    commands.answer_help("curate", __doc__)  # the imports below take seconds
+
 import argparse
 import hashlib
 import json
@@ -587,38 +592,13 @@ def scene_finder(
     return look_up
 
 
-def parser() -> argparse.ArgumentParser:
-    """The options that only curate.py has."""
-    own = argparse.ArgumentParser(description=__doc__.splitlines()[0], add_help=False)
-    add = own.add_argument
-    add("--videos", help="folder of long videos, with folders in it")
-    add("--out", default="runs/scenetg", help="folder of the journals, the training file and its statistics")
-    add("--shots", help='JSON lines with "video" and "shots", perhaps "scenes" (default: found by PySceneDetect)')
-    add("--detector", help="scene detector, made by scenes.py --train (default: scenes are known)")
-    add(
-        "--tower",
-        default=str(configuration.BUILT_IN),
-        help="the checkpoint whose vision tower the detector was made with",
-    )
-    add("--endpoint", help=f"address of a chat endpoint (default: {chat.ADDRESS}); its key is in {chat.KEY}")
-    add("--judge_model", help="the model that the endpoint shall ask")
-    add("--model", help="instead of an endpoint: a Qwen2.5-VL checkpoint")
-    add("--oracle", help='instead of either, the truth: "world" or a file of world.build_long; may tell scenes, too')
-    add("--world_videos", type=int, default=12, help="videos of --oracle world (default: %(default)s)")
-    add("--tries", type=int, default=3, help="replies to a question until it goes without (default: %(default)s)")
-    add("--workers", type=int, default=8, help="requests to the endpoint at a time, per process (default: %(default)s)")
-    add("--timeout", type=float, default=chat.Endpoint.timeout, help="seconds without a word from the endpoint")
-    add("--prices", type=float, nargs=2, default=(0, 0), help="cost of a million prompt and completion tokens")
-    return own
-
-
 def parse(arguments: list[str] | None = None) -> tuple[argparse.Namespace, Config]:
     """What is asked, and how scenes are shown: by the recipe that suits who looks. Raises ConfigError."""
 
     def recipe(given: argparse.Namespace) -> Path:
         return configuration.suiting_recipe(given.model) if given.model or given.oracle else RECIPE
 
-    given, config = configuration.parse_with(parser(), arguments, recipe, "curate")
+    given, config = configuration.parse_with(commands.extra("curate", __doc__), arguments, recipe, "curate")
     asked = [name for name in ("endpoint", "model", "oracle") if getattr(given, name)]
     if len(asked) > 1:
         raise ConfigError(f"--{asked[0]} and --{asked[1]}: one of them asks and judges")

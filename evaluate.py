@@ -21,7 +21,11 @@ listed before the model is loaded; `--skip_missing` leaves their questions out.
 
 from __future__ import annotations
 
-import argparse
+from harness import commands
+
+if __name__ == "__main__":
+    commands.answer_help("evaluate", __doc__)  # the imports below take seconds
+
 import json
 import logging
 import sys
@@ -250,17 +254,8 @@ def check_test_samples(samples: Sequence[Sample], config: Config) -> None:
     check_samples(samples, (*answered, *(["evidence"] if config.eval_controls else [])), config.test_data)
 
 
-def parser() -> argparse.ArgumentParser:
-    """The options that only evaluate.py has."""
-    own = argparse.ArgumentParser(description=__doc__.splitlines()[0], add_help=False)
-    own.add_argument("--results", nargs="+", metavar="FILE", help="score these result files instead of a model")
-    own.add_argument("--out", help="folder of what is left behind (default: runs/evaluate)")
-    own.add_argument("--skip_missing", action="store_true", help="leave out questions whose video file is missing")
-    return own
-
-
 def main(arguments: list[str] | None = None) -> None:
-    given, config = configuration.parse_for_model(parser(), arguments, program="evaluate")
+    given, config = configuration.parse_for_model(commands.extra("evaluate", __doc__), arguments, program="evaluate")
     out = given.out or "runs/evaluate"  # not the recipe's: a run may be there
     if config.threads:
         torch.set_num_threads(config.threads)

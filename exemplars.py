@@ -26,6 +26,11 @@ from. What has a line is not played again.
 
 from __future__ import annotations
 
+from harness import commands
+
+if __name__ == "__main__":
+    commands.answer_help("exemplars", __doc__)  # the imports below take seconds
+
 import argparse
 import itertools
 import json
@@ -378,24 +383,8 @@ def summary(rows: Sequence[Mapping]) -> str:
 # ---------------------------------------------------------------- command line
 
 
-def parser() -> argparse.ArgumentParser:
-    """The options that only exemplars.py has."""
-    own = argparse.ArgumentParser(description=__doc__.splitlines()[0], add_help=False)
-    own.add_argument("what", nargs="?", choices=("play", "reflect"), help="whole episodes, or ends of failed ones")
-    own.add_argument("--expert", choices=("oracle", "endpoint"), default="oracle", help="who plays (default: oracle)")
-    own.add_argument("--endpoint", help="address of a chat endpoint (default: that of OPENAI_BASE_URL)")
-    own.add_argument("--judge_model", help="name of the model at the endpoint")
-    own.add_argument("--workers", type=int, default=4, help="episodes that the expert plays at a time (default: 4)")
-    own.add_argument("--exemplars", help="reflect: the train.jsonl that play has left")
-    own.add_argument("--share", type=float, default=0.3, help="reflect: their share of the training file (default 0.3)")
-    own.add_argument("--learn_failures", action="store_true", help="reflect: the failed turns are learned too")
-    own.add_argument("--out", help="folder of what is left behind (default: runs/play, runs/reflect)")
-    own.add_argument("--skip_missing", action="store_true", help="leave out samples whose video file is missing")
-    return own
-
-
 def main(arguments: list[str] | None = None) -> None:
-    given, config = configuration.parse_for_model(parser(), arguments, program="exemplars")
+    given, config = configuration.parse_for_model(commands.extra("exemplars", __doc__), arguments, program="exemplars")
     if given.what is None:
         raise ConfigError("play or reflect?")
     if not config.multi_turn:

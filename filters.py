@@ -28,6 +28,11 @@ sampling is seeded per sample, so neither the number of processes nor an interru
 
 from __future__ import annotations
 
+from harness import commands
+
+if __name__ == "__main__":
+    commands.answer_help("filters", __doc__)  # the imports below take seconds
+
 import argparse
 import json
 import logging
@@ -365,26 +370,13 @@ def load_judge(given: argparse.Namespace, out: Path, config: Config) -> Judge:
 # ---------------------------------------------------------------- command line
 
 
-def parser() -> argparse.ArgumentParser:
-    """The options that only filters.py has."""
-    own = argparse.ArgumentParser(description=__doc__.splitlines()[0], add_help=False)
-    own.add_argument("filter", nargs="?", choices=FILTERS, help="which filter")
-    own.add_argument("--rule", help="the rule by which samples are dropped (default: paper)")
-    own.add_argument("--threshold", type=float, help="stage2: Eq. 6's delta (default 0.1); qvhighlights: seconds (120)")
-    own.add_argument("--out", help="folder of what is left behind (default: runs/filters/FILTER)")
-    own.add_argument("--judge_model", help="plm_video: the model at --endpoint that answers, instead of --model")
-    own.add_argument("--endpoint", help="address of a chat endpoint (default: that of OPENAI_BASE_URL)")
-    own.add_argument("--skip_missing", action="store_true", help="leave out samples whose video file is missing")
-    return own
-
-
 def recipe(given: argparse.Namespace) -> Path:
     """A judge is shown videos by the paper's values for long videos, the policy as suits it."""
     return configuration.RECIPES / "long_video.yaml" if given.judge_model else suiting_recipe(given.model)
 
 
 def main(arguments: list[str] | None = None) -> None:
-    given, config = configuration.parse_for_model(parser(), arguments, recipe, "filters")
+    given, config = configuration.parse_for_model(commands.extra("filters", __doc__), arguments, recipe, "filters")
     if given.filter is None:
         raise ConfigError(f"which filter? {', '.join(FILTERS)}")
     chosen = FILTERS[given.filter]

@@ -37,6 +37,11 @@ question (the first one's seconds include the decoding). Processes are those of 
 
 from __future__ import annotations
 
+from harness import commands
+
+if __name__ == "__main__":
+    commands.answer_help("infer", __doc__)  # the imports below take seconds
+
 import argparse
 import math
 import sys
@@ -61,6 +66,7 @@ from config import Config, ConfigError, suiting_recipe
 from engine.flops import forward_flops, patch_grids
 from episodes import environments
 from harness import journal
+from harness.commands import Settings
 from media.decode import VideoInfo, probe
 from media.file import VideoError
 from media.frames import FrameCache
@@ -83,20 +89,6 @@ from rollout import (
 from video import Budget, Clip, load_clips, plan_clip
 
 FRAME_BYTES = 2**30  # frames and packet tables kept for further looks at a video
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What the strategies can be told."""
-
-    window: int = 256  # frames of a window
-    window_budget: int = 0  # visual tokens of a window; 0: as the coarse pass
-    top: int = 4  # spans that are zoomed into together
-    rank: str = "answer"  # windows are ranked by the confidence of the "answer", or of "answer_and_spans"
-    compare_whole: bool = False  # a further pass over the whole video, whose answer wins if it is surer
-    unparsable: str = ""  # the letter that stands for no answer
-    max_zooms: int = 3
-    stable: float = 0.9  # IoU from which two spans count as the same
 
 
 RELEASED = {"top": 5, "rank": "answer_and_spans", "compare_whole": True, "unparsable": "C"}
@@ -459,41 +451,14 @@ def finished(path: Path, samples: Sequence[Sample], made_with: dict) -> dict[str
 # ---------------------------------------------------------------- command line
 
 
-def parser() -> argparse.ArgumentParser:
-    """The options that only infer.py has."""
-    own = argparse.ArgumentParser(description=__doc__.splitlines()[0], add_help=False)
-    add = own.add_argument
-    add("--video", help="a video file of your own; without it, the data set --test_data is answered")
-    add("--question", help="what is asked about it")
-    add("--options", nargs="+", default=[], help="the answers to choose from, without letters; none: spans only")
-    add("--strategy", choices=STRATEGIES, help="default: coarse-to-fine, or one-stage without --options")
-    add(
-        "--model", help="checkpoint folder or hub name (default: the recipe's, or without --config the built-in policy)"
-    )
-    add("--ground_model", help="ground-then-answer: the checkpoint that finds the spans, if it is another one")
-    add("--out", help="page (default: the video's name with .html) or result file (default: runs/infer/STRATEGY.jsonl)")
-    add("--embed", action="store_true", help="put the video into the page, instead of a reference to the file")
-    add("--released", action="store_true", help="divide-and-conquer as in the released Zoom-Zero code")
-    add("--window", type=int, help=f"frames of a window (default {Settings.window})")
-    add("--window_budget", type=int, help="visual tokens of a window (default: --budget)")
-    add("--top", type=int, help=f"spans zoomed into together (default {Settings.top})")
-    add("--rank", choices=("answer", "answer_and_spans"), help="the confidence by which windows are ranked")
-    add("--compare_whole", action="store_true", default=None, help="let the whole video's answer win if it is surer")
-    add("--unparsable", help="the letter that stands for no answer (default: none)")
-    add("--max_zooms", type=int, help=f"most repetitions of repeated-zoom (default {Settings.max_zooms})")
-    add("--stable", type=float, help=f"IoU at which repeated-zoom stops (default {Settings.stable})")
-    add("--skip_missing", action="store_true", help="--test_data: leave out questions whose video file is missing")
-    return own
-
-
 def parse(arguments: list[str] | None = None) -> tuple[argparse.Namespace, Settings, Config, Config | None]:
     """What is asked, the strategy's settings, and how the answering and the grounding model (if it is another one) are
     shown videos: each by the recipe that suits it, unless --config names one. Raises ConfigError."""
-    given, config = configuration.parse_for_model(parser(), arguments, program="infer")
+    given, config = configuration.parse_for_model(commands.extra("infer", __doc__), arguments, program="infer")
     grounding = None
     if given.ground_model:
         recipe = suiting_recipe(given.ground_model)
-        _, grounding = configuration.parse_with(parser(), arguments, lambda _: recipe, "infer")
+        _, grounding = configuration.parse_with(commands.extra("infer", __doc__), arguments, lambda _: recipe, "infer")
         grounding.model = given.ground_model
     changed = {f.name: getattr(given, f.name) for f in fields(Settings) if getattr(given, f.name) is not None}
     settings = Settings(**{**(RELEASED if given.released else {}), **changed})

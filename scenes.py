@@ -20,7 +20,11 @@ Both are about the built-in long videos, or about `--train_data` and `--test_dat
 
 from __future__ import annotations
 
-import argparse
+from harness import commands
+
+if __name__ == "__main__":
+    commands.answer_help("scenes", __doc__)  # the imports below take seconds
+
 import copy
 import hashlib
 import itertools
@@ -469,33 +473,24 @@ def scenes_row(video: str, shots: Sequence[Shot], probabilities: Sequence[float]
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--train", action="store_true", help="train a detector, write and evaluate it")
-    what.add_argument("--evaluate", action="store_true", help="evaluate --detector")
-    parser.add_argument("--model", default=str(configuration.BUILT_IN), help="policy whose vision tower looks at shots")
-    parser.add_argument("--train_data", default="world", help="JSON lines with shots and scenes, or the built-in ones")
-    parser.add_argument("--test_data", default="world", help="the same")
-    parser.add_argument("--videos", type=int, nargs=2, default=(40, 20), help="built-in videos to train and to test on")
-    parser.add_argument("--cache", default="cache", help="folder of the built-in videos and of features")
-    parser.add_argument("--out", default="runs/scenes", help="folder of the trained detector")
-    parser.add_argument("--detector", help="saved detector; default: detector.safetensors in --out")
-    parser.add_argument("--seed", type=int, default=0, help="of the built-in videos and of training")
-    given = parser.parse_args(arguments)
+    options, _ = configuration.parse_with(commands.extra("scenes", __doc__), arguments, program="scenes")
+    if options.train == options.evaluate:
+        raise configuration.ConfigError("--train or --evaluate?")
 
     def labelled(name: str, split: str, n_videos: int) -> list[Labelled]:
-        return read_labelled(world.build_long(given.cache, split, n_videos, given.seed) if name == "world" else name)
+        built_in = name == "world"
+        return read_labelled(world.build_long(options.cache, split, n_videos, options.seed) if built_in else name)
 
-    path = Path(given.detector or Path(given.out) / "detector.safetensors")
-    model = load_tower(given.model)
-    folder = Path(given.cache) / "shots"
-    if given.train:
-        tokens, videos = frame_tokens(given.model), labelled(given.train_data, "train", given.videos[0])
+    path = Path(options.detector or Path(options.out) / "detector.safetensors")
+    model = load_tower(options.model)
+    folder = Path(options.cache) / "shots"
+    if options.train:
+        tokens, videos = frame_tokens(options.model), labelled(options.train_data, "train", options.videos[0])
         features = load_features(videos, model, tokens, folder)
-        train(videos, features, tower_name(model), tokens, given.seed).save(path)
+        train(videos, features, tower_name(model), tokens, options.seed).save(path)
         print(f"{path}: {path.stat().st_size / 1024:.0f} KiB, from {sum(map(len, features))} shots")
     detector = Detector.load(path, model)
-    test = labelled(given.test_data, "test", given.videos[1])
+    test = labelled(options.test_data, "test", options.videos[1])
     found = [detector(features) for features in load_features(test, model, detector.tokens, folder)]
     figures = ", ".join(f"{name} {value:.3f}" for name, value in scores(test, found).items())
     print(f"{len(test)} videos: {figures} (at {TOLERANCE:g} s, probability above {THRESHOLD})")
@@ -504,5 +499,5 @@ def main(arguments: list[str] | None = None) -> None:
 if __name__ == "__main__":
     try:
         main()
-    except (SceneError, DataError, VideoError, ModelError) as error:
+    except (configuration.ConfigError, SceneError, DataError, VideoError, ModelError) as error:
         sys.exit(f"error: {error}")

@@ -13,6 +13,11 @@ together. What stands between turns is only read. Everything else is as in train
 
 from __future__ import annotations
 
+from harness import commands
+
+if __name__ == "__main__":
+    commands.answer_help("sft", __doc__)  # the imports below take seconds
+
 import contextlib
 import math
 from collections.abc import Iterator, Sequence

@@ -15,6 +15,11 @@ metrics and weights as one that was not. Other errors end it with a message and 
 
 from __future__ import annotations
 
+from harness import commands
+
+if __name__ == "__main__":
+    commands.answer_help("train", __doc__)  # the imports below take seconds
+
 import contextlib
 import json
 import logging

@@ -39,6 +39,7 @@ WITHOUT_EFFECT = {
     "sft": ("kl", "zoom_judge", "beta", "beta_time", "reference_device", "updates_per_rollout", "temperature"),
     "evaluate": ("temperature", "train_vision"),
     "infer": ("temperature", "train_vision"),
+    "filters": ("train_vision",),
     "exemplars": ("train_vision",),
 }
 RECIPE = """
