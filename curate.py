@@ -54,7 +54,6 @@ from tqdm import tqdm
 import config as configuration
 import evaluate
 import scenes
-import world
 from annotations.answers import letter_of_answer, strip_letters
 from annotations.rows import DataError, Row, Sample, control, read_rows
 from annotations.samples import VIDEO_SUFFIXES, spread, write_samples
@@ -70,6 +69,7 @@ from report.plots import plot_statistics, round_edges
 from rollout import Spans
 from scenes import SceneError
 from video import Budget, load_clip, plan_clip
+from world import films
 
 NEIGHBOURS = 5  # scenes before, and as many after
 MAX_CLUES = 8
@@ -241,7 +241,7 @@ def plain(text: str) -> str:
 
 
 class Truth:
-    """Long videos whose questions are known (`world.build_long`), asked as a model is: it looks up what it is shown.
+    """Long videos whose questions are known (`films.build_long`), asked as a model is: it looks up what it is shown.
 
     A scene contains a clue, here the text of a question, if that question is about it, and an answer if one of its
     questions has that answer.
@@ -534,7 +534,7 @@ class Sources:
 def sources(given: argparse.Namespace, config: Config) -> Sources:
     """What there is to curate. Raises CurateError, DataError."""
     if given.oracle == "world":
-        given.oracle = str(world.build_long(config.cache, "train", given.world_videos, config.world_seed))
+        given.oracle = str(films.build_long(config.cache, "train", given.world_videos, config.world_seed))
     truth = read_by_video(given.oracle) if given.oracle else None
     known = read_by_video(given.shots) if given.shots else None if given.detector else truth
     if given.videos is None:

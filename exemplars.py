@@ -53,7 +53,6 @@ from transformers.utils.logging import disable_progress_bar
 import config as configuration
 import evaluate
 import prompts as text
-import world
 from annotations import trajectories
 from annotations.rows import DataError, Sample
 from annotations.samples import check_samples, check_videos, load_samples
@@ -63,13 +62,14 @@ from filters import finished, identity, save
 from harness import journal
 from harness.chat import Cached, Chat, ChatError, Message, RequestError, Shown, connect
 from infer import Agent, load_agent
-from lessons import asked_colour, asked_pattern, glimpse, span_text
 from policy import BANNED_TOKENS, EOS_TOKENS, ModelError
 from prompts import CALL_END
 from report.tables import aligned
 from rewards import format_reward
 from rollout import Response, Turn, View, roll_out
 from video import Clip
+from world import benchmark
+from world.lessons import asked_colour, asked_pattern, glimpse, span_text
 
 NOTE = (
     "Answer by the protocol in the user's message. Each of your turns is <think>...</think> and then either one call "
@@ -142,11 +142,11 @@ def noted(sample: Sample, episode: Response) -> list[str]:
                 words.append("none")
             elif sample.kind in ("coarse", "fine"):
                 words.append(asked_pattern(sample))
-            elif frame[:, frame.shape[1] // 2, frame.shape[2] // 2].float().mean() > world.GREY:
+            elif frame[:, frame.shape[1] // 2, frame.shape[2] // 2].float().mean() > benchmark.GREY:
                 words.append(asked_colour(sample))
             else:
                 out.add(int(time))
-                words.append(world.COUNTS[len(out)])
+                words.append(benchmark.COUNTS[len(out)])
     return words
 
 
@@ -356,7 +356,7 @@ def check_playable(samples: Sequence[Sample], expert: str, path: str) -> None:
         problem = ""
         if trajectories.MARK in sample.question + "".join(sample.options):
             problem = f"{trajectories.MARK} in the question would stand for a clip in a trajectory"
-        elif expert == "oracle" and (sample.kind not in world.KINDS or not sample.evidence):
+        elif expert == "oracle" and (sample.kind not in benchmark.KINDS or not sample.evidence):
             problem = "the oracle knows the questions of the built-in world only"
         if problem:
             raise DataError(f"{path}: row {number} ({sample.id}): {problem}")

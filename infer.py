@@ -59,7 +59,6 @@ from transformers.utils.logging import disable_progress_bar
 import config as configuration
 import evaluate
 import prompts
-import world
 from annotations.rows import DataError, Sample, control
 from annotations.samples import check_videos, load_samples
 from config import Config, ConfigError, suiting_recipe
@@ -87,6 +86,7 @@ from rollout import (
     zoom_clips,
 )
 from video import Budget, Clip, load_clips, plan_clip
+from world import benchmark
 
 FRAME_BYTES = 2**30  # frames and packet tables kept for further looks at a video
 
@@ -502,7 +502,7 @@ def check_question(strategy: str, config: Config, options: Sequence[str], where:
     if not options and prompts.TEMPLATES[config.template].options_only:
         raise ConfigError(
             f"{where}: the built-in policy answers by letters only; give --options, such as "
-            f"{' '.join(world.COUNTS)} or {' '.join(world.PATTERNS)}"
+            f"{' '.join(benchmark.COUNTS)} or {' '.join(benchmark.PATTERNS)}"
         )
     if len(options) > len(prompts.LETTERS):
         raise ConfigError(f"{where}: {len(options)} options, but only {len(prompts.LETTERS)} letters")

@@ -46,13 +46,13 @@ from tqdm import tqdm
 
 import config as configuration
 import policy
-import world
 from annotations.rows import DataError, Report, Row, read_rows
 from annotations.samples import video_path
 from media.decode import probe
 from media.file import VideoError
 from policy import ModelError, Video, encode_videos
 from video import Budget, decode, plan_clip
+from world import films
 
 Shot = tuple[float, float]
 
@@ -479,7 +479,7 @@ def main(arguments: list[str] | None = None) -> None:
 
     def labelled(name: str, split: str, n_videos: int) -> list[Labelled]:
         built_in = name == "world"
-        return read_labelled(world.build_long(options.cache, split, n_videos, options.seed) if built_in else name)
+        return read_labelled(films.build_long(options.cache, split, n_videos, options.seed) if built_in else name)
 
     path = Path(options.detector or Path(options.out) / "detector.safetensors")
     model = load_tower(options.model)

@@ -2,10 +2,11 @@
 
     accelerate launch --config_file recipes/accelerate_fsdp2.yaml sft.py --config recipes/videozoomer_sft.yaml
     python sft.py --config recipes/cpu_world_agent_sft.yaml  # the built-in policy learns to ask for clips
-    python sft.py                                            # makes checkpoints/tiny from nothing (lessons.py)
+    python sft.py                                            # makes checkpoints/tiny from nothing (world/lessons.py)
     python sft.py --config recipes/cpu_longvtg_sft.yaml      # goes on with it on longer videos, for LongVTG-R1
 
-`train_data` names a file of trajectories (annotations/trajectories.py, exemplars.py), or is `world` for lessons.py.
+`train_data` names a file of trajectories (annotations/trajectories.py, exemplars.py), or is `world` for
+world/lessons.py.
 
 Loss is the mean negative log-likelihood over the tokens that assistants wrote in the step's trajectories, all processes
 together. What stands between turns is only read. Everything else is as in train.py: signals, --resume, checkpoints.
@@ -32,7 +33,6 @@ from tqdm import tqdm
 import config as configuration
 import evaluate
 import kl
-import lessons
 from annotations import trajectories
 from annotations.samples import load_test
 from annotations.trajectories import Example, Trajectory, build_example
@@ -58,6 +58,7 @@ from train import (
     start_tracker,
     timed,
 )
+from world import lessons
 
 RECIPE = configuration.RECIPES / "cpu_world_sft.yaml"
 

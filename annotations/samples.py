@@ -26,13 +26,13 @@ import torch
 import yaml
 
 import prompts
-import world
 from annotations.formats import FORMATS, looks_like
 from annotations.packed import Packed
 from annotations.rows import DataError, Dropped, Report, Row, Sample, as_row, by_reason, read_text, short
 from config import Config
 from media.decode import probe
 from media.file import VideoError
+from world import benchmark
 
 VIDEO_SUFFIXES = (".mp4", ".mkv", ".webm", ".avi", ".mov", ".m4v", ".ts")
 MAX_DROPPED = 0.05  # the share of rows that may be unusable
@@ -357,7 +357,7 @@ def locate(name: str, split: str, config: Config) -> tuple[str | Path, str, str 
     if name != "world":
         return name, config.data_format, config.video_root or None
     n_videos = config.world_train_videos if split == "train" else config.world_test_videos
-    path = world.build(config.cache, split, n_videos, config.world_seed, config.world_duration, config.world_events)
+    path = benchmark.build(config.cache, split, n_videos, config.world_seed, config.world_duration, config.world_events)
     return path, "records", path.parent
 
 

@@ -25,10 +25,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import config as configuration
 import scenes
-import world
 from media.file import VideoError
 from policy import ModelError
 from scenes import Labelled, SceneError
+from world import films
 
 ROOT = Path(__file__).resolve().parents[1]
 BINS = 8  # per colour channel
@@ -52,7 +52,7 @@ def results(seed: int, n_videos: Sequence[int], model_path: str, cache: Path) ->
     """The scores of each line on the test videos of one seed."""
     model, tokens = scenes.load_tower(model_path), scenes.frame_tokens(model_path)
     splits = zip(("train", "test"), n_videos, strict=True)
-    train, test = (scenes.read_labelled(world.build_long(cache, split, n, seed)) for split, n in splits)
+    train, test = (scenes.read_labelled(films.build_long(cache, split, n, seed)) for split, n in splits)
     videos = tqdm([*train, *test], desc="histograms", unit="video", disable=None)
     colours = [histograms(video, tokens) for video in videos]
     seen = scenes.load_features([*train, *test], model, tokens, cache / "shots")

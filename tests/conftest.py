@@ -22,15 +22,13 @@ from numbered import get
 from safetensors.torch import load_file, save_file
 
 import config as configuration
-import lessons
 import prompts
-import tiny
-import world
 from annotations.rows import Sample
 from annotations.samples import read_samples
 from episodes import environments
 from policy import Policy, Video, Vocabulary, build_prompt
 from rollout import Group, roll_out
+from world import benchmark, lessons, tiny
 
 ROOT = Path(__file__).resolve().parents[1]
 # What a program reads without effect: greedy answers have no temperature; supervised training has no reference, and
@@ -139,7 +137,7 @@ def model64(tokenizer):
 def small_world(tmp_path_factory) -> dict[str, Path]:
     """The annotation files of a small built-in world: {"train": path, "test": path}."""
     root = tmp_path_factory.mktemp("world")
-    return {"train": world.build(root, "train", 6, workers=1), "test": world.build(root, "test", 3, workers=1)}
+    return {"train": benchmark.build(root, "train", 6, workers=1), "test": benchmark.build(root, "test", 3, workers=1)}
 
 
 @pytest.fixture(scope="module")
@@ -163,7 +161,7 @@ def talker(tmp_path_factory, tokenizer, vocabulary) -> Path:
         optimizer.param_groups[0]["lr"] = 3e-3 * min(1, (step + 1) / 10) * (1 - step / steps)
         grey = torch.randint(0, 256, (1, 3, 1, 1), generator=generator, dtype=torch.uint8)
         clip = Video.from_frames(grey.expand(2 + step % 3 * 9, 3, 28, 28), 1.0)
-        chat = prompts.chat_text(f"Which pattern does {draw(world.COLOURS, generator)} show? A B C D", system=None)
+        chat = prompts.chat_text(f"Which pattern does {draw(benchmark.COLOURS, generator)} show? A B C D", system=None)
         prompt = build_prompt(vocabulary.ids(chat), [clip], model.config)
         batch = lessons.Batch.of([prompt], [[vocabulary.ids(random_response(generator)) for _ in range(12)]])
         loss = policy(batch.prompts, batch.ids, batch.mask, partial(lessons.cross_entropy, batch))
@@ -184,7 +182,7 @@ def draw(names, generator: torch.Generator) -> str:
 def random_response(generator: torch.Generator) -> str:
     start, end = sorted(torch.randint(0, 20, (2,), generator=generator).tolist())
     times = lessons.span_text([(start, end + 1)])
-    think = f"<think>{draw(world.COLOURS, generator)}<time>{times}</time></think>"
+    think = f"<think>{draw(benchmark.COLOURS, generator)}<time>{times}</time></think>"
     return f"{think}<answer>{draw('ABCD', generator)}</answer><glue>[{times}]</glue>{lessons.END}"
 
 

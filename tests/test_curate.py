@@ -26,7 +26,6 @@ from PIL import Image
 import config as configuration
 import curate
 import scenes
-import world
 from annotations.rows import DataError
 from annotations.samples import read_samples
 from config import ConfigError
@@ -35,6 +34,7 @@ from harness import chat, journal
 from harness.chat import ChatError, Message, Reply, RequestError
 from harness.journal import JournalError
 from scenes import SceneError
+from world import films
 
 ROOT = Path(__file__).resolve().parents[1]
 GOOD = {"question": "What falls?", "options": ["a cup", "a hat"], "answer": "B", "clues": ["something falls"]}
@@ -43,7 +43,7 @@ GOOD = {"question": "What falls?", "options": ["a cup", "a hat"], "answer": "B",
 @pytest.fixture(scope="session")
 def long_world(tmp_path_factory) -> Path:
     """The rows of two long videos of seven scenes each."""
-    return world.build_long(tmp_path_factory.mktemp("long"), "train", 2, n_scenes=7, workers=1)
+    return films.build_long(tmp_path_factory.mktemp("long"), "train", 2, n_scenes=7, workers=1)
 
 
 @pytest.fixture(autouse=True)

@@ -22,13 +22,10 @@ from test_train import call as in_processes
 import config as configuration
 import episodes
 import infer
-import lessons
 import policy
 import prompts
 import rollout
-import tiny
 import train
-import world
 from annotations.samples import DataSet, Epochs
 from config import ConfigError
 from engine.flops import forward_flops, weights
@@ -39,6 +36,7 @@ from policy import Policy, Prompt, Video, Vocabulary, build_prompt, load
 from rollout import Group, Response, Turn, coarse_plan, coarse_prompt, read_turn, view_video
 from train import credit, micro_batches, score
 from video import decode
+from world import benchmark, lessons, tiny
 
 AGENT = ["--template", "world_zoomer", "--max_frames", "20", "--zoom_budget", "256"]
 AGENT += ["--tokenadv", "off", "--zoom_reward", "false"]
@@ -362,7 +360,7 @@ def player(tmp_path_factory) -> Path:
     steps = 100
     for step in range(steps):
         optimizer.param_groups[0]["lr"] = 3e-3 * min(1, (step + 1) / 10) * (1 - step / steps)
-        chat = prompts.chat_text(f"Which pattern does {rng.choice(list(world.COLOURS))} show? A B C D", system=None)
+        chat = prompts.chat_text(f"Which pattern does {rng.choice(list(benchmark.COLOURS))} show? A B C D", system=None)
         for _ in range(step % 3):  # turns before the one that is learned
             chat += random_turn(rng) + prompts.next_turn(f"3s{prompts.VIDEO}" * rng.randrange(3), False)
         ids = vocabulary.ids(chat)

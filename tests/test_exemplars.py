@@ -11,9 +11,7 @@ from conftest import completion, run_in_two_processes
 
 import config as configuration
 import exemplars
-import lessons
 import prompts
-import world
 from annotations import trajectories
 from annotations.rows import DataError, Row
 from config import ConfigError
@@ -22,6 +20,7 @@ from exemplars import Dialogue, Oracle, mixed, play, reflect
 from harness.chat import ChatError, Reply, RequestError
 from harness.chat import Shown as Frames
 from rollout import Response, view_video
+from world import benchmark, lessons
 
 AGENT = ["--template", "world_zoomer", "--max_frames", "20", "--zoom_budget", "256", "--frames_per_call", "10"]
 ANSWER = "<think>seen</think><answer>{}</answer>"
@@ -60,7 +59,7 @@ class Scripted:
 
 
 def test_the_oracle_sees_all_of_the_evidence_and_no_more_then_answers(scenes):
-    assert set(scenes) == set(world.KINDS)
+    assert set(scenes) == set(benchmark.KINDS)
     for kind, scene in scenes.items():
         episode, sample = Response(), scene.view.sample
         assert play(Oracle(), scene, episode) is None
@@ -112,8 +111,8 @@ def test_the_oracle_says_what_each_frame_shows(scenes, vocabulary):
         halves = [(start, start + 1), (start + 1, end)]
         turns = [said("blink", *(call(*half, fps) for half in halves[:n])) for n in (1, 2)]
         words = " ".join(prompts.parse_think(turn).split("<time>")[0].split(maxsplit=1)[1] for turn in turns).split()
-        assert len(words) == (end - start) * fps and set(words) <= {name, *world.COUNTS}
-        most = max((world.COUNTS.index(word) for word in words if word != name), default=0)
+        assert len(words) == (end - start) * fps and set(words) <= {name, *benchmark.COUNTS}
+        most = max((benchmark.COUNTS.index(word) for word in words if word != name), default=0)
         assert "ABCD"[most] == scenes["blink"].view.sample.answer
 
     coarse = scenes["coarse"].view.sample

@@ -18,7 +18,6 @@ from conftest import drop_video_token, drop_weights, loud_model
 from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLRMSNorm
 
-import tiny
 from attention import Tree
 from policy import (
     BANNED_TOKENS,
@@ -46,6 +45,7 @@ from policy import (
     window_layout,
 )
 from video import normalise_patches
+from world import tiny
 
 REALDATA = Path(__file__).resolve().parents[2] / "shared" / "realdata"
 CLIP = "<|vision_start|><|video_pad|><|vision_end|>"

@@ -9,7 +9,6 @@ import torch
 from conftest import loud_model
 
 import config as configuration
-import lessons
 import prompts as text
 import rollout
 from annotations.rows import DataError
@@ -30,6 +29,7 @@ from rollout import (
     zoom_pass,
 )
 from video import VideoError
+from world import lessons
 
 
 @pytest.fixture

@@ -15,13 +15,13 @@ import torch
 import torch.nn.functional as F
 
 import scenes
-import world
 from annotations.rows import DataError
 from benchmarks import scenes as baseline
 from media.file import VideoError
 from policy import Video, encode_videos
 from scenes import Detector, Labelled, SceneError, merge_shots
 from video import decode
+from world import benchmark, films
 
 SHOTS = [(0.0, 2.0), (2.0, 5.0), (5.0, 6.0), (6.0, 10.0)]
 
@@ -29,7 +29,7 @@ SHOTS = [(0.0, 2.0), (2.0, 5.0), (5.0, 6.0), (6.0, 10.0)]
 @pytest.fixture(scope="module")
 def long_world(tmp_path_factory):
     """The annotation file of two long videos of five scenes."""
-    return world.build_long(tmp_path_factory.mktemp("long"), "train", 2, n_scenes=5, workers=1)
+    return films.build_long(tmp_path_factory.mktemp("long"), "train", 2, n_scenes=5, workers=1)
 
 
 @pytest.fixture(scope="module")
@@ -137,7 +137,7 @@ def test_pyscenedetect_finds_the_shots_of_a_long_video(long_world):
 @needs_scenedetect
 def test_a_video_without_cuts_is_one_shot_and_a_file_without_frames_is_refused(tmp_path):
     path = tmp_path / "grey.mp4"
-    world.write_video([], path, 2)
+    benchmark.write_video([], path, 2)
     assert scenes.find_shots(path) == [(0.0, 2.0)]
     empty = tmp_path / "empty.mp4"
     empty.touch()
@@ -385,7 +385,7 @@ def test_the_baseline_s_histograms_count_colours(long_world):
 
 
 def test_the_program_trains_and_evaluates(tmp_path, capsys):
-    data = world.build_long(tmp_path / "cache", "train", 3, n_scenes=3, workers=1)
+    data = films.build_long(tmp_path / "cache", "train", 3, n_scenes=3, workers=1)
     arguments = ["--train_data", str(data), "--test_data", str(data), "--cache", str(tmp_path / "cache")]
     scenes.main(["--train", *arguments, "--out", str(tmp_path / "out")])
     trained = capsys.readouterr().out.splitlines()

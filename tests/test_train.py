@@ -611,7 +611,7 @@ def test_a_video_that_fails_only_in_the_zoom_pass_is_counted(recipe, tmp_path, m
 
 def test_responses_that_say_nothing_are_no_exception(recipe, tmp_path, tokenizer):
     """A policy with random weights: no answer, no span, often no end."""
-    import tiny
+    from world import tiny
 
     tiny.build_model(tokenizer).save_pretrained(tmp_path / "mute")
     tokenizer.save_pretrained(tmp_path / "mute")

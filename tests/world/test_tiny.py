@@ -5,12 +5,10 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 
-import lessons
-import tiny
-import world
 from policy import Vocabulary
+from world import benchmark, lessons, tiny
 
-CHECKPOINTS = Path(__file__).resolve().parents[1] / "checkpoints"
+CHECKPOINTS = Path(__file__).resolve().parents[2] / "checkpoints"
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +27,7 @@ def test_digits_words_and_tags_are_single_tokens(tokenizer):
     pieces = tokenizer.convert_ids_to_tokens(tokenizer("<glue>[(12.5,8.0)]</glue>")["input_ids"])
     assert [piece for piece in pieces if any(c.isdigit() for c in piece)] == ["1", "2", "5", "8", "0"]
     assert pieces[0] == "<glue>" and pieces[-1] == "</glue>"
-    for word in (*world.COLOURS, *world.PATTERNS, *world.COUNTS):
+    for word in (*benchmark.COLOURS, *benchmark.PATTERNS, *benchmark.COUNTS):
         assert len(tokenizer(f" {word}")["input_ids"]) == 1
 
 

@@ -14,11 +14,6 @@ Coarse frames show the video at whole seconds, where no light is ever out, and a
 pattern averages to the same grey. So on all but coarse questions, the answer is right beyond chance if and only if the
 span was: what R_zoom is meant to measure.
 
-Long videos (`build_long`) are several such videos joined, each of them a scene in a setting: instead of grey it shows
-walls whose stripes belong to the setting, filmed by two cameras that differ in tint, light and distance. An event is a
-close-up. So shots and scenes are known, but neighbouring shots of one scene may look less alike than those of two
-scenes, and settings come back.
-
 Everything follows from a seed. Each layout belongs to exactly one split (by a hash of what is shown), so no video is in
 two splits.
 """
@@ -26,15 +21,14 @@ two splits.
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import av
 import numpy as np
@@ -58,9 +52,6 @@ SPLITS = ("train", "val", "test")
 GREY = 128
 CONTRAST = 48  # grey levels around GREY
 LIGHT_ON, LIGHT_OFF = 220, 30
-# Long videos: what cameras tint walls with, as (U, V); seconds without events at both ends of a scene.
-TINTS = ((128, 148), (111, 118), (145, 118))
-MARGIN = 2
 
 
 @dataclass(frozen=True)
@@ -75,30 +66,15 @@ class Event:
     blinks: tuple[int, ...] = ()  # for blink: seconds n in which the light is out during [n + 0.25, n + 0.75)
 
 
-@dataclass(frozen=True)
-class Wall:
-    """A shot that shows no event: whole seconds [start, end), and a striped wall."""
+class Backdrop(Protocol):
+    """What a video shows during [start, end) seconds instead of grey, where there is no event."""
 
     start: int
     end: int
-    angle: float  # radians
-    period: float  # pixels from stripe to stripe
-    phase: float  # radians
-    light: int  # grey levels above GREY
-    tint: tuple[int, int]  # (U, V)
 
-
-@dataclass(frozen=True)
-class Scene:
-    """A part of a long video: whole seconds [start, end), what it shows before and between its events, and these."""
-
-    start: int
-    end: int
-    walls: tuple[Wall, ...]
-    events: tuple[Event, ...]
-
-
-Film = tuple[Scene, ...]  # a long video
+    def paint(self, luma: np.ndarray, chroma: np.ndarray) -> None:
+        """Change the frame's luma [SIZE, SIZE] and chroma [2, SIZE / 2, SIZE / 2] in place."""
+        ...
 
 
 # ---------------------------------------------------------------- layouts and questions
@@ -164,66 +140,10 @@ def questions(events: Sequence[Event]) -> list[dict]:
     return rows
 
 
-def split_of(layout: list[Event] | Film) -> str:
+def split_of(layout: Sequence[object]) -> str:
     """The one split that a layout belongs to: 80% train, 10% val, 10% test, by a hash of the layout."""
     bucket = hashlib.sha256(repr(layout).encode()).digest()[0] % 10
     return "val" if bucket == 8 else "test" if bucket == 9 else "train"
-
-
-# ---------------------------------------------------------------- long videos
-
-
-def draw_film(rng: np.random.Generator, n_scenes: int) -> Film:
-    """Draw a long video. About every third scene is in the same setting, never two in a row.
-
-    A setting is the angle and the period of its walls' stripes and the tints of its two cameras. Every cut from wall to
-    wall changes the tint, and any two settings share one: colour alone does not tell a new scene from a new shot.
-    """
-    n_settings = max(2, -(-n_scenes // 3))
-    angles = np.pi * (rng.random() + np.arange(n_settings)) / n_settings
-    periods = rng.uniform(20, 50, n_settings)
-    tints = [[TINTS[k] for k in rng.permutation(len(TINTS))[:2]] for _ in range(n_settings)]
-    film: list[Scene] = []
-    start, setting = 0, int(rng.integers(n_settings))
-    for _ in range(n_scenes):
-        n_events = int(rng.choice(3, p=[0.4, 0.45, 0.15]))
-        length = int(rng.integers(9, 16) if n_events else rng.integers(1, 12))
-        events = [shifted(event, start + MARGIN) for event in draw_layout(rng, length, n_events)]
-        end = start + length + 2 * MARGIN
-        walls: list[Wall] = []
-        for first, last in gaps(start, end, events):
-            before = film[-1].walls[-1].tint if film and first == start else None
-            for cut, next_cut in cut_at_random(rng, first, last):
-                others = [tint for tint in tints[setting] if tint != before]
-                before = others[int(rng.integers(len(others)))]
-                angle, period = float(angles[setting]), float(periods[setting] * rng.uniform(0.85, 1.2))
-                phase, light = float(rng.uniform(0, 2 * np.pi)), int(rng.integers(-20, 21))
-                walls.append(Wall(cut, next_cut, angle, period, phase, light, before))
-        film.append(Scene(start, end, tuple(walls), tuple(events)))
-        start, setting = end, (setting + int(rng.integers(1, n_settings))) % n_settings
-    return tuple(film)
-
-
-def shifted(event: Event, seconds: int) -> Event:
-    """The same event later."""
-    blinks = tuple(second + seconds for second in event.blinks)
-    return replace(event, start=event.start + seconds, end=event.end + seconds, blinks=blinks)
-
-
-def gaps(start: int, end: int, events: Sequence[Event]) -> list[tuple[int, int]]:
-    """The times of a scene before, between and after its events."""
-    starts, ends = [start, *(event.end for event in events)], [*(event.start for event in events), end]
-    return list(zip(starts, ends, strict=True))
-
-
-def cut_at_random(rng: np.random.Generator, start: int, end: int) -> list[tuple[int, int]]:
-    """Cut a time into shots of 2 to 5 s (of 1 s if it is as short as that)."""
-    shots = []
-    while end - start > 5:
-        length = int(rng.integers(2, min(5, end - start - 2) + 1))
-        shots.append((start, start + length))
-        start += length
-    return [*shots, (start, end)]
 
 
 # ---------------------------------------------------------------- pixels and files
@@ -241,16 +161,13 @@ def pattern_pixels(name: str, size: int, line: int) -> np.ndarray:
     }[name]
 
 
-def draw_frame(events: Sequence[Event], time: float, duration: int, walls: Sequence[Wall] = ()) -> np.ndarray:
+def draw_frame(events: Sequence[Event], time: float, duration: int, backdrops: Sequence[Backdrop] = ()) -> np.ndarray:
     """The frame shown at `time` seconds: planar YUV 4:2:0, uint8 [SIZE * 3 / 2, SIZE]."""
     luma = np.full((SIZE, SIZE), float(GREY))
     chroma = np.full((2, SIZE // 2, SIZE // 2), 128)
-    wall = next((wall for wall in walls if wall.start <= time < wall.end), None)
-    if wall is not None:
-        y, x = np.mgrid[0:SIZE, 0:SIZE]
-        across = x * np.cos(wall.angle) + y * np.sin(wall.angle)
-        luma += wall.light + 0.75 * CONTRAST * np.sin(2 * np.pi * across / wall.period + wall.phase)
-        chroma[0], chroma[1] = wall.tint
+    backdrop = next((backdrop for backdrop in backdrops if backdrop.start <= time < backdrop.end), None)
+    if backdrop is not None:
+        backdrop.paint(luma, chroma)
     half, quarter = SIZE // 2, SIZE // 4
     middle = slice(quarter, quarter + half)
     event = next((event for event in events if event.start <= time < event.end), None)
@@ -276,14 +193,14 @@ def draw_frame(events: Sequence[Event], time: float, duration: int, walls: Seque
     return np.concatenate([np.rint(luma).astype(np.uint8).ravel(), chroma.astype(np.uint8).ravel()]).reshape(-1, SIZE)
 
 
-def write_video(events: Sequence[Event], path: Path, duration: int, walls: Sequence[Wall] = ()) -> None:
+def write_video(events: Sequence[Event], path: Path, duration: int, backdrops: Sequence[Backdrop] = ()) -> None:
     """Write one H.264 mp4 at FPS frames per second, nearly lossless so that fine patterns survive."""
     part = path.with_suffix(f".{os.getpid()}.part")
     with av.open(str(part), "w", format="mp4") as container:
         stream = container.add_stream("libx264", rate=FPS, options={"crf": "1", "preset": "veryfast", "threads": "1"})
         stream.width, stream.height, stream.pix_fmt = SIZE, SIZE, "yuv420p"
         for k in range(duration * FPS):
-            image = draw_frame(events, k / FPS, duration, walls)
+            image = draw_frame(events, k / FPS, duration, backdrops)
             container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="yuv420p")))
         container.mux(stream.encode())
     part.replace(path)
@@ -303,29 +220,21 @@ def layouts(split: str, seed: int, duration: int, n_events: int) -> Iterator[lis
         index += 1
 
 
-def films(split: str, seed: int, n_scenes: int) -> Iterator[Film]:
-    """The endless, reproducible sequence of a split's long videos."""
-    for index in itertools.count():
-        film = draw_film(np.random.default_rng([seed, index]), n_scenes)
-        if split_of(film) == split:
-            yield film
-
-
-class _Job(NamedTuple):
+class Job(NamedTuple):
     """A video to write: a path in its folder, and the arguments of `write_video`."""
 
     video: str
     duration: int
     events: Sequence[Event]
-    walls: Sequence[Wall] = ()
+    backdrops: Sequence[Backdrop] = ()
 
 
-def _write(folder: Path, job: _Job) -> None:
+def _write(folder: Path, job: Job) -> None:
     if not (folder / job.video).exists():
-        write_video(job.events, folder / job.video, job.duration, job.walls)
+        write_video(job.events, folder / job.video, job.duration, job.backdrops)
 
 
-def _write_all(index: Path, split: str, jobs: list[_Job], rows: list[dict], workers: int | None) -> Path:
+def write_all(index: Path, split: str, jobs: list[Job], rows: list[dict], workers: int | None) -> Path:
     """Write the videos that are not there yet, several at a time, then the rows that name them."""
     (index.parent / split).mkdir(parents=True, exist_ok=True)
     with ProcessPoolExecutor(workers or os.cpu_count()) as pool:
@@ -353,7 +262,7 @@ def build(
     relative to it. Videos of a smaller build of the same world are used again. `duration` is in seconds. Raises
     ValueError if the events do not fit.
     """
-    _check_split(split)
+    check_split(split)
     folder = Path(root) / f"world-v2-seed{seed}-{duration}s-{n_events}events"
     index = folder / f"{split}-{n_videos}.jsonl"
     if index.exists():
@@ -361,46 +270,12 @@ def build(
     jobs, rows = [], []
     for events, k in zip(layouts(split, seed, duration, n_events), range(n_videos), strict=False):
         video = f"{split}/{k:05d}.mp4"
-        jobs.append(_Job(video, duration, events))
+        jobs.append(Job(video, duration, events))
         for n, row in enumerate(questions(events)):
             rows.append({"id": f"{split}-{k:05d}-{n}", "video": video, "duration": float(duration), **row})
-    return _write_all(index, split, jobs, rows, workers)
+    return write_all(index, split, jobs, rows, workers)
 
 
-def build_long(
-    root: str | Path, split: str, n_videos: int, seed: int = 0, n_scenes: int = 12, workers: int | None = None
-) -> Path:
-    """Write a split's long videos and what is known of them, unless they are there; the path of a JSON-lines file.
-
-    A row per video: `{"video", "duration", "shots", "scenes", "questions"}`. `video` is relative to the file, `shots`
-    and `scenes` are lists of [start, end] in seconds that cover the video without gaps. `questions` has a row as in
-    `build` for each question about each scene, with times of the long video, and `scene`, the scene's number from 0.
-    """
-    _check_split(split)
-    if n_scenes < 1:
-        raise ValueError(f"a long video has at least one scene, not {n_scenes}")
-    index = Path(root) / f"long-v1-seed{seed}-{n_scenes}scenes" / f"{split}-{n_videos}.jsonl"
-    if index.exists():
-        return index
-    jobs, rows = [], []
-    for film, k in zip(films(split, seed, n_scenes), range(n_videos), strict=False):
-        video, duration = f"{split}/{k:05d}.mp4", film[-1].end
-        events = [event for scene in film for event in scene.events]
-        walls = [wall for scene in film for wall in scene.walls]
-        jobs.append(_Job(video, duration, events, walls))
-        asked = [{**row, "scene": n} for n, scene in enumerate(film) for row in questions(scene.events)]
-        rows.append(
-            {
-                "video": video,
-                "duration": float(duration),
-                "shots": sorted([float(shot.start), float(shot.end)] for shot in (*walls, *events)),
-                "scenes": [[float(scene.start), float(scene.end)] for scene in film],
-                "questions": [{"id": f"{split}-{k:05d}-{n}", **row} for n, row in enumerate(asked)],
-            }
-        )
-    return _write_all(index, split, jobs, rows, workers)
-
-
-def _check_split(split: str) -> None:
+def check_split(split: str) -> None:
     if split not in SPLITS:
         raise ValueError(f"no split {split!r}: {', '.join(SPLITS)}")

@@ -10,21 +10,19 @@ import pytest
 import torch
 
 import config as configuration
-import lessons
 import prompts
 import sft
-import tiny
-import world
 from annotations.samples import read_samples
 from config import Config, ConfigError
 from policy import Policy, Vocabulary, load
+from world import benchmark, lessons, tiny
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
 def samples(tmp_path_factory):
-    path = world.build(tmp_path_factory.mktemp("world"), "train", 6, workers=1)
+    path = benchmark.build(tmp_path_factory.mktemp("world"), "train", 6, workers=1)
     return read_samples(path, video_root=path.parent)
 
 
@@ -51,7 +49,7 @@ def test_widened_spans_contain_the_evidence_and_stay_in_the_video():
     rng = random.Random(0)
     for _ in range(200):
         spans = [(0.0, 2.0), (17.0, 20.0)]
-        for (start, end), (s, e) in zip(spans, lessons.widened(spans, 3.0, 20.0, rng), strict=True):
+        for (start, end), (s, e) in zip(spans, lessons.overwide(spans, 3.0, 20.0, rng), strict=True):
             assert 0 <= s <= start and end <= e <= 20
             assert start - s <= 3.05 and e - end <= 3.05
 
@@ -70,7 +68,7 @@ def test_perception_says_every_second_and_every_colour(samples):
 
 def test_the_loss_is_the_mean_of_each_kind_of_answer(samples, vocabulary, config):
     model = tiny.build_model(vocabulary.tokenizer)
-    scenes = lessons.load_scenes(samples, config, vocabulary, model.config)[:2]
+    scenes = lessons.load_lessons(samples, config, vocabulary, model.config)[:2]
     batch = lessons.perception_batch(scenes, config, vocabulary, model.config)
     torch.manual_seed(0)
     states = torch.randn(*batch.ids.shape, 128)
@@ -87,7 +85,7 @@ def test_the_loss_is_the_mean_of_each_kind_of_answer(samples, vocabulary, config
 
 def test_what_a_glance_shows_counts_as_much_as_when(samples, vocabulary, config):
     model = tiny.build_model(vocabulary.tokenizer)
-    scenes = lessons.load_scenes(samples, config, vocabulary, model.config)[:3]
+    scenes = lessons.load_lessons(samples, config, vocabulary, model.config)[:3]
     batch = lessons.glance_batch(scenes, config, vocabulary, model.config)
     shown = []
     for b, scene in enumerate(scenes):
@@ -100,7 +98,11 @@ def test_what_a_glance_shows_counts_as_much_as_when(samples, vocabulary, config)
             shown.append(weight[when:].sum())
     assert sum(shown) == pytest.approx(1.0) and batch.weight.sum() == pytest.approx(2.0)
     glimpses = {sample.kind: lessons.glimpse(sample) for sample in samples}
-    assert glimpses["coarse"] in world.PATTERNS and glimpses["fine"] == "none" and glimpses["blink"] in world.COLOURS
+    assert (
+        glimpses["coarse"] in benchmark.PATTERNS
+        and glimpses["fine"] == "none"
+        and glimpses["blink"] in benchmark.COLOURS
+    )
 
 
 def test_templates_without_lessons_are_refused():
@@ -110,7 +112,7 @@ def test_templates_without_lessons_are_refused():
 
 def test_a_step_of_each_kind_lowers_its_loss(samples, vocabulary, config):
     model = tiny.build_model(vocabulary.tokenizer)
-    scenes = lessons.load_scenes(samples, config, vocabulary, model.config)
+    scenes = lessons.load_lessons(samples, config, vocabulary, model.config)
     rng = random.Random(0)
     for batch in (
         lessons.perception_batch(scenes, config, vocabulary, model.config),

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 
 import video
-import world
 from annotations.samples import read_samples
-from world import Event
+from world import benchmark, films
+from world.benchmark import Event
 
 DURATION = 20
 
@@ -22,7 +22,7 @@ DURATION = 20
 def decoded(events, tmp_path, times, size):
     """Frames of a video with these events, as the model would be given them: float [N, 3, size, size]."""
     path = tmp_path / "clip.mp4"
-    world.write_video(events, path, DURATION)
+    benchmark.write_video(events, path, DURATION)
     frames, _ = video.decode(path, times, size=(size, size))
     return frames.float()
 
@@ -30,13 +30,13 @@ def decoded(events, tmp_path, times, size):
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
     root = tmp_path_factory.mktemp("world")
-    paths = {split: world.build(root, split, 12, workers=1) for split in world.SPLITS}
+    paths = {split: benchmark.build(root, split, 12, workers=1) for split in benchmark.SPLITS}
     return {split: [json.loads(line) for line in path.read_text().splitlines()] for split, path in paths.items()}, paths
 
 
 def test_rows_have_the_public_format_and_load_as_samples(built):
     rows, paths = built
-    for split in world.SPLITS:
+    for split in benchmark.SPLITS:
         samples = read_samples(paths[split], video_root=paths[split].parent)
         assert [sample.kind for sample in samples] == [row["kind"] for row in rows[split]]
         for sample, row in zip(samples, rows[split], strict=True):
@@ -47,16 +47,16 @@ def test_rows_have_the_public_format_and_load_as_samples(built):
 
 def test_no_video_is_in_two_splits_and_a_larger_build_begins_with_the_smaller(tmp_path):
     shown = {}
-    for split in world.SPLITS:
-        for events in itertools.islice(world.layouts(split, 0, DURATION, 3), 300):
+    for split in benchmark.SPLITS:
+        for events in itertools.islice(benchmark.layouts(split, 0, DURATION, 3), 300):
             assert shown.setdefault(repr(events), split) == split
-    small = world.build(tmp_path, "val", 2, workers=1).read_text()
-    assert world.build(tmp_path, "val", 3, workers=1).read_text().startswith(small)
+    small = benchmark.build(tmp_path, "val", 2, workers=1).read_text()
+    assert benchmark.build(tmp_path, "val", 3, workers=1).read_text().startswith(small)
 
 
 def test_same_seed_same_bytes_other_seed_other_videos(tmp_path):
     first, second, other = (
-        world.build(tmp_path / str(k), "test", 3, seed=s, workers=1) for k, s in enumerate((0, 0, 1))
+        benchmark.build(tmp_path / str(k), "test", 3, seed=s, workers=1) for k, s in enumerate((0, 0, 1))
     )
     assert first.read_text() == second.read_text() != other.read_text()
     for row in map(json.loads, first.read_text().splitlines()):
@@ -65,12 +65,13 @@ def test_same_seed_same_bytes_other_seed_other_videos(tmp_path):
 
 def test_the_world_is_the_same_in_every_process():
     """Python's hashes of strings differ from process to process; nothing may depend on them."""
-    script = "import itertools, world; print(list(itertools.islice(world.layouts('train', 0, 20, 3), 20)))"
+    script = "from itertools import islice; from world import benchmark; "
+    script += "print(list(islice(benchmark.layouts('train', 0, 20, 3), 20)))"
     printed = [
         subprocess.run(
             [sys.executable, "-c", script],
             env={**os.environ, "PYTHONHASHSEED": seed},
-            cwd=Path(__file__).parents[1],
+            cwd=Path(__file__).parents[2],
             capture_output=True,
             text=True,
             check=True,
@@ -82,14 +83,14 @@ def test_the_world_is_the_same_in_every_process():
 
 def test_layouts_are_what_the_module_promises():
     kinds = set()
-    for events in itertools.islice(world.layouts("train", 3, DURATION, 3), 500):
+    for events in itertools.islice(benchmark.layouts("train", 3, DURATION, 3), 500):
         for before, after in itertools.pairwise(events):
             assert after.start - before.end >= 1
         assert events[0].start >= 0 and events[-1].end <= DURATION
         for event in events:
             assert 2 <= event.end - event.start <= 4
             assert set(event.blinks) <= set(range(event.start, event.end))
-        rows = world.questions(events)
+        rows = benchmark.questions(events)
         kinds |= {row["kind"] for row in rows}
         assert [row["glue"] for row in rows] == [
             [[e.start, e.end] for e in events if e.colour == colour]
@@ -99,14 +100,14 @@ def test_layouts_are_what_the_module_promises():
             if row["kind"] in ("blink", "pair"):
                 spans = row["glue"]
                 blinks = sum(len(e.blinks) for e in events if [e.start, e.end] in spans)
-                assert row["options"]["ABCD".index(row["answer"][1])] == world.COUNTS[blinks]
-    assert kinds == set(world.KINDS)
+                assert row["options"]["ABCD".index(row["answer"][1])] == benchmark.COUNTS[blinks]
+    assert kinds == set(benchmark.KINDS)
 
 
 def test_answers_are_balanced():
     counts = dict.fromkeys(itertools.product(("coarse", "fine"), "ABCD"), 0)
-    for events in itertools.islice(world.layouts("train", 0, DURATION, 3), 1000):
-        for row in world.questions(events):
+    for events in itertools.islice(benchmark.layouts("train", 0, DURATION, 3), 1000):
+        for row in benchmark.questions(events):
             if row["kind"] in ("coarse", "fine"):
                 counts[row["kind"], row["answer"][1]] += 1
     for kind in ("coarse", "fine"):
@@ -114,7 +115,7 @@ def test_answers_are_balanced():
         assert min(values) > 0.85 * sum(values) / 4
 
 
-@pytest.mark.parametrize("a, b", list(itertools.combinations(world.PATTERNS, 2)))
+@pytest.mark.parametrize("a, b", list(itertools.combinations(benchmark.PATTERNS, 2)))
 def test_fine_patterns_are_equal_in_the_coarse_pass_and_differ_in_the_zoom(a, b, tmp_path):
     """At half the resolution they differ by at most the rounding to whole grey levels."""
     times = [5.0, 6.0]
@@ -128,7 +129,7 @@ def test_fine_patterns_are_equal_in_the_coarse_pass_and_differ_in_the_zoom(a, b,
     assert (frames[a, 112] - frames[b, 112]).abs().max() > 50
 
 
-@pytest.mark.parametrize("a, b", list(itertools.combinations(world.PATTERNS, 2)))
+@pytest.mark.parametrize("a, b", list(itertools.combinations(benchmark.PATTERNS, 2)))
 def test_coarse_patterns_differ_in_the_coarse_pass(a, b, tmp_path):
     first, second = (decoded([Event(5, 8, "red", "coarse", n)], tmp_path, [5.0], 56) for n in (a, b))
     assert (first - second).abs().max() > 50
@@ -152,11 +153,11 @@ def test_events_start_and_end_on_their_frames(tmp_path):
 
 def test_worlds_that_cannot_be_are_refused(tmp_path):
     with pytest.raises(ValueError, match="do not fit"):
-        world.build(tmp_path, "train", 20, duration=8, n_events=3)
+        benchmark.build(tmp_path, "train", 20, duration=8, n_events=3)
     with pytest.raises(ValueError, match="at most 6 events"):
-        world.build(tmp_path, "train", 1, duration=60, n_events=7)
+        benchmark.build(tmp_path, "train", 1, duration=60, n_events=7)
     with pytest.raises(ValueError, match="no split 'dev'"):
-        world.build(tmp_path, "dev", 1)
+        benchmark.build(tmp_path, "dev", 1)
 
 
 # ---------------------------------------------------------------- long videos
@@ -164,14 +165,14 @@ def test_worlds_that_cannot_be_are_refused(tmp_path):
 
 @pytest.fixture(scope="module")
 def long_world(tmp_path_factory):
-    path = world.build_long(tmp_path_factory.mktemp("long"), "test", 2, n_scenes=4, workers=1)
+    path = films.build_long(tmp_path_factory.mktemp("long"), "test", 2, n_scenes=4, workers=1)
     return path, [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def test_films_are_what_the_module_promises():
-    films = list(itertools.islice(world.films("train", 1, 12), 40))
+    drawn = list(itertools.islice(films.films("train", 1, 12), 40))
     boundaries = shots = 0
-    for film in films:
+    for film in drawn:
         assert len(film) == 12
         for scene in film:
             # Events are at least two seconds away from the scene's ends.
@@ -185,7 +186,7 @@ def test_films_are_what_the_module_promises():
         boundaries += len(film) - 1
         shots += sum(len(scene.walls) + len(scene.events) for scene in film) - 1
     assert boundaries / shots < 0.3
-    assert {len(scene.events) for film in films for scene in film} == {0, 1, 2}
+    assert {len(scene.events) for film in drawn for scene in film} == {0, 1, 2}
 
 
 def test_shots_and_scenes_of_a_long_video_cover_it(long_world):
@@ -204,7 +205,7 @@ def test_a_long_video_shows_what_it_says(long_world):
     path, rows = long_world
     row = rows[0]
     first = [start for start, _ in row["shots"]]
-    last = [end - 1 / world.FPS for _, end in row["shots"]]
+    last = [end - 1 / benchmark.FPS for _, end in row["shots"]]
     frames, _ = video.decode(path.parent / row["video"], [*first, *last])
     walls = frames[:, :, :20].float()  # without the middle, where lights blink
     starts, ends = walls[: len(first)], walls[len(first) :]
@@ -221,11 +222,13 @@ def test_questions_about_the_parts_are_questions_about_the_long_video(long_world
             start, end = row["scenes"][question["scene"]]
             assert all(start < span[0] < span[1] < end and span in row["shots"] for span in question["glue"])
             if question["kind"] in ("blink", "pair"):
-                frames = [range(int(start) * world.FPS, int(end) * world.FPS) for start, end in question["glue"]]
-                times = [k / world.FPS for k in itertools.chain(*frames)]
+                frames = [
+                    range(int(start) * benchmark.FPS, int(end) * benchmark.FPS) for start, end in question["glue"]
+                ]
+                times = [k / benchmark.FPS for k in itertools.chain(*frames)]
                 light = video.decode(path.parent / row["video"], times)[0][:, :, 50:60, 50:60].amax((1, 2, 3)) < 100
                 dark = int(light.sum()) // 4  # a light is out for half a second, four frames
-                assert question["options"]["ABCD".index(question["answer"][1])] == world.COUNTS[dark]
+                assert question["options"]["ABCD".index(question["answer"][1])] == benchmark.COUNTS[dark]
 
 
 def test_long_videos_are_the_same_again_and_differ_between_seeds_and_splits(long_world, tmp_path):
@@ -236,21 +239,21 @@ def test_long_videos_are_the_same_again_and_differ_between_seeds_and_splits(long
     before = path.read_text()
     path.unlink()
     # An interrupted build goes on.
-    assert world.build_long(path.parents[1], "test", 2, n_scenes=4, workers=1).read_text() == before
+    assert films.build_long(path.parents[1], "test", 2, n_scenes=4, workers=1).read_text() == before
     assert (folder / "00001.mp4").exists() and (folder / "00000.mp4").stat().st_mtime_ns == kept
     shown = {}
-    for split in world.SPLITS:
+    for split in benchmark.SPLITS:
         for seed in (0, 1):
-            for film in itertools.islice(world.films(split, seed, 4), 20):
+            for film in itertools.islice(films.films(split, seed, 4), 20):
                 assert shown.setdefault(repr(film), (split, seed)) == (split, seed)
     with pytest.raises(ValueError, match="at least one scene"):
-        world.build_long(tmp_path, "train", 1, n_scenes=0)
+        films.build_long(tmp_path, "train", 1, n_scenes=0)
     with pytest.raises(ValueError, match="no split 'dev'"):
-        world.build_long(tmp_path, "dev", 1)
+        films.build_long(tmp_path, "dev", 1)
 
 
 def test_the_short_world_keeps_its_pixels():
     """The videos that shipped policies were trained on must not change."""
-    events = next(world.layouts("train", 0, DURATION, 3))
-    frames = b"".join(world.draw_frame(events, k / world.FPS, DURATION).tobytes() for k in range(0, 160, 8))
+    events = next(benchmark.layouts("train", 0, DURATION, 3))
+    frames = b"".join(benchmark.draw_frame(events, k / benchmark.FPS, DURATION).tobytes() for k in range(0, 160, 8))
     assert hashlib.sha256(frames).hexdigest()[:16] == "c922f9d07a8eed0d"

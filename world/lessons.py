@@ -37,21 +37,20 @@ from tqdm import tqdm
 
 import evaluate
 import prompts as text
-import tiny
-import world
 from annotations.rows import Sample
 from annotations.samples import load_samples
 from config import Config, ConfigError
 from policy import Policy, Prompt, Video, Vocabulary, build_prompt, load
 from report.tables import table
 from rollout import chat_text, coarse_prompt, view_video, zoom_clips
+from world import benchmark, tiny
 
 Spans = list[tuple[float, float]]
 END = "<|im_end|>"
 
 
 @dataclass
-class Scene:
+class Lesson:
     """One training video: its questions, the coarse prompt of each, and one zoomed clip for each."""
 
     samples: list[Sample]
@@ -65,7 +64,7 @@ class Scene:
 
 def asked_colour(sample: Sample) -> str:
     """The colour that a question is about."""
-    return next(colour for colour in world.COLOURS if f" {colour} " in sample.question)
+    return next(colour for colour in benchmark.COLOURS if f" {colour} " in sample.question)
 
 
 def asked_pattern(sample: Sample) -> str:
@@ -85,7 +84,7 @@ def demonstration(sample: Sample, spans: Spans) -> str:
     return f"{think}<answer>{sample.answer}</answer><glue>[{times}]</glue>{END}"
 
 
-def widened(spans: Sequence[tuple[float, float]], most: float, duration: float, rng: random.Random) -> Spans:
+def overwide(spans: Sequence[tuple[float, float]], most: float, duration: float, rng: random.Random) -> Spans:
     """Every end moved outwards by 0 to `most` seconds, in tenths, within the video."""
     moved = [(s - rng.uniform(0, most), e + rng.uniform(0, most)) for s, e in spans]
     return [(round(max(0.0, s), 1), round(min(duration, e), 1)) for s, e in moved]
@@ -116,7 +115,7 @@ def corpus() -> list[str]:
     """Everything the tiny tokenizer should have as single tokens."""
     spans = [(3.0, 8.0), (12.5, 14.0)]
     texts = [text.chat_text(""), text.chat_text("", system=None), "0123456789", " none"]
-    for colour, names in itertools.product(world.COLOURS, (world.PATTERNS, world.COUNTS)):
+    for colour, names in itertools.product(benchmark.COLOURS, (benchmark.PATTERNS, benchmark.COUNTS)):
         for question in (f"Which pattern does {colour} show?", f"How often does {colour} blink?"):
             sample = Sample("", "", question, names, "A", tuple(spans), 20.0)
             texts += [demonstration(sample, spans), demonstration(sample, spans[:1])]
@@ -127,25 +126,25 @@ def corpus() -> list[str]:
 # ---------------------------------------------------------------- examples
 
 
-def load_scenes(samples: Sequence[Sample], config: Config, vocabulary: Vocabulary, model_config) -> list[Scene]:
-    """Decode every video once: the coarse clip, and for each question a clip of its spans, a little widened."""
+def load_lessons(samples: Sequence[Sample], config: Config, vocabulary: Vocabulary, model_config) -> list[Lesson]:
+    """Decode every video once: the coarse clip, and for each question a clip of its spans, a little too wide."""
     rng = random.Random(config.seed)
-    scenes = []
+    lessons = []
     grouped = [list(group) for _, group in itertools.groupby(samples, key=lambda sample: sample.video)]
     for group in tqdm(grouped, desc="decoding", unit="video", disable=None):
         view = view_video(group[0], config)
-        spans = [widened(s.evidence, 1.0 if len(s.evidence) == 1 else 0.25, view.info.duration, rng) for s in group]
+        spans = [overwide(s.evidence, 1.0 if len(s.evidence) == 1 else 0.25, view.info.duration, rng) for s in group]
         clips = zoom_clips(view, spans, config)
         views = [replace(view, sample=sample) for sample in group]
-        scenes.append(
-            Scene(
+        lessons.append(
+            Lesson(
                 group,
                 view.video,
                 [coarse_prompt(v, config, vocabulary, model_config) for v in views],
                 [Video.from_frames(clip.frames, clip.step) for clip in clips],
             )
         )
-    return scenes
+    return lessons
 
 
 @dataclass
@@ -181,55 +180,55 @@ class Batch:
         return cls(prompts, ids, kind >= 0, weight)
 
 
-def unasked_prompts(scenes: Sequence[Scene], config: Config, vocabulary: Vocabulary, model_config) -> list[Prompt]:
+def unasked_prompts(lessons: Sequence[Lesson], config: Config, vocabulary: Vocabulary, model_config) -> list[Prompt]:
     """The coarse pass of each video without a question, up to where a response has its thoughts."""
     ids = vocabulary.ids(chat_text("", config) + "<think>")
-    return [build_prompt(ids, [scene.coarse], model_config) for scene in scenes]
+    return [build_prompt(ids, [lesson.coarse], model_config) for lesson in lessons]
 
 
-def perception_batch(scenes: Sequence[Scene], config: Config, vocabulary: Vocabulary, model_config) -> Batch:
+def perception_batch(lessons: Sequence[Lesson], config: Config, vocabulary: Vocabulary, model_config) -> Batch:
     """When each colour of these videos is on, and the colour of every second, where a response has its thoughts."""
-    prompts = unasked_prompts(scenes, config, vocabulary, model_config)
-    answers = [[*locations(s.samples), timeline(s.samples, config.world_duration)] for s in scenes]
-    kinds = [[0] * len(scene.samples) + [1] for scene in scenes]
+    prompts = unasked_prompts(lessons, config, vocabulary, model_config)
+    answers = [[*locations(s.samples), timeline(s.samples, config.world_duration)] for s in lessons]
+    kinds = [[0] * len(lesson.samples) + [1] for lesson in lessons]
     return Batch.of(prompts, [[vocabulary.ids(answer) for answer in group] for group in answers], kinds)
 
 
-def glance_batch(scenes: Sequence[Scene], config: Config, vocabulary: Vocabulary, model_config) -> Batch:
+def glance_batch(lessons: Sequence[Lesson], config: Config, vocabulary: Vocabulary, model_config) -> Batch:
     """When each colour of these videos is on, and, counting as much as all of that, what the coarse pass shows then."""
     answers, kinds = [], []
-    for scene in scenes:
-        found = list(map(vocabulary.ids, locations(scene.samples)))
-        shown = [vocabulary.ids(f" {glimpse(sample)}") for sample in scene.samples]
+    for lesson in lessons:
+        found = list(map(vocabulary.ids, locations(lesson.samples)))
+        shown = [vocabulary.ids(f" {glimpse(sample)}") for sample in lesson.samples]
         answers.append([when + what for when, what in zip(found, shown, strict=True)])
         kinds.append([[0] * len(when) + [1] * len(what) for when, what in zip(found, shown, strict=True)])
-    return Batch.of(unasked_prompts(scenes, config, vocabulary, model_config), answers, kinds)
+    return Batch.of(unasked_prompts(lessons, config, vocabulary, model_config), answers, kinds)
 
 
 def demonstration_batch(
-    scenes: Sequence[Scene], config: Config, vocabulary: Vocabulary, widen: float, rng: random.Random
+    lessons: Sequence[Lesson], config: Config, vocabulary: Vocabulary, widen: float, rng: random.Random
 ) -> Batch:
     """A whole response to every question about these videos, with spans up to `widen` seconds too wide at each end."""
     prompts, answers = [], []
-    for scene in scenes:
-        for sample, prompt in zip(scene.samples, scene.prompts, strict=True):
-            spans = widened(sample.evidence, widen, config.world_duration, rng)
+    for lesson in lessons:
+        for sample, prompt in zip(lesson.samples, lesson.prompts, strict=True):
+            spans = overwide(sample.evidence, widen, config.world_duration, rng)
             prompts.append(prompt)
             answers.append([vocabulary.ids(demonstration(sample, spans))])
     return Batch.of(prompts, answers)
 
 
 def zoom_batch(
-    scenes: Sequence[Scene], config: Config, vocabulary: Vocabulary, model_config, rng: random.Random
+    lessons: Sequence[Lesson], config: Config, vocabulary: Vocabulary, model_config, rng: random.Random
 ) -> Batch:
     """The answer letter of one question per video, from the clip of its true spans."""
     prompts, answers = [], []
-    for scene in scenes:
-        k = rng.randrange(len(scene.samples))
-        sample = scene.samples[k]
+    for lesson in lessons:
+        k = rng.randrange(len(lesson.samples))
+        sample = lesson.samples[k]
         chat = chat_text(text.zoom_text(config.template, sample.question, list(sample.options)), config)
         ids, letters = vocabulary.forced_letter(chat, len(sample.options))
-        prompts.append(build_prompt(ids, [scene.zooms[k]], model_config))
+        prompts.append(build_prompt(ids, [lesson.zooms[k]], model_config))
         answers.append([[letters["ABCD".index(sample.answer)]]])
     return Batch.of(prompts, answers)
 
@@ -264,7 +263,7 @@ CYCLES = {
 
 def cold_start(
     policy: torch.nn.Module,
-    scenes: list[Scene],
+    lessons: list[Lesson],
     config: Config,
     vocabulary: Vocabulary,
     accelerator: Accelerator,
@@ -275,12 +274,12 @@ def cold_start(
     shares = sum(phase.share for cycle in cycles for phase in cycle)
     for cycle in cycles:
         phases = [phase for phase in cycle for _ in range(max(1, config.steps * phase.share // shares))]
-        train_cycle(policy, scenes, config, vocabulary, accelerator, phases, rng)
+        train_cycle(policy, lessons, config, vocabulary, accelerator, phases, rng)
 
 
 def train_cycle(
     policy: torch.nn.Module,
-    scenes: list[Scene],
+    lessons: list[Lesson],
     config: Config,
     vocabulary: Vocabulary,
     accelerator: Accelerator,
@@ -299,8 +298,8 @@ def train_cycle(
         factor = min(1.0, (step + 1) / config.warmup) * 0.5 * (1 + math.cos(math.pi * step / len(phases)))
         for group in optimizer.param_groups:
             group["lr"] = config.lr * factor
-        some = rng.sample(scenes, config.prompts_per_step)
-        batches = {"zoom": zoom_batch(rng.sample(scenes, config.zoom_batch), config, vocabulary, model_config, rng)}
+        some = rng.sample(lessons, config.prompts_per_step)
+        batches = {"zoom": zoom_batch(rng.sample(lessons, config.zoom_batch), config, vocabulary, model_config, rng)}
         if phase.examples == "perception":
             batches["perception"] = perception_batch(some, config, vocabulary, model_config)
         elif phase.examples == "glances":
@@ -338,9 +337,9 @@ def teach(config: Config) -> None:
         tokenizer = tiny.build_tokenizer(corpus())
         model = tiny.build_model(tokenizer, config.seed)
     vocabulary = Vocabulary.of(tokenizer)
-    scenes = load_scenes(samples, config, vocabulary, model.config)
+    lessons = load_lessons(samples, config, vocabulary, model.config)
     policy = accelerator.prepare(Policy(model))
-    cold_start(policy, scenes, config, vocabulary, accelerator)
+    cold_start(policy, lessons, config, vocabulary, accelerator)
 
     out = Path(config.out)
     model.save_pretrained(out)
