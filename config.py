@@ -116,7 +116,7 @@ class Config:
         "Stop when more than this share of the prompts so far had an unreadable video.",
         least=0,
         free=True,
-        used_by=("train",),
+        used_by=LOOPS,
     )
     cache: str = data("cache", "Folder of the built-in benchmark's videos.", used_by=ALL)
     world_seed: int = data(0, "Seed of the built-in benchmark.", least=0, used_by=ALL)
