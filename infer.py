@@ -415,7 +415,8 @@ def answer_all(
     made_with: dict,
     accelerator: Accelerator,
 ) -> list[dict]:
-    """Answer the samples that the result file `path` does not have yet; returns all rows, on every process.
+    """Answer the samples that the result file `path` does not have yet, or has as unreadable; all rows, on every
+    process.
 
     `made_with` goes into each row; DataError if the file has rows that were made with something else or are about
     other questions. Split over processes, which all append to the one file.
@@ -424,8 +425,8 @@ def answer_all(
     if accelerator.is_main_process:
         journal.begin(path)
     accelerator.wait_for_everyone()
-    done = finished(path, samples, made_with)
-    rest = [sample for sample in samples if sample.id not in done]
+    done = {id for id, row in stored(path, samples, made_with).items() if not row["error"]}
+    rest = [sample for sample in samples if sample.id not in done]  # what could not be read may be readable now
     accelerator.wait_for_everyone()  # everybody has read the file before anybody adds to it
     agent = replace(agent, frames=FrameCache(FRAME_BYTES))  # so that seconds do not depend on earlier calls
     label = f"{path.name}: {len(done)} done, {len(rest)} to do"
@@ -434,12 +435,14 @@ def answer_all(
         with accelerator.autocast():
             journal.append(path, {**to_file(answer_row(agent, ask, one, settings)), "made_with": made_with})
     accelerator.wait_for_everyone()
-    rows = finished(path, samples, made_with)
+    rows = stored(path, samples, made_with)
     return [rows[sample.id] for sample in samples]
 
 
-def finished(path: Path, samples: Sequence[Sample], made_with: dict) -> dict[str, dict]:
-    """The rows of a result file by question; DataError if they are not about these samples, made in this way."""
+def stored(path: Path, samples: Sequence[Sample], made_with: dict) -> dict[str, dict]:
+    """The rows of a result file by question, the last one of each; DataError if they are not about these samples, made
+    in this way.
+    """
     if not path.exists() or not path.stat().st_size:
         return {}
     read_results(path, list(samples))  # checks ids, videos, answers, spans

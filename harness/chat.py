@@ -8,7 +8,9 @@ A `Chat` turns a list of messages, of texts and frames, into a `Reply`. There ar
 - `Endpoint`: an address that speaks the protocol of OpenAI's chat completions, as hosted services, vLLM and others do.
   Each frame is sent as an image. What may pass (a cut or slow connection, status 408, 429 or 5xx, a reply that is not
   JSON) is tried again, after a wait that doubles, has jitter, and is as long as the server asks for (Retry-After). What
-  will not pass (another 4xx) is a ChatError at once.
+  will not pass (another 4xx) is a ChatError at once; but a parameter that the server's models do not know is left out
+  or named as they know it. Before a first refused request counts as such, a tiny one is sent: if that is refused too,
+  the run ends, because every request would be.
 - `Local`: a Qwen2.5-VL checkpoint, greedily. Each clip is shown as a video.
 - `Cached`: replies on disk by the content of the messages, so that nothing is asked twice, also after a restart; and
   the count of tokens. Only requests that were under way when a process was killed are asked again.
@@ -20,10 +22,10 @@ import base64
 import hashlib
 import http.client
 import io
-import itertools
 import json
 import os
 import random
+import re
 import tempfile
 import threading
 import time
@@ -47,6 +49,10 @@ from video import Clip
 ADDRESS, KEY = "OPENAI_BASE_URL", "OPENAI_API_KEY"  # environment variables, as other clients name them
 MAX_REPLY = 16 * 2**20  # bytes
 REFUSED = (400, 413, 422)  # the status of a request that is itself the problem, not the key or the address
+# What to send instead of a parameter that a server refuses by name; None: nothing.
+INSTEAD = {"max_tokens": "max_completion_tokens", "max_completion_tokens": None, "temperature": None}
+UNKNOWN = re.compile("unsupported|not support|unrecogni|unknown|not permitted|not allowed|deprecated", re.IGNORECASE)
+SHORTEST_KEY = 6  # characters; shorter ones are words for servers that ask for none, and may stand in any message
 
 
 class ChatError(Exception):
@@ -54,7 +60,13 @@ class ChatError(Exception):
 
 
 class RequestError(ChatError):
-    """A reply that cannot be had to this request: it is too long, or its content is not accepted."""
+    """A reply that cannot be had to this request: it is too long, or its content is not accepted. `reason`: what the
+    server says, in full.
+    """
+
+    def __init__(self, message: str, reason: str = ""):
+        super().__init__(message)
+        self.reason = reason
 
 
 @dataclass(frozen=True)
@@ -107,8 +119,9 @@ class _NoRedirect(urllib.request.HTTPRedirectHandler):
 class Endpoint:
     """A chat endpoint at `url`, such as https://api.openai.com/v1. It can be asked by several threads at once.
 
-    `timeout`: seconds without a byte from the server; `waits`: the seconds before the second, third, ... try, each
-    shortened by up to a half at random; `patience`: the longest wait that a server may ask for, in seconds.
+    `timeout`: seconds without a byte from the server; `deadline`: seconds from a reply's beginning to its end;
+    `waits`: the seconds before the second, third, ... try, each shortened by up to a half at random; `patience`: the
+    longest wait that a server may ask for, in seconds.
     """
 
     url: str
@@ -117,6 +130,7 @@ class Endpoint:
     max_tokens: int = 1024
     temperature: float = 0.0
     timeout: float = 120.0
+    deadline: float = 300.0
     waits: Sequence[float] = (1, 2, 4, 8, 16, 32, 60, 60)
     patience: float = 600.0
     sleep: Callable[[float], None] = time.sleep
@@ -133,17 +147,54 @@ class Endpoint:
             raise ChatError(f"endpoint {self.url}: which model? Give --judge_model NAME")
         self.url = self.url.rstrip("/").removesuffix("/chat/completions")
         self.name = f"{self.model} {self.max_tokens} {self.temperature}"
+        self.parameters = {"max_tokens": self.max_tokens, "temperature": self.temperature}
+        self.accepted = False  # whether the server has ever answered a request
 
     def reply(self, messages: Sequence[Message]) -> Reply:
         """Ask, and ask again where that may help. Raises RequestError, and ChatError for all other failures."""
+        try:
+            reply = self.ask(messages)
+        except RequestError as refusal:
+            if not self.accepted:
+                self.try_tiny_request(messages, refusal)
+            raise
+        self.accepted = True
+        return reply
+
+    def ask(self, messages: Sequence[Message]) -> Reply:
         content = [{"role": message.role, "content": as_content(message)} for message in messages]
-        asked = {"model": self.model, "messages": content, "max_tokens": self.max_tokens}
-        body = json.dumps({**asked, "temperature": self.temperature}).encode()
-        for tries in itertools.count(1):
+        tries = 0
+        while True:
+            sent = dict(self.parameters)
             try:
-                return read_completion(self.post(body))
+                return read_completion(self.post({"model": self.model, "messages": content, **sent}))
             except _PassingError as error:
+                tries += 1
                 self.wait_after(error, tries)
+            except RequestError as refusal:
+                if not self.renamed(refusal.reason, sent):
+                    raise
+
+    def renamed(self, refusal: str, sent: dict) -> bool:
+        """Whether a refusal says that one of the parameters sent is unknown; from now on what is `INSTEAD` is sent."""
+        for name in sent:
+            if name in refusal and UNKNOWN.search(refusal):
+                value, other = self.parameters.pop(name, None), INSTEAD[name]
+                if other and value is not None:  # another thread may have been here
+                    self.parameters[other] = value
+                return True
+        return False
+
+    def try_tiny_request(self, messages: Sequence[Message], refusal: RequestError) -> None:
+        """Raise ChatError if the server also refuses a request of one word, and one small frame if there were any."""
+        grey = Shown("grey.mp4", (0.0, 1.0), Clip(torch.full((1, 3, 56, 56), 128, dtype=torch.uint8), [0.0], 1.0))
+        with_frames = any(isinstance(part, Shown) for message in messages for part in message.parts)
+        try:
+            self.ask([Message("user", (grey, "Hello") if with_frames else ("Hello",))])
+        except RequestError:
+            what = "one small picture and a word" if with_frames else "a word"
+            raise ChatError(f"{refusal}; and a request of {what} is refused too: is it the right model?") from None
+        self.accepted = True
 
     def wait_after(self, error: _PassingError, tries: int) -> None:
         """Wait for the next try. Raises ChatError if there is none, or not soon."""
@@ -153,23 +204,44 @@ class Endpoint:
             raise ChatError(f"endpoint {self.url}: {error}; it asks to wait for {error.wait:.0f} s") from None
         self.sleep(max(error.wait, self.waits[tries - 1] * (1 - self.rng.random() / 2)))
 
-    def post(self, body: bytes) -> bytes:
+    def post(self, fields: dict) -> bytes:
         """One request. Raises _PassingError, or ChatError for what will not pass."""
         headers = {"Content-Type": "application/json", "Authorization": f"Bearer {self.key}"}
-        request = urllib.request.Request(f"{self.url}/chat/completions", body, headers)
+        request = urllib.request.Request(f"{self.url}/chat/completions", json.dumps(fields).encode(), headers)
         try:
-            with urllib.request.build_opener(_NoRedirect).open(request, timeout=self.timeout) as answer:
-                return answer.read(MAX_REPLY)
-        except urllib.error.HTTPError as error:
-            with error:
-                said = one_line(error.read(2000).decode(errors="replace"))
-            what = f"status {error.code}{': ' if said else ''}{said}"
-            if error.code in (408, 429) or error.code >= 500:
-                raise _PassingError(what, asked_wait(error.headers)) from None
-            kind = RequestError if error.code in REFUSED else ChatError
-            raise kind(f"endpoint {self.url}, model {self.model}: {what}") from None
+            try:
+                answer = urllib.request.build_opener(_NoRedirect).open(request, timeout=self.timeout)
+            except urllib.error.HTTPError as error:
+                answer = error
+            with answer:
+                content = self.read(answer, MAX_REPLY if answer.status == 200 else 2000)
+                if answer.status == 200 and answer.length and len(content) < MAX_REPLY:
+                    raise _PassingError("the connection was cut in the middle of the reply")
         except (OSError, http.client.HTTPException) as error:  # URLError and timeouts are OSErrors
             raise _PassingError(one_line(str(getattr(error, "reason", error)) or type(error).__name__)) from None
+        if answer.status != 200:
+            raise self.failure(answer.status, answer.headers, content)
+        return content
+
+    def failure(self, status: int, headers: http.client.HTTPMessage, content: bytes) -> Exception:
+        """What an answer with this status means."""
+        reason = content.decode(errors="replace")
+        if len(self.key) >= SHORTEST_KEY:  # servers may repeat it
+            reason = reason.replace(self.key, "[key]")
+        what = f"status {status}{': ' if reason.strip() else ''}{one_line(reason)}"
+        if status in (408, 429) or status >= 500:
+            return _PassingError(what, asked_wait(headers))
+        what = f"endpoint {self.url}, model {self.model}: {what}"
+        return RequestError(what, reason) if status in REFUSED else ChatError(what)
+
+    def read(self, answer: http.client.HTTPResponse, most: int) -> bytes:
+        """At most so many bytes of an answer. Raises _PassingError if they drip in for longer than the deadline."""
+        end, content = time.monotonic() + self.deadline, b""
+        while len(content) < most and (part := answer.read1(most - len(content))):
+            content += part
+            if time.monotonic() > end:
+                raise _PassingError(f"the reply is not complete {self.deadline:g} s after it began")
+        return content
 
 
 class _PassingError(Exception):
@@ -209,13 +281,18 @@ def read_completion(body: bytes) -> Reply:
         message = value["choices"][0]["message"]
         text = message.get("content") or message.get("refusal") or ""
         usage = value.get("usage") or {}
-        counts = [int(usage.get(name) or 0) for name in ("prompt_tokens", "completion_tokens")]
-    except (ValueError, LookupError, TypeError, AttributeError):
+        counts = [token_count(usage.get(name)) for name in ("prompt_tokens", "completion_tokens")]
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):  # the last: thousands of brackets
         start = one_line(body[:200].decode(errors="replace"))
         raise _PassingError(f"not a chat completion: {start!r}") from None
     if not isinstance(text, str):
         raise _PassingError(f"the reply is not a text but {one_line(repr(text))}")
     return Reply(text.encode(errors="replace").decode(), *counts)  # JSON can hold halves of characters
+
+
+def token_count(value: object) -> int:
+    """A number of tokens, 0 where a server says none that can be."""
+    return int(value) if isinstance(value, int | float) and 0 <= value < 1e15 else 0
 
 
 def asked_wait(headers: http.client.HTTPMessage) -> float:
@@ -233,8 +310,8 @@ def asked_wait(headers: http.client.HTTPMessage) -> float:
 
 
 def one_line(text: str, most: int = 200) -> str:
-    """The beginning of a text, on one line."""
-    line = " ".join(text.split())
+    """The beginning of a text, on one line, without what a terminal would obey."""
+    line = " ".join("".join(c if c.isprintable() else " " for c in text).split())
     return line if len(line) <= most else line[: most - 1] + "…"
 
 

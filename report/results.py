@@ -58,12 +58,13 @@ def read_results(path: str | Path, samples: list[Sample]) -> list[dict]:
     """One row per sample, in the samples' order, with the predictions of a result file.
 
     A line needs "id", "predicted_answer" and "spans"; the truth comes from the samples. Samples that the file does
-    not mention are unanswered. Raises DataError for an id that is not among the samples, one that comes twice, or a
-    line about another video or with another right answer: then the file belongs to something else.
+    not mention are unanswered. A question whose video could not be read ("error") may come again: the last line counts.
+    Raises DataError for an id that is not among the samples, one that comes twice, or a line about another video or
+    with another right answer: then the file belongs to something else.
     """
     path = Path(path)
     known = {sample.id: sample for sample in samples}
-    predictions, unknown = {}, []
+    predictions, unknown, unreadable = {}, [], set()
     for line in read_rows(path):
         id = str(line.get("id", str, int))
         answer = line.get("predicted_answer", str, type(None))
@@ -73,16 +74,19 @@ def read_results(path: str | Path, samples: list[Sample]) -> list[dict]:
         for pair in spans or []:
             if not is_span(pair) or not -np.inf < pair[0] <= pair[1] < np.inf:
                 raise line.error("spans", f"expected [start, end] in seconds, start <= end, got {pair!r}")
-        if id in predictions:
+        if id in predictions and id not in unreadable:
             raise line.error("id", f"'{id}' comes twice")
+        unreadable.discard(id)
+        if line.fields.get("error"):
+            unreadable.add(id)
         if id not in known:
             unknown.append(id)
             continue
         for name, truth in (("video", Path(known[id].video).stem), ("answer", known[id].answer)):
-            given = line.fields.get(name, truth)
-            if given != truth and (name != "video" or Path(given).stem != truth):
+            stated = line.fields.get(name, truth)
+            if stated != truth and (name != "video" or Path(stated).stem != truth):
                 raise line.error(
-                    name, f"the question '{id}' has {truth!r}, not {given!r}: results of another data set?"
+                    name, f"the question '{id}' has {truth!r}, not {stated!r}: results of another data set?"
                 )
         predictions[id] = (answer, spans)
     if unknown:

@@ -307,7 +307,8 @@ def completion(text: str | None, **more) -> str:
 @pytest.fixture
 def server():
     """A server that goes through a list of (status, body, headers); status 0 cuts the connection, -1 cuts the body,
-    -2 says nothing until the client has given up. What it was sent is in `bodies` and `headers`.
+    -2 says nothing until the client has given up, -3 sends the body byte by byte. What it was sent is in `bodies`,
+    `paths` and `keys`.
     """
 
     class Handler(BaseHTTPRequestHandler):
@@ -326,6 +327,13 @@ def server():
             for name, value in {"Content-Length": len(sent), **headers}.items():
                 self.send_header(name, str(value))
             self.end_headers()
+            if status == -3:
+                with contextlib.suppress(OSError):  # the client has given up
+                    for k in range(len(sent)):
+                        self.wfile.write(sent[k : k + 1])
+                        self.wfile.flush()
+                        here.given_up.wait(0.2)
+                return
             self.wfile.write(sent[: len(sent) // 2] if status == -1 else sent)
 
         def log_message(self, *_):

@@ -505,6 +505,26 @@ def test_an_unreadable_video_is_an_unanswered_question(agent, samples, tmp_path)
     assert cost(rows)["passes"] == rows[0]["passes"] > 0  # of the readable one
 
 
+def test_an_unreadable_video_is_asked_about_again(agent, samples, tmp_path):
+    """A file server that was away for a while leaves no wrong scores behind."""
+    path, video = tmp_path / "rows.jsonl", tmp_path / "late.mp4"
+    late = [replace(samples[0], video=str(video)), samples[-1]]
+    asked = []
+
+    def counting(agent, sample, settings):
+        asked.append(sample.id)
+        return infer.coarse_to_fine(agent, sample, settings)
+
+    assert [bool(row["error"]) for row in run_all(agent, late, path, ask=counting)] == [True, False]
+    shutil.copy(samples[0].video, video)
+    again = run_all(agent, late, path, ask=counting)
+    assert asked == [samples[0].id, samples[-1].id, samples[0].id]
+    expected = run_all(agent, [samples[0], samples[-1]], tmp_path / "whole.jsonl")
+    assert without_seconds(again) == without_seconds([{**expected[0], "video": str(video)}, expected[1]])
+    assert [row["predicted"] for row in read_results(path, late)] == [row["predicted"] for row in expected]
+    assert run_all(agent, late, path, ask=counting) == again and len(asked) == 3
+
+
 def test_two_processes_share_a_data_set(asking, samples, tmp_path, capsys):
     """Each answers some videos' questions, both append to one file, and the rows are those of one process."""
     infer.main([*asking, "--out", str(tmp_path / "one.jsonl")])

@@ -66,6 +66,7 @@ PASSING = {
     "no JSON": (200, "<html>", {}),
     "other JSON": (200, '{"choices": []}', {}),
     "a list": (200, "[1]", {}),
+    "thousands of brackets": (200, "[" * 200_000, {}),
     "no text": (200, json.dumps({"choices": [{"message": {"content": [1]}}]}), {}),
 }
 
@@ -124,7 +125,86 @@ def test_what_will_not_pass_is_an_error_at_once(server, status, kind):
     server.answers = [(status, "the reason", {})]
     with pytest.raises(ChatError, match=f"model judge: status {status}: the reason") as caught:
         endpoint(server).reply(ASKED)
-    assert type(caught.value) is kind and len(server.bodies) == 1 and "secret" not in str(caught.value)
+    assert type(caught.value) is kind and "secret" not in str(caught.value)
+    assert len(server.bodies) == (2 if kind is RequestError else 1)  # with the tiny request that tells what is refused
+
+
+def test_a_server_that_refuses_everything_ends_the_run_at_once(server):
+    """No question is taken for refused, because a rerun would leave it out for ever."""
+    server.answers = [(400, "no such deployment", {})] * 2
+    with pytest.raises(ChatError, match="no such deployment; and a request of a word is refused too") as caught:
+        endpoint(server).reply(ASKED)
+    assert not isinstance(caught.value, RequestError)
+    server.answers = [(400, "text only", {})] * 2
+    with pytest.raises(ChatError, match="a request of one small picture and a word is refused too"):
+        endpoint(server).reply(user(Shown("a.mp4", (0, 1), clip()), "What is this?"))
+    assert [part["type"] for part in server.bodies[-1]["messages"][0]["content"]] == ["image_url", "text"]
+
+
+def test_once_something_was_answered_a_refusal_is_the_requests_own(server):
+    asked = endpoint(server)
+    asked.reply(ASKED)
+    server.answers = [(400, "too long", {})] * 2
+    for _ in range(2):
+        with pytest.raises(RequestError, match="too long"):
+            asked.reply(ASKED)
+    assert len(server.bodies) == 3
+
+
+RENAMED = "Unsupported parameter: 'max_tokens' is not supported with this model. Use 'max_completion_tokens' instead."
+FIXED = "Unsupported value: 'temperature' does not support 0.0 with this model. Only the default (1) is supported."
+
+
+def test_parameters_that_a_newer_model_does_not_know_are_renamed_or_left_out(server):
+    server.answers = [(400, json.dumps({"error": {"message": message}}), {}) for message in (RENAMED, FIXED)]
+    slept = []
+    asked = endpoint(server, slept)
+    assert asked.reply(ASKED).text == "fine" and asked.reply(ASKED).text == "fine" and not slept
+    first, second, third, fourth = ({*body} - {"model", "messages"} for body in server.bodies)
+    assert first == {"max_tokens", "temperature"} and second == {"max_completion_tokens", "temperature"}
+    assert third == fourth == {"max_completion_tokens"} and server.bodies[3]["max_completion_tokens"] == 1024
+
+
+def test_a_request_that_is_too_long_keeps_its_parameters(server):
+    """vLLM's message names max_tokens too."""
+    long = "'max_tokens' or 'max_completion_tokens' is too large: 1024. The maximum context length is 8 tokens."
+    server.answers = [(200, completion("fine"), {}), (400, long, {})]
+    asked = endpoint(server)
+    asked.reply(ASKED)
+    with pytest.raises(RequestError, match="is too large"):
+        asked.reply(ASKED)
+    asked.reply(ASKED)
+    assert all(body["max_tokens"] == 1024 for body in server.bodies)
+
+
+def test_a_key_that_a_server_repeats_is_not_shown(server):
+    server.answers = [(401, f"{'x' * 190} Bearer secret is unknown", {})]
+    with pytest.raises(ChatError) as caught:
+        endpoint(server).reply(ASKED)
+    assert "sec" not in str(caught.value)  # not half of it either, where the message is cut
+    server.answers = [(401, "EMPTY is no key", {})]
+    with pytest.raises(ChatError, match="EMPTY is no key"):
+        Endpoint(server.url, "judge", "EMPTY").reply(ASKED)
+
+
+def test_a_terminal_obeys_no_servers_message(server):
+    server.answers = [(401, "\x1b]0;owned\x07\x1b[2Jwrong\x9b31m key", {})]
+    with pytest.raises(ChatError) as caught:
+        endpoint(server).reply(ASKED)
+    assert str(caught.value).isprintable() and "wrong" in str(caught.value)
+
+
+@pytest.mark.parametrize("count", ["1e999", "-5", "NaN", '"many"', "[1]"])
+def test_a_count_of_tokens_that_can_not_be_is_none(server, count):
+    body = completion("fine").replace('"prompt_tokens": 7', f'"prompt_tokens": {count}')
+    server.answers = [(200, body, {})]
+    assert endpoint(server).reply(ASKED) == Reply("fine", 0, 3)
+
+
+def test_a_reply_that_drips_in_for_ever_is_given_up(server):
+    server.answers = [(-3, completion("fine"), {})]
+    assert endpoint(server, deadline=0.5).reply(ASKED).text == "fine"
+    assert len(server.bodies) == 2
 
 
 def test_the_key_does_not_follow_a_redirect(server):
