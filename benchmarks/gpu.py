@@ -41,7 +41,7 @@ HERE = Path(__file__).resolve().parent
 # Files here have the names of modules that they measure.
 sys.path = [str(ROOT), *(p for p in sys.path if Path(p or ".").resolve() != HERE)]
 
-from benchmarks import gpu_checks, gpu_seven  # noqa: E402
+from benchmarks import absent, gpu_checks, gpu_seven  # noqa: E402, F401  (absent comes first)
 from benchmarks.engine import row, versions  # noqa: E402
 from benchmarks.gpu_checks import FAILED, SUSPECT, Setting  # noqa: E402
 

@@ -5,8 +5,6 @@
 from __future__ import annotations
 
 import copy
-import importlib.machinery
-import importlib.util
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -14,12 +12,7 @@ from pathlib import Path
 from unittest import mock
 
 import torch
-import transformers  # noqa: F401  (it looks for PyAV before there is a stand-in for it)
 from torch import Tensor
-
-if importlib.util.find_spec("av") is None:  # nothing is decoded here
-    for name in ("av", "av.sidedata", "av.sidedata.sidedata", "av.stream", "av.video", "av.video.reformatter"):
-        sys.modules[name] = mock.MagicMock(__spec__=importlib.machinery.ModuleSpec(name, None))
 
 import attention
 import kl
