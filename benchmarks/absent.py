@@ -1,4 +1,4 @@
-"""A stand-in for PyAV where it is not installed, for programs that decode nothing: import this before what imports it."""
+"""A stand-in for PyAV where it is not installed, for programs that decode nothing; to be imported first."""
 
 import importlib.abc
 import importlib.machinery
