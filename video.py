@@ -166,8 +166,8 @@ class ClipPlan:
 def plan_clip(info: VideoInfo, spans: Sequence[Span] | None, fps: float, budget: Budget) -> ClipPlan:
     """Plan the coarse pass (`spans` None: the whole video) or the zoom pass over the union of `spans`.
 
-    Eq. 3 with F = the length of the union gives frames and size; the rate is at most the source's average. A span (s,
-    e) is sampled at s, s + step, ... below e, and all spans form one sequence. If that makes more than L_v / V_min
+    Eq. 3 with F = the length of the union gives frames and size; the rate is at most that of the frames there. A span
+    (s, e) is sampled at s, s + step, ... below e, and all spans form one sequence. If that makes more than L_v / V_min
     frames, the step grows; a span keeps its first frame while there are no more spans than frames. A span is at least
     one frame of the source long. Raises VideoError for bad spans and for an aspect ratio over 200.
     """
@@ -177,10 +177,10 @@ def plan_clip(info: VideoInfo, spans: Sequence[Span] | None, fps: float, budget:
     if spans is None:
         union = [(0.0, info.duration)]
     elif len(spans):
-        union = merge_spans(spans, info, 1 / info.fps)
+        union = merge_spans(spans, info, info.period)
     else:
         raise VideoError(info.path, "an empty list of spans", "give at least one, or None for the whole video")
-    fps = min(fps, info.fps)
+    fps = min(fps, info.rate(union))
     length = sum(end - start for start, end in union)
     n_frames, _ = frame_budget(length, fps, budget.tokens, budget.v_min, budget.v_max, budget.paired)
     step = max(1 / fps, length / n_frames)

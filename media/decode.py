@@ -18,7 +18,7 @@ from bisect import bisect_left, bisect_right
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,7 +27,7 @@ import numpy as np
 from av.sidedata.sidedata import Type as SideDataType
 from av.video.reformatter import VideoReformatter
 
-from media.file import IrregularError, VideoError
+from media.file import CLOCK, IrregularError, VideoError
 from media.frames import FrameCache
 from media.source import REORDERED, Source
 from media.table import play
@@ -417,13 +417,29 @@ def show_pictures(source: Source, ticks: list[int], show: Show, *, threads: int 
 @dataclass(frozen=True)
 class VideoInfo:
     """What a file shows: seconds from its first frame to the end of its last, average frames per second, displayed
-    size."""
+    size. `moments`: the seconds at which frames begin, float64 [N], where they are not regular."""
 
     path: str
     duration: float
     fps: float
     width: int
     height: int
+    moments: np.ndarray | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def period(self) -> float:
+        """The usual time from a frame to the next, in seconds."""
+        if self.moments is None or len(self.moments) < 2:
+            return 1 / self.fps
+        return max(float(np.median(np.diff(self.moments))), CLOCK)
+
+    def rate(self, spans: Iterable[tuple[float, float]]) -> float:
+        """Frames per second within disjoint spans of the video, at least one in each."""
+        if self.moments is None:
+            return self.fps
+        starts, ends = np.array(list(spans)).T
+        n = np.searchsorted(self.moments, ends - CLOCK) - np.searchsorted(self.moments, starts + CLOCK) + 1
+        return float(n.sum() / (ends - starts).sum())
 
 
 TABLES = FrameCache(64 << 20)  # those of the files read last: a file without an index is read through once
@@ -466,9 +482,10 @@ def probe(path: str | Path) -> VideoInfo:
         height, width = shown[-1].size
         rate = float(source.stream.average_rate or source.stream.base_rate or 25)
         duration = source.seconds(source.find_end()) or 1 / rate
-        if source.table is not None:
-            rate = len(source.table.times) / duration
-        found.append(VideoInfo(str(path), duration, rate, width, height))
+        moments = source.moments()
+        if source.table is not None or moments is not None:
+            rate = len(source.table.times if moments is None else moments) / duration
+        found.append(VideoInfo(str(path), duration, rate, width, height, moments))
 
     read(path, look)
     return found[-1]

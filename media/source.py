@@ -12,10 +12,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import av
+import numpy as np
 
 from media.file import CLOCK, IrregularError, OpenFile, VideoError
 from media.table import Table, first_picture, scan
 
+UNEVEN = 0.05  # by which the average rate of a regular file may differ from that of its shortest steps
 REORDERED = 16  # frames that may come out of a decoder later than their packets go in: no codec allows more
 
 
@@ -106,15 +108,39 @@ class Source(OpenFile):
     def find_end(self) -> int:
         """The tick at which the last frame ends."""
         if self.end is None:
-            entries = self.stream.index_entries
-            tail = entries[max(0, len(entries) - 32)].timestamp  # 32: more than any codec reorders
-            if not self.seek(tail, any_frame=True):
-                raise IrregularError
-            shown = [packet for packet in self.demux(self.stream) if not packet.is_discard]
-            if any(packet.pts is None for packet in shown):
-                raise IrregularError
-            self.end = max((packet.pts + (packet.duration or 0) for packet in shown), default=self.start)
+            self.end = max((packet.pts + (packet.duration or 0) for packet in self._last_packets()), default=self.start)
         return self.end
+
+    def _last_packets(self) -> list[av.Packet]:
+        """The last packets of a file with an index."""
+        entries = self.stream.index_entries
+        if not self.seek(entries[max(0, len(entries) - 2 * REORDERED)].timestamp, any_frame=True):
+            raise IrregularError
+        packets = [packet for packet in self.demux(self.stream) if not packet.is_discard]
+        if any(packet.pts is None for packet in packets):
+            raise IrregularError
+        return packets
+
+    def moments(self) -> np.ndarray | None:
+        """The seconds at which frames begin, float64 [N] in order; None if they are regular.
+
+        An index has decoding times. In order, they are those at which frames are shown, some frames late; those of the
+        last frames are in their packets.
+        """
+        if self.table is not None:
+            ticks = np.array(self.table.times)
+        else:
+            entries, end = self.stream.index_entries, self.find_end()
+            least = float(self.stream.base_rate or self.stream.average_rate or 0)
+            if abs(len(entries) / ((end - self.start) * self.clock or 1) - least) < UNEVEN * least:
+                return None
+            ticks = np.array([entry.timestamp for entry in entries if not entry.is_discard])
+            last = sorted(packet.pts for packet in self._last_packets() if packet.pts > ticks[-1])
+            ticks = np.array([*ticks[ticks >= self.start], *last])
+        steps = np.diff(ticks)
+        if not len(steps) or steps.max() <= 1.5 * np.median(steps):
+            return None
+        return (ticks - self.start) * self.clock
 
     def cut_error(self) -> VideoError:
         """For a truncated file: up to where it can be read."""

@@ -276,6 +276,23 @@ def test_a_zoom_clip_has_no_frame_twice(folder):
     assert len(coarse.frames) == len(plan.times)  # true to the clock instead
 
 
+@pytest.mark.parametrize("suffix", ["mp4", "mkv"])
+def test_a_zoom_has_the_frames_of_its_span(folder, suffix):
+    """25 pictures in the first second, then a still one for 100 s."""
+    path = write_video(folder / f"still.{suffix}", 26, pts=[*range(25), 2500], clock=Fraction(1, 25), options=X264)
+    found = probe(path)
+    assert found.fps == pytest.approx(26 / 100.04, rel=0.02)
+    for fps, n in ((2, 2), (10, 10), (50, 25)):
+        clip = load_clip(plan_clip(found, [(0, 1)], fps, Budget(10000, 4, 16)), path)
+        assert len(clip.times) == n and clip.times[-1] < 1
+    assert probe(get(folder, "b.mp4")).moments is None
+    still = plan_clip(found, [(20, 80)], 2, Budget(1000, 4, 16))
+    assert still.times == (20,) and (still.height, still.width) == frame_size(HEIGHT, WIDTH, 16, 4)
+    point = plan_clip(found, [(0.5, 0.5)], 2, Budget(1000, 4, 16))
+    assert len(point.times) == 1 and abs(point.times[0] - 0.5) <= 0.04
+    assert len(plan_clip(found, None, 50, Budget(10000, 4, 16)).times) == pytest.approx(26, abs=1)
+
+
 def test_every_frame_at_the_rate_of_a_millisecond_clock(folder):
     """30 frames per second in Matroska are shown at 0, 33, 67, 100 ms: sampling at 30 fps finds each of them."""
     path = write_video(folder / "thirty.mkv", rate=30)
