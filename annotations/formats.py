@@ -19,8 +19,10 @@ or no evidence, `null` for no answer or an unknown duration).
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterator
+from operator import itemgetter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,6 +33,7 @@ from annotations.rows import (
     Row,
     Sample,
     as_row,
+    control,
     open_text,
     read_csv,
     read_object,
@@ -42,6 +45,9 @@ KIND_SEPARATOR = " + "  # between the types of a question that has several
 PLM_FPS = 24  # frame numbers of PLM-Video count the frames of SA-V videos
 CHARADES_LINE = re.compile(r"(\S+) (\d+(?:\.\d+)?) (\d+(?:\.\d+)?)##(.*)")
 TIMES = re.compile(r"\s*(?:<answer>)?\s*(\d+(?:\.\d+)?)\s+to\s+(\d+(?:\.\d+)?)\s*(?:</answer>)?\s*")
+RECORD_FIELDS = itemgetter("id", "video", "question", "options", "answer", "glue", "duration")
+LETTER_MARKS = [f"({letter})" for letter in LETTERS]
+NUMBERS = (int, float)
 NOT_AN_OPTION = "the answer is not among the options"
 
 
@@ -55,6 +61,9 @@ def read_records(path: Path, report: Report, absent: dict | None = None) -> Iter
     the free-text reference. `absent`: what stands for fields that are not there.
     """
     for number, row in enumerate(read_rows(path), start=1):
+        if sample := usual_record(row.fields):
+            yield sample
+            continue
         if absent:
             row = Row(row.file, row.where, absent | row.fields)
         options = read_options(row, "options")
@@ -76,6 +85,38 @@ def read_records(path: Path, report: Report, absent: dict | None = None) -> Iter
             kind=row.text("kind") if "kind" in row.fields else "",
             meta={**meta, "reference": row.text("answer")} if reference else meta,
         )
+
+
+def usual_record(fields: dict) -> Sample | None:
+    """The sample of a record with an id, options "(A) ...", an answer "(A)", and nothing unusual; None for any other.
+
+    Reads what `read_records` reads, three times as fast, so that a million rows are loaded in seconds.
+    """
+    try:
+        id, video, question, options, answer, glue, duration = RECORD_FIELDS(fields)
+        kind = fields.get("kind", "")
+        if control("\n".join((id, video, question, kind, answer, *options))) or "meta" in fields:
+            return None
+        marks = LETTER_MARKS[: len(options)]
+        if type(options) is not list or answer not in marks or [option[:3] for option in options] != marks:
+            return None
+        for start, end in glue:
+            if not (type(start) in NUMBERS and type(end) in NUMBERS and -math.inf < start <= end < math.inf):
+                return None
+        if duration is not None and not (type(duration) in NUMBERS and 0 < duration < math.inf):
+            return None
+        return Sample(
+            id,
+            video,
+            question,
+            tuple([option[3:].strip() for option in options]),
+            answer[1],
+            tuple([(float(start), float(end)) for start, end in glue]),
+            None if duration is None else float(duration),
+            kind,
+        )
+    except (KeyError, TypeError, ValueError, OverflowError):
+        return None
 
 
 def read_options(row: Row, name: str) -> tuple[str, ...]:

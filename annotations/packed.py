@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import pickle
+import marshal
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import fields
@@ -10,7 +10,7 @@ from operator import attrgetter
 
 from annotations.rows import Sample
 
-BLOCK = 16  # samples that are packed together
+BLOCK = 64  # samples that are packed together
 VALUES = attrgetter(*(f.name for f in fields(Sample)))
 
 
@@ -31,7 +31,7 @@ class Packed(Sequence[Sample]):
             self._add(block)
 
     def _add(self, block: list[tuple]) -> None:
-        self.blocks.append(zlib.compress(pickle.dumps(block, pickle.HIGHEST_PROTOCOL), level=1))
+        self.blocks.append(zlib.compress(marshal.dumps(block), level=1))
         self.length += len(block)
 
     def __len__(self) -> int:
@@ -43,7 +43,7 @@ class Packed(Sequence[Sample]):
         number, place = divmod(index % self.length, BLOCK)
         kept, block = self.last  # read once: another thread may read another block
         if kept != number:
-            block = pickle.loads(zlib.decompress(self.blocks[number]))
+            block = marshal.loads(zlib.decompress(self.blocks[number]))
             self.last = (number, block)
         return Sample(*block[place])
 

@@ -28,16 +28,17 @@ SPACE = re.compile(r"[ \t\r\n]*")
 DECODER = json.JSONDecoder()
 BRACKETS = str.maketrans("()", "[]")
 # What a tokenizer would take for an instruction, and half a character, which it cannot encode.
-CONTROL = re.compile(r"<\|[^\s<>|]+\|>|[\ud800-\udfff]")
+SPECIAL = re.compile(r"<\|[^\s<>|]+\|>")
+SURROGATE = re.compile(r"[\ud800-\udfff]")
 
 
 class DataError(Exception):
     """An annotation file that cannot be used: the message names file, row and field."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # a frozen one takes several times as long to make
 class Sample:
-    """One question about one video.
+    """One question about one video. Nothing changes it after it was read.
 
     `video` is a path or file name, `options` have no letters, `answer` is a letter "A".."Z" or None, `evidence` are
     spans in seconds (start <= end), `duration` is the video's in seconds or None where the file does not tell,
@@ -100,14 +101,14 @@ def by_reason(dropped: list[Dropped]) -> list[str]:
 
 def control(text: str) -> str | None:
     """What makes a text unfit for a prompt: a special token, or half of a surrogate pair."""
-    if not (found := CONTROL.search(text)):
-        return None
-    if found[0][0] == "<":
+    if "<|" in text and (found := SPECIAL.search(text)):
         return f"has the special token {found[0]}"
-    return f"has half a character, \\u{ord(found[0]):04x}"
+    if not text.isascii() and (found := SURROGATE.search(text)):
+        return f"has half a character, \\u{ord(found[0]):04x}"
+    return None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Row:
     """A JSON object (or a csv row) of an annotation file, with the place it came from for error messages."""
 
@@ -132,8 +133,8 @@ class Row:
     def text(self, name: str) -> str:
         """The field's text, which has no special token."""
         value = self.get(name, str)
-        if CONTROL.search(value):
-            raise self.error(name, f"{control(value)}; remove it")
+        if found := control(value):
+            raise self.error(name, f"{found}; remove it")
         return value
 
     def texts(self, name: str) -> list[str]:
@@ -141,8 +142,8 @@ class Row:
         for value in values:
             if not isinstance(value, str):
                 raise self.error(name, f"expected texts, got {short(values)}")
-            if CONTROL.search(value):
-                raise self.error(name, f"{control(value)}; remove it")
+            if found := control(value):
+                raise self.error(name, f"{found}; remove it")
         return values
 
     def number(self, name: str) -> float:
@@ -297,7 +298,7 @@ def line_values(path: Path, file: TextIO) -> Iterator[tuple[int, object]]:
         if line.isspace():
             continue
         try:
-            value = json.loads(line)
+            value = DECODER.decode(line)
         except json.JSONDecodeError as error:
             if not first or line[error.pos :].strip():  # the mistake is in the line
                 raise DataError(f"{path}: row {number}: not JSON: column {error.colno}: {error.msg}") from error

@@ -13,6 +13,7 @@ import argparse
 import functools
 import json
 import logging
+import math
 import os
 import statistics
 import sys
@@ -87,7 +88,10 @@ def stream(report: Report, video_root: str | Path | None) -> Iterator[Sample]:
                 if len(report.missing_videos) < 3 and video not in report.missing_videos:
                     report.missing_videos.append(video)
             report.kept += 1
-            yield sample if video == sample.video else replace(sample, video=video)
+            object.__setattr__(
+                sample, "video", video
+            )  # nobody has seen it yet; `replace` takes as long as reading a row
+            yield sample
     except DataError as error:
         guess = looks_like(path)
         if report.kept or guess in (None, format) or str(error).startswith(f"{path}: two rows"):
@@ -130,14 +134,18 @@ def note_evidence(sample: Sample, report: Report) -> None:
     if not sample.evidence:
         return
     report.with_evidence += 1
+    limit = math.inf if sample.duration is None else sample.duration
+    reachable = False
     for start, end in sample.evidence:
+        reachable |= start < end and end > 0 and start < limit
         if start == end:
             report.notes["spans of zero length"] += 1
         if start < 0:
             report.notes["spans that start below 0"] += 1
-        if sample.duration is not None and end > sample.duration:
+        if end > limit:
             report.notes["spans that end after the video"] += 1
-    if reason := out_of_reach(sample.evidence, sample.duration):
+    if not reachable:
+        reason = out_of_reach(sample.evidence, sample.duration)
         report.out_of_reach.append(Dropped(sample.id, reason, short(list(sample.evidence))))
 
 
@@ -412,7 +420,7 @@ def check_training_files(samples: Sequence[Sample], report: Report, max_missing:
         count = f"{len(report.out_of_reach)} of {report.with_evidence}"
         raise DataError(f"{report.path}: no span can hit the evidence of {count} samples: {unreached(report)}")
     problems, seen = [], 0
-    for index in range(0, len(samples), max(1, len(samples) // PROBED)):
+    for index in sorted({k * len(samples) // PROBED for k in range(PROBED)}):
         sample = samples[index]
         if not sample.evidence:
             continue

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from rowfiles import RECORD, write_json, write_rows
 
+from annotations import formats
 from annotations.formats import FORMATS, looks_like
 from annotations.rows import DataError, Sample
 from annotations.samples import read_samples, read_with_report
@@ -305,6 +306,48 @@ def test_easy_r1(tmp_path):
     assert report.left_out == {"not about a video": 1}
     with pytest.raises(DataError, match="row 1, field 'videos': expected one video, got 2"):
         read_samples(write_json(tmp_path / "x.json", [{**rows[0], "videos": ["a.mp4", "b.mp4"]}]), "easy_r1")
+
+
+# ---------------------------------------------------------------- our own records, quickly
+
+USUAL = {"id": "1", "video": "a.mp4", "question": "Q?", "options": ["(A) x ", "(B)y"], "answer": "(B)"}
+USUAL |= {"glue": [[3, 8.5], [9, 9]], "duration": 16}
+CHANGES = [
+    {},
+    {"kind": "fine"},
+    {"glue": []},
+    {"duration": None},
+    {"duration": 16.5, "extra": [1]},
+    *({"id": value} for value in (7, "<|im_end|>", "\ud800", None)),
+    *({"video": value} for value in (3, "", "v")),
+    *({"question": value} for value in (None, "a <|x|>", " ")),
+    *(
+        {"options": value}
+        for value in ([], ["x", "y"], ["(B) x", "(A) y"], [" (A) x", "B. y"], ["(A) x", 3], "AB", None)
+    ),
+    *({"answer": value} for value in ("B", "(C)", "y", None, 1, "", "(B) y")),
+    *({"glue": v} for v in ("[[1, 2]]", [[8, 3]], [[1, True]], [[1, 2, 3]], [[1, float("inf")]], [[1, "2"]], 3, None)),
+    {"glue": [[1, 10**400]]},
+    *({"duration": value} for value in (0, -1, True, float("nan"), float("inf"), "16", 10**400)),
+    *({"kind": value} for value in (3, None, "<|x|>")),
+    *({"meta": value} for value in ({}, {"clues": ["a"]}, 3)),
+]
+
+
+@pytest.mark.parametrize("changes", CHANGES, ids=str)
+def test_usual_records_are_read_quickly_as_they_are_read_carefully(tmp_path, monkeypatch, changes):
+    path = write_rows(tmp_path / "x.jsonl", [{**USUAL, **changes}])
+    assert formats.usual_record(USUAL) is not None
+
+    def outcome():
+        try:
+            return read_samples(path)
+        except DataError as error:
+            return str(error)
+
+    quick = outcome()
+    monkeypatch.setattr(formats, "usual_record", lambda fields: None)
+    assert outcome() == quick
 
 
 # ---------------------------------------------------------------- which format a file has

@@ -1,7 +1,10 @@
 """Samples: loading, videos, mixtures, and the command that sums a file up."""
 
+import json
+import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,12 +14,17 @@ from annotations.rows import DataError
 from annotations.samples import (
     Entry,
     check_videos,
+    load_test,
+    load_training,
     missing_videos,
+    out_of_reach,
     read_mixture,
     read_samples,
     read_with_report,
     video_path,
 )
+from config import Config
+from rollout import view_video
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -43,6 +51,29 @@ def test_video_paths(tmp_path):
     assert video_path("id_0.0_150.0", tmp_path) == str(tmp_path / "id_0.0_150.0.webm")
     assert video_path("v_2", tmp_path) == str(tmp_path / "v_2.mp4")
     assert video_path("/elsewhere/v.mp4", tmp_path) == "/elsewhere/v.mp4"
+
+
+def test_other_spellings_of_a_name_are_found(tmp_path):
+    folder = tmp_path / "b"
+    folder.mkdir()
+    (folder / "caf\u00e9.mp4").touch()
+    (folder / "e\u0301t\u00e9.mkv").touch()
+    (folder / "plain").touch()
+    for video, found in [
+        ("b\\caf\u00e9.mp4", "caf\u00e9.mp4"),  # from Windows
+        ("b/cafe\u0301.mp4", "caf\u00e9.mp4"),  # from macOS
+        ("b\\cafe\u0301", "caf\u00e9.mp4"),
+        ("b/plain", "plain"),
+    ]:
+        assert video_path(video, tmp_path) == str(folder / found), video
+        assert video_path(f"{tmp_path}/{video}", None) == str(folder / found), video
+    assert video_path("b/gone\\x", tmp_path) == str(tmp_path / "b/gone\\x.mp4")
+
+
+def test_an_empty_name_is_refused(tmp_path):
+    path = write_rows(tmp_path / "x.jsonl", [RECORD, {**RECORD, "id": "q", "video": " "}])
+    with pytest.raises(DataError, match=r"x\.jsonl: question 'q', field 'video': is empty"):
+        read_samples(path)
 
 
 def test_missing_videos_are_skipped_only_when_asked(tmp_path):
@@ -85,6 +116,101 @@ def test_command_prints_a_summary_and_checks_videos(tmp_path):
     assert run("--path", tmp_path / "none.json").stderr.endswith("none.json: no such file\n")
 
 
+# ---------------------------------------------------------------- evidence
+
+
+@pytest.mark.parametrize(
+    ("evidence", "duration", "reason"),
+    [
+        ([(3000.0, 8000.0)], 20.0, "evidence beyond the video, in milliseconds?"),
+        ([(30.0, 30.5), (20.0, 21.0)], 20.0, "evidence beyond the video, in milliseconds?"),
+        ([(30000.0, 30001.0)], 20.0, "evidence beyond the video"),
+        ([(3.0, 3.0), (5.0, 5.0)], 20.0, "evidence of zero length"),
+        ([(3.0, 3.0)], None, "evidence of zero length"),
+        ([(-3.0, -1.0)], 20.0, "evidence before the video"),
+        ([(-3.0, 0.0)], None, "evidence before the video"),
+        ([(3.0, 3.0), (5.0, 6.0)], 20.0, None),
+        ([(-1.0, 0.5)], 20.0, None),
+        ([(19.9, 50.0)], 20.0, None),
+        ([(3000.0, 8000.0)], None, None),
+    ],
+)
+def test_evidence_that_no_span_can_hit(evidence, duration, reason):
+    assert out_of_reach(evidence, duration) == reason
+
+
+def test_a_file_with_such_evidence_is_loaded_with_one_warning(tmp_path, caplog):
+    rows = [RECORD, {**RECORD, "glue": [[3000, 8000]]}, {**RECORD, "glue": [[4, 4]]}, {**RECORD, "glue": []}]
+    samples = read_samples(write_rows(tmp_path / "x.jsonl", rows))
+    assert len(samples) == 4 and len(caplog.records) == 1
+    assert "no span can hit the evidence of 2 of 3 questions: " in caplog.text
+    assert "1 x evidence beyond the video, in milliseconds?: x:2 '[(3000.0, 8000.0)]'; " in caplog.text
+    assert "1 x evidence of zero length: x:3 '[(4.0, 4.0)]'" in caplog.text
+
+
+def training(small_world, **changes) -> Config:
+    """The configuration of a run on the small world's training videos."""
+    return Config(train_data=str(small_world["train"]), video_root=str(small_world["train"].parent), **changes)
+
+
+def changed(small_world, path, change):
+    """A file of the small world's training rows, each changed by its number."""
+    rows = [json.loads(line) for line in small_world["train"].read_text().splitlines()]
+    return write_rows(path, [{**row, **change(k)} for k, row in enumerate(rows)])
+
+
+def test_training_on_evidence_that_no_span_can_hit_is_refused(small_world, tmp_path, caplog):
+    config = training(small_world)
+    assert len(load_training(config)[0]) > 10 and not caplog.records
+    config.train_data = str(changed(small_world, tmp_path / "ms.jsonl", lambda k: {"glue": [[3000, 8000]]}))
+    with pytest.raises(DataError, match=r"ms\.jsonl: .* the evidence of (\d+) of \1 samples: .*milliseconds"):
+        load_training(config)
+    # Without durations, those of a few files tell.
+    unknown = {"glue": [[3000, 8000]], "duration": None}
+    config.train_data = str(changed(small_world, tmp_path / "unknown.jsonl", lambda k: unknown))
+    with pytest.raises(DataError, match=r"unknown\.jsonl: .* 8 of 8 samples: .*milliseconds\?: .* in 20\.0 s"):
+        load_training(config)
+    some = changed(small_world, tmp_path / "some.jsonl", lambda k: {"glue": [[3, 3]]} if k < 2 else {})
+    config.train_data = str(some)
+    caplog.clear()
+    assert load_training(config) and "the evidence of 2 of" in caplog.text
+
+
+def test_a_sample_that_does_not_fit_its_file_is_named_once(small_world, samples, caplog):
+    config = Config(fps=1, budget=176, v_min=4, v_max=16)
+    late = f"sample late ({samples[0].video}): the file has 20.0 s, not the 25.0 s of its row"
+    for sample, expected in [
+        (samples[0], None),
+        (replace(samples[0], duration=20.9), None),
+        (replace(samples[0], id="late", duration=25.0), late),
+        (replace(samples[0], id="ms", evidence=((3000.0, 8000.0),), duration=None), "sample ms .*in milliseconds?"),
+    ]:
+        caplog.clear()
+        for _ in range(2):
+            view_video(sample, config)
+        texts = [record.getMessage() for record in caplog.records]
+        assert len(texts) == (expected is not None)
+        assert all(text == expected or re.match(expected.replace("?", r"\?"), text) for text in texts)
+
+
+# ---------------------------------------------------------------- missing videos in training
+
+
+def test_missing_training_videos_are_counted_at_load(small_world, tmp_path, caplog):
+    config = training(small_world, max_failed_videos=0.2)
+    config.train_data = str(
+        changed(small_world, tmp_path / "one.jsonl", lambda k: {"video": "gone.mp4"} if k < 2 else {})
+    )
+    assert load_training(config)
+    assert re.search(r"one\.jsonl: the videos of 2 of \d+ samples are missing: .*gone\.mp4", caplog.text)
+    half = changed(small_world, tmp_path / "half.jsonl", lambda k: {"video": f"gone{k}.mp4"} if k % 2 else {})
+    config.train_data = config.test_data = str(half)
+    for load in (load_training, load_test):
+        with pytest.raises(DataError, match=r"half\.jsonl: .* missing: .*gone1\.mp4, .*; check video_root \(max"):
+            load(config)
+    assert load_test(replace(config, test_data="")) == []
+
+
 # ---------------------------------------------------------------- mixtures
 
 
@@ -94,10 +220,26 @@ def test_a_mixture_names_files_formats_and_weights(tmp_path):
     assert read_mixture(path) == [Entry("a.jsonl"), Entry("test.csv", "nextgqa", "videos", 0.5)]
 
 
+def test_zoom_zeros_own_mixtures_are_read(tmp_path):
+    path = tmp_path / "stage1.yaml"
+    path.write_text(
+        "datasets:\n"
+        "    - json_path: ./annotations/GVideoQA-anet.json\n"
+        "      data_folder: ./datasets/activitynet/videos\n"
+        "    - json_path: b.json\n"
+    )
+    expected = [Entry("./annotations/GVideoQA-anet.json", video_root="./datasets/activitynet/videos"), Entry("b.json")]
+    assert read_mixture(path) == expected
+
+
 @pytest.mark.parametrize(
     ("content", "expected"),
     [
         ("a: [", "not YAML"),
+        ("[" * 20_000, "not YAML"),
+        ("datasets:\n- {data: a}\n", "entry 1, field 'data': is not known; there are json_path, data_folder"),
+        ("datasets:\n- {data_folder: a}\n", "entry 1, field 'json_path': is missing"),
+        ("- {3: a}\n", "entry 1, field '3': is not known"),
         ("data: a.jsonl\n", "a mixture is a list"),
         ("- a.jsonl\n", "entry 1: expected a JSON object"),
         ("- data: a.jsonl\n- {data: b, wieght: 2}\n", "entry 2, field 'wieght': is not known"),

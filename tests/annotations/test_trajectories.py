@@ -130,6 +130,44 @@ def test_the_layouts_mean_the_same(tmp_path):
         assert one.messages[2].videos[1] == trajectories.Shown("root/a.mp4", (4.0,), 1.0)
 
 
+def test_lists_of_contents_and_qwens_layout_mean_the_same(tmp_path):
+    words = ["<video>Q", CALL, "<video>3s", ANSWER]
+    roles = ["user", "assistant"] * 2
+    plain = {"messages": [{"role": r, "content": t} for r, t in zip(roles, words, strict=True)]}
+    plain |= {"videos": ["a.mp4", "b.mp4"], "images": [], "system": None, "tools": None}
+    contents = [
+        [{"type": "video", "video": "a.mp4"}, {"type": "text", "text": "Q"}],
+        [{"type": "text", "text": CALL}],
+        [{"type": "video_url", "video_url": {"url": "file://b.mp4"}}, {"type": "text", "text": "3s"}],
+        ANSWER,
+    ]
+    listed = {"messages": [{"role": r, "content": c} for r, c in zip(roles, contents, strict=True)]}
+    listed |= {"images": None, "videos": []}
+    names = {"user": "human", "assistant": "gpt"}
+    qwen = {"conversations": [{"from": names[r], "value": t} for r, t in zip(roles, words, strict=True)]}
+    qwen |= {"id": "1", "video": ["a.mp4", "b.mp4"]}
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps({"data": [plain, listed, qwen]}))
+    one, two, three = trajectories.load(path, "root")
+    assert one.messages == two.messages == three.messages and one.system is two.system is three.system is None
+    assert [clip.video for message in one.messages for clip in message.videos] == ["root/a.mp4", "root/b.mp4"]
+    single = row(video="a.mp4", conversations=[{"from": "human", "value": "<video>Q"}, {"from": "gpt", "value": "A"}])
+    assert trajectories.read_trajectory(single).messages[0].videos == (trajectories.Shown("a.mp4"),)
+
+
+def test_a_loss_of_false_is_a_weight_of_0():
+    def weights(*fields: dict) -> list[float]:
+        turns = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}] * len(fields)
+        messages = [turn | (fields[k // 2] if k % 2 else {}) for k, turn in enumerate(turns)]
+        found = trajectories.read_trajectory(row(messages=messages))
+        return [message.weight for message in found.messages[1::2]]
+
+    fields = [{"loss": False}, {"loss": True}, {"loss": None}, {"weight": None}, {}, {"loss": True, "weight": 0}]
+    assert weights(*fields) == [0, 1, 1, 1, 1, 0]
+    with pytest.raises(DataError, match="every turn of the assistant has weight 0"):
+        weights({"loss": False})
+
+
 GOOD = [{"role": "user", "text": "Q"}, {"role": "assistant", "text": "A"}]
 
 
@@ -153,6 +191,16 @@ GOOD = [{"role": "user", "text": "Q"}, {"role": "assistant", "text": "A"}]
         ({"messages": GOOD, "videos": [{"video": "a.mp4", "times": []}]}, "videos[0], field 'times': expected rising"),
         ({"messages": GOOD, "videos": [{"video": "a", "times": [1], "step": 1e300}]}, "'step': expected at most 86400"),
         ({"messages": GOOD, "videos": [{"times": [1]}]}, "videos[0], field 'video': is missing"),
+        ({"messages": GOOD, "videos": [{"video": "a", "times": [10**400]}]}, "field 'times': expected rising seconds"),
+        ({"messages": GOOD, "videos": ["http://x/a.mp4"]}, "videos[0], field 'video': expected the path of a video"),
+        ({"messages": GOOD, "videos": [""]}, "videos[0], field 'video': expected the path of a video"),
+        ({"messages": [GOOD[0], {**GOOD[1], "loss": 0}]}, "messages[1], field 'loss': expected true or false, got 0"),
+        ({"messages": [{"role": "user", "content": [{"type": "image"}]}, GOOD[1]]}, "content[0], field 'type'"),
+        ({"messages": [{"role": "user", "content": [{"type": "text"}]}, GOOD[1]]}, "content[0], field 'text'"),
+        ({"messages": [{"role": "user", "content": ["Q"]}, GOOD[1]]}, "content[0]: expected a JSON object, got str"),
+        ({"messages": [{"role": "user", "text": "<|video_pad|>"}, GOOD[1]]}, "the user's text has the special token"),
+        ({"messages": [GOOD[0], {"role": "assistant", "text": "\ud800"}]}, "the assistant's text has half a character"),
+        ({"messages": GOOD, "system": "<|im_start|>"}, "field 'system': has the special token <|im_start|>"),
     ],
 )  # fmt: skip
 def test_bad_rows_are_named(fields, problem):

@@ -1,0 +1,42 @@
+"""Packed: many samples in little memory, unchanged."""
+
+import random
+from dataclasses import replace
+
+import pytest
+
+from annotations.packed import BLOCK, Packed
+from annotations.rows import Sample
+
+
+def make(k: int) -> Sample:
+    evidence = tuple((k + n / 7, k + n) for n in range(k % 3))
+    meta = {"reference": "é\u2028", "n": [k]} if k % 5 == 0 else {}
+    return Sample(f"id {k}", f"{k % 7}.mp4", "Which? " * (k % 4), ("x", "ü")[: k % 3], None, evidence, None, "", meta)
+
+
+@pytest.mark.parametrize("n", [0, 1, BLOCK, BLOCK + 1, 3 * BLOCK - 1])
+def test_what_is_packed_comes_out_unchanged(n):
+    samples = [make(k) for k in range(n)]
+    packed = Packed(iter(samples))
+    assert len(packed) == n and list(packed) == samples
+    for k in random.Random(0).choices(range(-n, n), k=200) if n else []:
+        assert packed[k] == samples[k]
+    for k in (n, -n - 1):
+        with pytest.raises(IndexError, match=f"sample {k} of {n}"):
+            packed[k]
+
+
+def test_changing_a_sample_that_came_out_changes_nothing_inside():
+    packed = Packed([make(1), make(2)])
+    assert replace(packed[0], id="other") != packed[0] == make(1)
+
+
+def test_ten_thousand_usual_samples_take_a_megabyte_and_a_half():
+    draw, words = random.Random(0), ["a", "red", "cup", "falls", "from", "the", "table", "while", "someone", "looks"]
+    text = [" ".join(draw.choices(words, k=8)) for _ in range(4)]
+    samples = [
+        Sample(f"q{k}", f"{k % 99:05d}.mp4", f"Why {k}? {text[k % 4]}", tuple(text), "B", ((k / 9, k / 9 + 4),), 150.0)
+        for k in range(10_000)
+    ]
+    assert sum(map(len, Packed(samples).blocks)) < 1.5e6
