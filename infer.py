@@ -531,14 +531,15 @@ def own_video(given: argparse.Namespace, settings: Settings, config: Config, gro
     page = Path(given.out or f"{Path(given.video).stem}.html")
     if page.suffix.lower() not in (".html", ".htm"):
         raise ConfigError(f"--out {page}: the page's name ends with .html")
-    asked = Sample("own", given.video, given.question, tuple(given.options), None, (), probe(given.video).duration)
+    info = probe(given.video)
+    asked = Sample("own", given.video, given.question, tuple(given.options), None, (), info.duration)
     source = play_source(given.video, page, given.embed)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     ask, agent = prepare(strategy, config, grounding, device)
     result = ask(agent, asked, settings)
     answer = final_answer(result, asked, settings)
     print(answer_text(result, answer, given.options))
-    answer_page(answer_record(result, answer, asked, strategy), page, source)
+    answer_page(answer_record(result, answer, asked, strategy, info.begin), page, source)
     print(f"page        {page}")
 
 

@@ -35,7 +35,8 @@ from media.decode import probe
 from media.file import VideoError
 from world import benchmark
 
-VIDEO_SUFFIXES = (".mp4", ".mkv", ".webm", ".avi", ".mov", ".m4v", ".ts")
+VIDEO_SUFFIXES = (".mp4", ".mkv", ".webm", ".avi", ".mov", ".m4v", ".ts", ".mpg", ".mpeg", ".flv", ".wmv", ".3gp")
+VIDEO_SUFFIXES += (".m2ts", ".mts", ".vob", ".ogv", ".gif")
 MAX_DROPPED = 0.05  # the share of rows that may be unusable
 MAX_DIFFERENCE = 1.0  # seconds between the duration of a row and its file that pass without a word
 PROBED = 8  # videos of a training file that are looked at before a model is loaded
@@ -188,8 +189,8 @@ def warn_once(message: str) -> None:
 def video_path(video: str, root: str | Path | None) -> str:
     """The video's path: under the root if it is relative, with ".mp4" if it has no suffix.
 
-    If that file is not there, but another spelling of the name is, that one is taken: with another video suffix, with
-    "/" for "\\", with accents as letters of their own or not.
+    If that file is not there, but another spelling of the name is, that one is taken: with another video suffix or one
+    in capitals, with "/" for "\\", with accents as letters of their own or not.
     """
     return find_video(video, root)[0]
 
@@ -212,6 +213,7 @@ def spellings(video: str) -> Iterator[str]:
             stem, dot, suffix = text.rpartition(".")
             stem = stem if f"{dot}{suffix}".lower() in VIDEO_SUFFIXES else text
             yield from (stem + suffix for suffix in VIDEO_SUFFIXES if stem + suffix != text)
+            yield from (stem + suffix.upper() for suffix in VIDEO_SUFFIXES if stem + suffix.upper() != text)
 
 
 def missing_videos(samples: Iterable[Sample]) -> list[str]:

@@ -417,7 +417,8 @@ def show_pictures(source: Source, ticks: list[int], show: Show, *, threads: int 
 @dataclass(frozen=True)
 class VideoInfo:
     """What a file shows: seconds from its first frame to the end of its last, average frames per second, displayed
-    size. `moments`: the seconds at which frames begin, float64 [N], where they are not regular."""
+    size. `moments`: the seconds at which frames begin, float64 [N], where they are not regular. `begin`: the first
+    frame's time by the file's own clock, in seconds."""
 
     path: str
     duration: float
@@ -425,6 +426,7 @@ class VideoInfo:
     width: int
     height: int
     moments: np.ndarray | None = field(default=None, repr=False, compare=False)
+    begin: float = 0.0
 
     @property
     def period(self) -> float:
@@ -485,7 +487,7 @@ def probe(path: str | Path) -> VideoInfo:
         moments = source.moments()
         if source.table is not None or moments is not None:
             rate = len(source.table.times if moments is None else moments) / duration
-        found.append(VideoInfo(str(path), duration, rate, width, height, moments))
+        found.append(VideoInfo(str(path), duration, rate, width, height, moments, source.start * source.clock))
 
     read(path, look)
     return found[-1]

@@ -35,7 +35,8 @@ def answer_page(record: Mapping, out: str | Path, source: str) -> None:
     """Write a page about one answered question: answer, player, time line, and the frames of every look at the video.
 
     record: {"video", "question", "options": [str], "letters": {letter: probability}, "answer": letter | None,
-    "confidence": float, "duration": s, "spans": [[s, e]] | None, "strategy", "cost": {name: figure}, "looks": [{"kind":
+    "confidence": float, "duration": s, "begin": the first frame's time by the player's clock, "spans": [[s, e]] | None,
+    "strategy", "cost": {name: figure}, "looks": [{"kind":
     one of LOOKS, "part": [[s, e]] | None, "times": [s], "frames": uint8 [N, 3, H, W], "answer", "confidence", "spans",
     "text", "refusal" (of an agent)}]}. source: the player's video, a relative file or a data URI. The time line has the
     spans or, turn by turn, what an agent asked for. A click on a span plays it. Raises ReportError naming the look
@@ -62,7 +63,8 @@ def answer_page(record: Mapping, out: str | Path, source: str) -> None:
     body = (
         f'<p class="muted">{text(record["video"])} · {clock(duration)} · {text(record["strategy"])}</p>\n'
         f"<h1>{text(record['question'])}</h1>\n{answer_html(record)}\n"
-        f'<video controls preload="auto" muted playsinline data-duration="{duration}" src="{text(source)}"></video>\n'
+        f'<video controls preload="auto" muted playsinline data-duration="{duration}" '
+        f'data-begin="{float(record["begin"])}" src="{text(source)}"></video>\n'
         '<p class="refused" hidden>This browser cannot play the file: it was moved, or it has an unknown codec.</p>\n'
         + (f'<div class="jumps">{jumps}</div>\n' if jumps else "")
         + timeline(None, lines, duration)
@@ -146,8 +148,8 @@ def answer_text(result: Result, answer: str | None, options: Sequence[str]) -> s
     return "\n".join(lines)
 
 
-def answer_record(result: Result, answer: str | None, sample: Sample, strategy: str) -> dict:
-    """What the page shows."""
+def answer_record(result: Result, answer: str | None, sample: Sample, strategy: str, begin: float = 0.0) -> dict:
+    """What the page shows; `begin`: what the player's clock shows at the first frame, in seconds."""
     looks = [
         {
             **{
@@ -167,6 +169,7 @@ def answer_record(result: Result, answer: str | None, sample: Sample, strategy: 
         "answer": answer,
         "confidence": result.confidence,
         "duration": sample.duration,
+        "begin": begin,
         "spans": result.spans,
         "strategy": strategy,
         "looks": looks,

@@ -1,4 +1,6 @@
 const video = document.querySelector("video"), length = Number(video.dataset.duration);
+const begin = Number(video.dataset.begin);  // what the player's clock shows at the first frame
+const now = () => video.currentTime - begin;
 const tracks = [...document.querySelectorAll(".track")], buttons = [...document.querySelectorAll(".jumps button")];
 const heads = tracks.map(track => {
   const head = document.createElement("div");
@@ -8,14 +10,14 @@ const heads = tracks.map(track => {
 let end = null;
 const seek = (time, until) => {
   video.pause();
-  video.currentTime = time;
+  video.currentTime = begin + time;
   end = until;
   if (until !== null) video.play().catch(() => {});
 };
 const show = () => {
-  for (const head of heads) head.style.left = 100 * Math.min(1, video.currentTime / length) + "%";
+  for (const head of heads) head.style.left = 100 * Math.max(0, Math.min(1, now() / length)) + "%";
   for (const button of buttons) button.classList.toggle("playing",
-    video.currentTime >= Number(button.dataset.start) && video.currentTime < Number(button.dataset.end));
+    now() >= Number(button.dataset.start) && now() < Number(button.dataset.end));
 };
 document.addEventListener("click", event => {
   const span = event.target.closest("[data-start]"), frame = event.target.closest("[data-time]");
@@ -28,7 +30,7 @@ document.addEventListener("click", event => {
   }
 });
 video.addEventListener("timeupdate", () => {
-  if (end !== null && video.currentTime >= end) { video.pause(); end = null; }
+  if (end !== null && now() >= end) { video.pause(); end = null; }
   show();
 });
 video.addEventListener("seeked", show);

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 from dataclasses import replace
+from fractions import Fraction
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,6 +22,7 @@ from accelerate import Accelerator
 from conftest import drop_video_token, drop_weights, loud_model, page_in_browser, run_in_two_processes
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numbered import write_video
 from pagetree import Tree
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -655,6 +657,38 @@ def test_a_click_seeks_the_video_in_a_browser(own, tmp_path, where, embed):
     answer_page(answer_record(result, "A", sample, "one-stage"), page, play_source(own[-1], page, embed))
     title = page_in_browser(page, CLICK.replace("WHERE", json.dumps(where)))
     assert title == ("at 3 false" if where.startswith("figure") else "at 5 true")  # a span plays, a frame is shown
+
+
+# Seeks to a frame of the page, and reads the number in the picture that is then shown.
+READ = """
+const player = document.querySelector("video"), canvas = document.createElement("canvas");
+player.addEventListener("seeked", () => {
+  canvas.width = 160; canvas.height = 96;
+  const context = canvas.getContext("2d");
+  context.drawImage(player, 0, 0, 160, 96);
+  const row = context.getImageData(0, 6, 160, 1).data;
+  let number = 0;
+  for (let bit = 0; bit < 20; bit++) if (row[4 * (8 * bit + 4)] > 128) number += 2 ** bit;
+  document.title = `frame ${number}`;
+});
+const click = () => document.querySelector("figure:nth-of-type(3)").click();
+if (player.readyState >= 2) click(); else player.addEventListener("loadeddata", click);
+"""
+
+
+@pytest.mark.parametrize("first", [0, 75])
+def test_the_player_counts_from_the_first_frame_in_a_browser(tmp_path, first):
+    """Whatever the file's clock shows there."""
+    clock, page = Fraction(1, 25), tmp_path / "answer.html"
+    path = write_video(tmp_path / "late.mp4", pts=[first + k for k in range(60)], clock=clock)
+    info = video.probe(path)
+    assert info.begin == pytest.approx(first / 25) and info.duration == pytest.approx(2.4)
+    sample = Sample("x", str(path), "?", ("a", "b"), None, (), info.duration)
+    look = fake_look("A", 0.9, [], "coarse")
+    look.clip = clip_of([0.5 * k + 0.01 for k in range(4)], 0.5)
+    result = infer.Result("A", {"A": 0.9, "B": 0.1}, 0.9, [], [look])
+    answer_page(answer_record(result, "A", sample, "one-stage", info.begin), page, play_source(path, page, True))
+    assert page_in_browser(page, READ) == "frame 25"  # at 1.01 s
 
 
 # ---------------------------------------------------------------- what is refused

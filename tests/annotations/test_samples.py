@@ -42,6 +42,19 @@ def test_evidence_stays_as_published(tmp_path):
 # ---------------------------------------------------------------- videos
 
 
+@pytest.mark.parametrize("suffix", [".mpg", ".flv", ".wmv", ".3gp", ".m2ts", ".vob", ".gif", ".ogv", ".xyz"])
+def test_a_video_is_found_with_any_suffix(tmp_path, suffix):
+    (tmp_path / f"x{suffix}").touch()
+    assert video_path(f"x{suffix}", tmp_path) == str(tmp_path / f"x{suffix}")
+    if suffix != ".xyz":
+        assert video_path("x", tmp_path) == str(tmp_path / f"x{suffix}")
+
+
+def test_a_video_is_found_with_a_suffix_in_capitals(tmp_path):
+    (tmp_path / "w.MP4").touch()
+    assert video_path("w", tmp_path) == video_path("w.avi", tmp_path) == str(tmp_path / "w.MP4")
+
+
 def test_video_paths(tmp_path):
     (tmp_path / "v_1.mkv").touch()
     (tmp_path / "id_0.0_150.0.webm").touch()

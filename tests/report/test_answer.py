@@ -23,6 +23,7 @@ def answered(**changed):
         "answer": "B",
         "confidence": 0.5,
         "duration": 20.0,
+        "begin": 0.0,
         "spans": [[1.0, 2.0], [9.0, 11.5]],
         "strategy": "coarse-to-fine",
         "cost": {"visual tokens": 88},
