@@ -48,9 +48,10 @@ from media.file import VideoError
 from policy import ModelError, Vocabulary, load
 from prompts import TEMPLATES
 from report import ReportError, tables
+from report.calibration import calibration
 from report.evaluation import evaluation_page
 from report.intervals import bootstrap
-from report.plots import plot_by_clue
+from report.plots import plot_by_clue, plot_reliability
 from report.results import read_results, row_of, write_results
 from report.scores import breakdown, by_kind, overall, score
 from rewards import format_reward
@@ -62,8 +63,9 @@ log = logging.getLogger("zoomgrpo")
 def evaluate(
     model, samples: Sequence[Sample], config: Config, vocabulary: Vocabulary, accelerator: Accelerator, label: str
 ) -> list[dict]:
-    """One row per sample, as report/scores.py has them, with "zoom_answer", "format", "response", "error" (of an
-    unreadable video, or None) and, with controls, "shuffled_spans" and "true_zoom_answer"; of episodes, COSTS instead.
+    """One row per sample, as report/scores.py has them, with "zoom_answer", "zoom_confidence", "format", "response",
+    "error" (of an unreadable video, or None) and, with controls, "shuffled_spans" and "true_zoom_answer"; of episodes,
+    COSTS instead.
 
     Split over processes; every process returns all rows. Raises DataError if no video at all can be read.
     """
@@ -138,7 +140,7 @@ def unanswered(sample: Sample, error: str, template: str) -> dict:
     row = {**row_of(sample, None, None), "format": 0.0, "response": "", "error": error}
     if TEMPLATES[template].multi_turn:
         return row
-    return row | {"zoom_answer": None, "shuffled_spans": None, "true_zoom_answer": None}
+    return row | {"zoom_answer": None, "zoom_confidence": None, "shuffled_spans": None, "true_zoom_answer": None}
 
 
 def evaluate_episodes(model, views: Sequence[View], config: Config, vocabulary: Vocabulary) -> list[dict]:
@@ -176,6 +178,7 @@ def evaluate_views(model, views: Sequence[View], config: Config, vocabulary: Voc
             {
                 **row_of(group.view.sample, response.answer, spans),
                 "zoom_answer": response.zoom.answer if response.zoom else None,
+                "zoom_confidence": response.zoom.letters.get(response.zoom.answer, 0.0) if response.zoom else None,
                 "format": format_reward([response.text], config.template, bool(group.view.sample.options)),
                 "response": response.text,
                 "error": None,
@@ -227,6 +230,7 @@ def save_and_print(
             "intervals": bootstrap(rows),
             "by_kind": by_kind(rows),
             **{f"by_{by}": breakdown(rows, by) for by in ("clue_length", "clue_portion")},
+            "calibration": calibration(rows),
             "official": tables.official_scores(rows, benchmark),
         }
     (out / "evaluation.json").write_text(json.dumps(numbers, indent=1))
@@ -242,6 +246,9 @@ def save_and_print(
     evidence = [row for row in rows if row["evidence"]]
     if evidence and all(row["duration"] for row in evidence):
         plot_by_clue(drawn, out / "clue.png")
+    sure = {f"{label}: {name}": one for label, found in numbers.items() for name, one in found["calibration"].items()}
+    if sure:
+        plot_reliability(sure, out / "reliability.png")
     print(tables.describe(results, benchmark))
 
 

@@ -14,26 +14,53 @@ from pathlib import Path
 import numpy as np
 
 from report import ReportError, drawing
-from report.drawing import COLOURS, INK, LINES, MARKERS, MUTED, add_legend, new_figure, tidy
+from report.drawing import COLOURS, INK, LINES, MARKERS, MUTED, add_legend, named, new_figure, tidy
 
 # Panels in reading order: what is learned, how the policy moves, what it costs. Keys not named here follow by name.
 TITLES = {
     "reward/iou_mean": "IoU reward",
+    "reward/giou_mean": "GIoU reward",
+    "reward/tg_mean": "IoU and centre reward (R_tg)",
     "reward/accuracy_mean": "Answer reward",
     "reward/zoom_mean": "Zoom reward",
+    "reward/tool_mean": "Tool reward",
     "reward/format_mean": "Format reward",
     "zero_variance_fraction": "Groups without variance",
     "kl/time": "KL, time tokens",
     "kl/text": "KL, text tokens",
     "entropy": "Entropy (nats)",
-    "clip_fraction": "Clipped ratios",
     "response_tokens": "Response length (tokens)",
+    "unfinished_fraction": "Responses cut at a limit",
+    "episode/calls": "Calls per episode",
+    "grad_norm": "Gradient norm",
+    "clip_fraction": "Clipped ratios",
+    "seconds/step": "A step (s)",
     "loss": "Loss",
     "lr": "Learning rate",
     "seconds/rollout": "Rollout (s)",
     "seconds/zoom": "Zoom pass (s)",
     "seconds/update": "Update (s)",
+    "seconds/decode": "Decoding (s)",
+    "ratio": "Policy over old policy",
+    "approx_kl": "KL to the old policy (k3)",
+    "kl/penalty": "KL penalty",
+    "episode/turns": "Turns per episode",
+    "episode/clips": "Calls that showed frames",
+    "redrawn": "Groups drawn anew",
+    "failed_videos": "Videos that cannot be read",
+    "visual_tokens_per_second": "Visual tokens per second",
+    "text_tokens_per_second": "Text tokens per second",
 }
+FAMILIES = {"applies/": "Samples with a reward for {}", "zero_variance/": "Groups alike in {}"}
+PANELS = 12  # at most, unless keys are named
+
+
+def title(key: str) -> str:
+    """What a figure is called above its panel."""
+    for start, words in FAMILIES.items():
+        if key.startswith(start):
+            return words.format(key.removeprefix(start))
+    return TITLES.get(key, key)
 
 
 def read_metrics(path: str | Path) -> list[dict]:
@@ -90,6 +117,16 @@ def logged_keys(runs: Mapping[str, list[dict]]) -> list[str]:
     return [key for key in TITLES if key in present] + sorted(present - set(TITLES) - {"step"})
 
 
+def telling_keys(runs: Mapping[str, list[dict]], keys: Sequence[str]) -> list[str]:
+    """The first `PANELS` keys whose figures are not the same at all steps of all runs; of all keys if none changes."""
+
+    def changes(key: str) -> bool:
+        values = np.concatenate([series(rows, key)[1] for rows in runs.values()])
+        return len(np.unique(values[np.isfinite(values)])) > 1
+
+    return ([key for key in keys if changes(key)] or list(keys))[:PANELS]
+
+
 def label_runs(folders: Sequence[str | Path]) -> dict[str, Path]:
     """Name each run by its folder, with as many parent folders as it takes to tell the runs apart."""
     files = [Path(f) / "metrics.jsonl" if Path(f).is_dir() else Path(f) for f in folders]
@@ -104,11 +141,11 @@ def label_runs(folders: Sequence[str | Path]) -> dict[str, Path]:
 def plot_curves(
     runs: Mapping[str, str | Path] | Sequence[str | Path], out: str | Path, keys: Sequence[str] | None = None
 ) -> list[str]:
-    """Draw each logged figure in a panel of its own, the runs overlaid: a smoothed line over faint raw points.
+    """Draw logged figures, each in a panel of its own, the runs overlaid: a smoothed line over faint raw points.
 
-    runs: {label: metrics.jsonl or run folder}, or a list of those. keys: panels to draw, in this order; all by default.
-    A single run also shows mean +- std where both are logged. Returns the keys of the panels, in order.
-    Raises ReportError for an unreadable file and for a key that no run has. Source: Zoom-Zero, Figure 4.
+    runs: {label: metrics.jsonl or run folder}, or a list of those. keys: panels to draw, in this order, or ["all"]; by
+    default `telling_keys`. A single run also shows mean +- std where both are logged. Returns the keys of the panels,
+    in order. Raises ReportError for an unreadable file and for a key that no run has. Source: Zoom-Zero, Figure 4.
     """
     if not runs:
         raise ReportError("no run to draw; name at least one")
@@ -118,8 +155,12 @@ def plot_curves(
     logged = logged_keys(runs)
     if not logged:
         raise ReportError(f"{', '.join(runs)}: nothing but steps is logged")
-    if keys is None:  # a spread beside its mean is that panel's band
-        keys = [k for k in logged if not (k.endswith("_std") and k.removesuffix("_std") + "_mean" in logged)]
+    # A spread beside its mean is that panel's band.
+    panels = [k for k in logged if not (k.endswith("_std") and k.removesuffix("_std") + "_mean" in logged)]
+    if keys is None:
+        keys = telling_keys(runs, panels)
+    elif list(keys) == ["all"]:
+        keys = panels
     for key in keys:
         if key not in logged:
             nearest = difflib.get_close_matches(key, logged, n=1, cutoff=0)[0]
@@ -165,13 +206,13 @@ def draw_panel(axes, runs: Mapping[str, list[dict]], key: str, window: int) -> N
             marker=MARKERS[i % len(MARKERS)],
             markersize=4,
             markevery=(i / (8 * len(runs)), 1 / 8) if len(steps) > 8 else 1,
-            label=label,
+            label=named(label),
         )
         lowest, highest = min(lowest, np.nanmin(values)), max(highest, np.nanmax(values))
         if len(runs) == 1:
             last = mean[np.isfinite(mean)][-1]
             axes.set_title(f"{last:.3g}", loc="right", fontsize=8, color=MUTED)
-    axes.set_title(TITLES.get(key, key), loc="left", fontsize=9, color=INK)
+    axes.set_title(title(key), loc="left", fontsize=9, color=INK, parse_math=False)
     if 0 <= lowest < math.inf:  # the axis starts at 0, so that a rise from 0.50 to 0.52 looks like one
         is_share = highest <= 1 and (key.startswith("reward/") or key == "zero_variance_fraction")
         top = 1 if is_share else highest or 1
@@ -184,7 +225,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Draw the training curves of one or several runs.")
     parser.add_argument("runs", nargs="+", metavar="RUN", help="a run's folder or its metrics.jsonl")
     parser.add_argument("--out", default="curves.png", help="the picture to write (default: %(default)s)")
-    parser.add_argument("--keys", nargs="+", help="draw only these keys, in this order (default: all)")
+    parser.add_argument(
+        "--keys", nargs="+", help=f"draw these keys, in this order, or: all (default: the first {PANELS} that change)"
+    )
     options = parser.parse_args(arguments)
     try:
         keys = plot_curves(options.runs, options.out, options.keys)

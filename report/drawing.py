@@ -31,7 +31,7 @@ def add_legend(figure: Figure) -> None:
             entries.setdefault(label, handle)
     inches = 0.75 + 0.068 * max(map(len, entries))  # of one entry
     columns = max(1, min(len(entries), int(figure.get_figwidth() / inches)))
-    figure.legend(
+    legend = figure.legend(
         entries.values(),
         entries.keys(),
         loc="outside upper left",
@@ -40,6 +40,13 @@ def add_legend(figure: Figure) -> None:
         handlelength=4,
         fontsize=9,
     )
+    for text in legend.get_texts():
+        text.set_parse_math(False)  # a folder's name may have dollars
+
+
+def named(label: str) -> str:
+    """A label for the legend, from which Matplotlib leaves out those that begin with an underscore."""
+    return f" {label}" if label.startswith("_") else label
 
 
 def tidy(axes: Axes) -> None:

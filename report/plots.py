@@ -3,19 +3,26 @@
 - `plot_by_clue`: mIoU against the duration and the proportion of the evidence, as Zoom-Zero's Figure 3. Different from
   the paper: bins hold about equally many questions, so that their error bars can be compared, and the score of simply
   answering "the whole video" is drawn as well, because it alone rises with the proportion.
+- `plot_reliability`: accuracy against confidence.
 - `plot_statistics`: durations of videos and shares of the evidence, as LongVTG-R1's Figure 3.
 """
+
+from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from report import ReportError, drawing
-from report.drawing import COLOURS, INK, LINES, MARKERS, MUTED, add_legend, new_figure, tidy
-from rewards import union_length
+from report.drawing import COLOURS, INK, LINES, MARKERS, MUTED, add_legend, named, new_figure, tidy
+from report.scores import bin_names, bin_of, evidence_edges, evidence_size
+
+if TYPE_CHECKING:  # only a program that draws needs it
+    from matplotlib.axes import Axes
 
 
 def plot_by_clue(results: Mapping[str, Sequence[Mapping]], out: str | Path, bins: int = 5) -> dict[str, list[int]]:
@@ -23,8 +30,8 @@ def plot_by_clue(results: Mapping[str, Sequence[Mapping]], out: str | Path, bins
 
     results: {label: rows with "id", "duration", "evidence" and "iou"}, the first label being the baseline (grey).
     Questions without annotated evidence are left out. Whiskers are 1.96 standard errors over questions. Returns the
-    number of questions in each bin, {"duration": [...], "proportion": [...]}. Raises
-    ReportError if the labels do not answer the same questions. Source: Zoom-Zero, Figure 3.
+    number of questions in each bin, {"duration": [...], "proportion": [...]}; bins are those of tables.clue_table.
+    Raises ReportError if the labels do not answer the same questions. Source: Zoom-Zero, Figure 3.
     """
     if not results:
         raise ReportError("no results to draw; give at least one label")
@@ -45,15 +52,15 @@ def plot_by_clue(results: Mapping[str, Sequence[Mapping]], out: str | Path, bins
         unscored = [q for q in questions if rows[q]["iou"] is None or not math.isfinite(rows[q]["iou"])]
         if unscored:
             raise ReportError(f"{label}: no IoU for {unscored[:3]}, whose evidence is annotated")
-    lengths = np.array([union_length(by_id[first][q]["evidence"]) for q in questions])
-    shares = lengths / np.array([by_id[first][q]["duration"] for q in questions])
+    rows = [by_id[first][q] for q in questions]
+    shares = np.array([evidence_size(row, "clue_portion") for row in rows]) / 100
     iou = {label: np.array([rows[q]["iou"] for q in questions]) for label, rows in by_id.items()}
 
     figure = new_figure(9, 3.6)
     left, right = figure.subplots(1, 2, sharey=True)
     counts = {
-        "duration": draw_bins(left, lengths, iou, shares, bins),
-        "proportion": draw_bins(right, 100 * shares, iou, shares, bins),
+        "duration": draw_bins(left, rows, "clue_length", iou, shares, bins),
+        "proportion": draw_bins(right, rows, "clue_portion", iou, shares, bins),
     }
     left.set_xlabel("duration of the evidence (s)", fontsize=9, color=INK)
     right.set_xlabel("evidence as a share of the video (%)", fontsize=9, color=INK)
@@ -64,9 +71,11 @@ def plot_by_clue(results: Mapping[str, Sequence[Mapping]], out: str | Path, bins
     return counts
 
 
-def draw_bins(axes, values: np.ndarray, iou: Mapping[str, np.ndarray], shares: np.ndarray, bins: int) -> list[int]:
-    edges = bin_edges(values, bins)
-    index = np.digitize(values, edges[1:-1])  # bins are [low, high), the last one [low, high]
+def draw_bins(
+    axes: Axes, rows: Sequence[dict], by: str, iou: Mapping[str, np.ndarray], shares: np.ndarray, bins: int
+) -> list[int]:
+    edges = evidence_edges(rows, by, bins)
+    index = np.array([bin_of(evidence_size(row, by), edges) for row in rows])
     members = [np.flatnonzero(index == b) for b in range(index.max() + 1)]
     x = np.arange(len(members))
     baseline = next(iter(iou)) if len(iou) > 1 else None
@@ -84,26 +93,43 @@ def draw_bins(axes, values: np.ndarray, iou: Mapping[str, np.ndarray], shares: n
             linewidth=1.5,
             elinewidth=0.8,
             capsize=2,
-            label=f"{label} (baseline)" if label == baseline else label,
+            label=named(f"{label} (baseline)" if label == baseline else label),
         )
     # Answering "the whole video" has an IoU of exactly the evidence's share.
     whole = [shares[m].mean() for m in members]
     axes.errorbar(x, whole, color=MUTED, linewidth=0.7, marker="_", label="whole video as answer")
     tidy(axes)
     axes.set_xlim(-0.5, len(members) - 0.5)
-    ranges = [f"{short(low)}–{short(high)}" for low, high in pairwise(edges)]
-    axes.set_xticks(x, [f"{name}\nn = {len(m)}" for name, m in zip(ranges, members, strict=True)])
+    axes.set_xticks(x, [f"{name}\nn = {len(m)}" for name, m in zip(bin_names(edges), members, strict=True)])
     return [len(m) for m in members]
 
 
-def bin_edges(values: np.ndarray, bins: int) -> np.ndarray:
-    """Edges, taken from the values so that no bin is empty, of at most `bins` bins with about equally many values."""
-    edges = np.unique(np.quantile(values, np.linspace(0, 1, bins + 1), method="nearest"))
-    return edges if len(edges) > 1 else np.repeat(edges, 2)
+def plot_reliability(found: Mapping[str, Mapping], out: str | Path) -> None:
+    """Draw accuracy against confidence, a line per label: what lies below the diagonal is surer than it is right.
 
-
-def short(value: float) -> str:
-    return f"{value:.1f}" if value >= 1 else f"{value:.2g}"
+    found: {label: one kind of answer's `calibration`}. Areas of points follow the numbers of answers. Source: Guo
+    et al. 2017, Figure 1.
+    """
+    if not found:
+        raise ReportError("no answer with a confidence to draw")
+    figure = new_figure(5.2, 4.6)
+    axes = figure.subplots()
+    axes.plot([0, 1], [0, 1], color=MUTED, linewidth=0.7, label="as sure as right")
+    for i, (label, one) in enumerate(found.items()):
+        style = {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)]}
+        x, y = ([part[name] for part in one["bins"]] for name in ("confidence", "accuracy"))
+        share = np.array([part["questions"] for part in one["bins"]]) / one["questions"]
+        axes.plot(x, y, linestyle=LINES[i % len(LINES)], linewidth=1.2, markersize=5, **style, label=named(label))
+        axes.scatter(x, y, s=30 + 400 * share, alpha=0.3, linewidths=0, **style)
+        place = {"xytext": (-8, 8), "textcoords": "offset points", "ha": "right"}
+        axes.annotate(f"ECE {one['ECE']:.3f}", (x[-1], y[-1]), fontsize=8, **place)
+    axes.set_xlim(-0.02, 1.02)
+    axes.set_ylim(-0.02, 1.02)
+    axes.set_xlabel("confidence (mean of a bin)", fontsize=9, color=INK)
+    axes.set_title("accuracy", loc="left", fontsize=9, color=INK)
+    tidy(axes)
+    add_legend(figure)
+    drawing.save_figure(figure, out)
 
 
 def plot_statistics(durations: Sequence[float], shares: Sequence[float], out: str | Path) -> None:

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from annotations.rows import DataError, Sample, read_rows
+from annotations.rows import DataError, Row, Sample, read_rows
+from report.calibration import ANSWERS
 
 if TYPE_CHECKING:
     from infer import Result
@@ -57,10 +58,10 @@ def is_span(pair: object) -> bool:
 def read_results(path: str | Path, samples: list[Sample]) -> list[dict]:
     """One row per sample, in the samples' order, with the predictions of a result file.
 
-    A line needs "id", "predicted_answer" and "spans"; the truth comes from the samples. Samples that the file does
-    not mention are unanswered. A question whose video could not be read ("error") may come again: the last line counts.
-    Raises DataError for an id that is not among the samples, one that comes twice, or a line about another video or
-    with another right answer: then the file belongs to something else.
+    A line needs "id", "predicted_answer" and "spans", and may have a confidence; the truth comes from the samples.
+    Samples that the file does not mention are unanswered. A question whose video could not be read ("error") may come
+    again: the last line counts. Raises DataError for an id that is not among the samples, one that comes twice, or a
+    line about another video or with another right answer: then the file belongs to something else.
     """
     path = Path(path)
     known = {sample.id: sample for sample in samples}
@@ -88,13 +89,22 @@ def read_results(path: str | Path, samples: list[Sample]) -> list[dict]:
                 raise line.error(
                     name, f"the question '{id}' has {truth!r}, not {stated!r}: results of another data set?"
                 )
-        predictions[id] = (answer, spans)
+        predictions[id] = row_of(known[id], answer, spans) | read_confidence(line)
     if unknown:
         raise DataError(
             f"{path}: {len(unknown)} of {len(unknown) + len(predictions)} question ids are unknown, "
             f"first {unknown[:3]}; ids look like {[sample.id for sample in samples[:2]]}: results of another benchmark?"
         )
-    return [row_of(sample, *predictions.get(sample.id, (None, None))) for sample in samples]
+    return [predictions.get(sample.id) or row_of(sample, None, None) for sample in samples]
+
+
+def read_confidence(line: Row) -> dict[str, float]:
+    """The confidences of calibration.py that a line has. Raises DataError for one that is no probability."""
+    found = {name: line.fields[name] for _, name in ANSWERS.values() if line.fields.get(name) is not None}
+    for name, value in found.items():
+        if type(value) not in (int, float) or not 0 <= value <= 1:
+            raise line.error(name, f"expected a probability, got {value!r}")
+    return found
 
 
 def write_results(path: str | Path, rows: list[dict]) -> None:

@@ -100,6 +100,44 @@ def groups_of(row: dict, by: str) -> list[str]:
     return [group_names([], by)[bisect.bisect_right(borders, value) - 1]]
 
 
+def evidence_edges(rows: Sequence[dict], by: str, bins: int = 5) -> np.ndarray:
+    """Edges of at most `bins` bins of the evidence, in the unit of `evidence_size`, with about equally many questions
+    each; none without evidence.
+
+    Equal numbers keep every bin filled, on any data set, and error bars comparable. `breakdown` has fixed borders.
+    """
+    sizes = [size for row in rows if (size := evidence_size(row, by)) is not None]
+    return bin_edges(np.array(sizes), bins) if sizes else np.array([])
+
+
+def evidence_size(row: dict, by: str) -> float | None:
+    """How much evidence a question has, by "clue_length" (seconds) or "clue_portion" (per cent of the video)."""
+    if not row["evidence"] or (by == "clue_portion" and row["duration"] is None):
+        return None
+    length = union_length(as_spans(row["evidence"]))
+    return length if by == "clue_length" else 100 * length / row["duration"]
+
+
+def bin_edges(values: np.ndarray, bins: int) -> np.ndarray:
+    """Edges, taken from the values so that no bin is empty, of at most `bins` bins with about equally many values."""
+    edges = np.unique(np.quantile(values, np.linspace(0, 1, bins + 1), method="nearest"))
+    return edges if len(edges) > 1 else np.repeat(edges, 2)
+
+
+def bin_of(value: float, edges: np.ndarray) -> int:
+    """The number of a value's bin: bins are [low, high), the last one [low, high]."""
+    return int(np.digitize(value, edges[1:-1]))
+
+
+def bin_names(edges: np.ndarray) -> list[str]:
+    """1.0–3.0"""
+    return [f"{short(low)}–{short(high)}" for low, high in itertools.pairwise(edges)]
+
+
+def short(value: float) -> str:
+    return f"{value:.1f}" if value >= 1 else f"{value:.2g}"
+
+
 def overall(rows: Sequence[dict]) -> dict[str, float]:
     """`summarise`, with the number of unreadable videos' questions and, with controls, "chance mIoU".
 

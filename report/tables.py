@@ -3,10 +3,13 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from annotations.rows import DataError
 from report import official
+from report.calibration import calibration, calibration_text
 from report.intervals import bootstrap, paired_test
-from report.scores import COSTS, breakdown, by_kind, overall
+from report.scores import COSTS, bin_names, bin_of, by_kind, evidence_edges, evidence_size, overall, summarise
 
 HEADLINE = ("mIoU", "mIoP", "mIoG", "R@0.3", "R@0.5", "R@0.7", "rec@IoU")  # spans
 HEADLINE += ("accuracy", "zoom_accuracy", "Acc@GQA", "acc@IoU", "format", *COSTS)
@@ -102,15 +105,28 @@ def aligned(lines: Sequence[Sequence[str]]) -> str:
 
 
 def clue_table(results: Mapping[str, list[dict]]) -> str:
-    """mIoU and accuracy by the length of the evidence and by its portion of the video (Zoom-Zero, Figure 3)."""
+    """mIoU and accuracy by the length of the evidence and by its portion of the video (Zoom-Zero, Figure 3).
+
+    Bins are those of plots.plot_by_clue; "unknown" are questions without evidence or duration.
+    """
     lines = [("evidence", "questions", *(f"{label}: {name}" for label in results for name in ("mIoU", "accuracy")))]
-    for by in ("clue_length", "clue_portion"):
-        groups = {label: breakdown(rows, by) for label, rows in results.items()}
-        for name, ours in next(iter(groups.values())).items():
-            cells = [figure(found[name].get(score)) for found in groups.values() for score in ("mIoU", "accuracy")]
-            unit = " of the video" if by == "clue_portion" and name != "unknown" else ""
-            lines.append((name + unit, str(ours["questions"]), *cells))
+    first = next(iter(results.values()))
+    for by, unit in (("clue_length", " s"), ("clue_portion", "% of the video")):
+        edges = evidence_edges(first, by)
+        names = [name + unit for name in bin_names(edges)] + ["unknown"]
+        for number, name in enumerate(names):
+            groups = [[row for row in rows if bin_number(row, by, edges) == number] for rows in results.values()]
+            if groups[0]:
+                means = [summarise(group) for group in groups]
+                cells = [figure(one.get(score)) for one in means for score in ("mIoU", "accuracy")]
+                lines.append((name, str(len(groups[0])), *cells))
     return aligned(lines)
+
+
+def bin_number(row: dict, by: str, edges: np.ndarray) -> int:
+    """The number of a question's bin; the one after the last if its evidence is unknown."""
+    size = evidence_size(row, by)
+    return max(0, len(edges) - 1) if size is None else bin_of(size, edges)
 
 
 def official_scores(rows: list[dict], benchmark: str) -> dict:
@@ -136,6 +152,7 @@ def describe(results: Mapping[str, list[dict]], benchmark: str) -> str:
     parts = [table(results)]
     if any(row["evidence"] for rows in results.values() for row in rows):
         parts.append(clue_table(results))
+    parts += [calibration_text(label, found) for label, rows in results.items() if (found := calibration(rows))]
     for label, rows in results.items():
         found = official_scores(rows, benchmark)
         if found:

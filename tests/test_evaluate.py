@@ -155,16 +155,18 @@ def test_scores_that_a_data_set_does_not_have_are_left_out():
 
 def test_scores_by_length_and_portion_of_the_evidence():
     rows = [row(), row(evidence=[[0.0, 1.0]], predicted=None), row(evidence=[], predicted=None)]
+    rows += [row(evidence=[[0.0, 2.0]], predicted=None), row(evidence=[[4.0, 9.0]], duration=None)]
     other = [{**r, "predicted_answer": "A"} for r in rows]
     lines = [line.split("  ") for line in clue_table({"a": rows, "b": other}).splitlines()]
     assert [[cell.strip() for cell in line if cell.strip()] for line in lines] == [
         ["evidence", "questions", "a: mIoU", "a: accuracy", "b: mIoU", "b: accuracy"],
-        ["0 to 2 s", "1", "0.000", "1.000", "0.000", "0.000"],
-        ["2 to 5 s", "1", "1.000", "1.000", "1.000", "0.000"],
+        ["1.0–2.0 s", "1", "0.000", "1.000", "0.000", "0.000"],
+        ["2.0–4.0 s", "1", "0.000", "1.000", "0.000", "0.000"],
+        ["4.0–5.0 s", "2", "0.900", "1.000", "0.900", "0.000"],
         ["unknown", "1", "-", "1.000", "-", "0.000"],
-        ["0.05 to 0.1 of the video", "1", "0.000", "1.000", "0.000", "0.000"],
-        ["0.2 to 0.4 of the video", "1", "1.000", "1.000", "1.000", "0.000"],
-        ["unknown", "1", "-", "1.000", "-", "0.000"],
+        ["5.0–10.0% of the video", "1", "0.000", "1.000", "0.000", "0.000"],
+        ["10.0–20.0% of the video", "2", "0.500", "1.000", "0.500", "0.000"],
+        ["unknown", "2", "0.800", "1.000", "0.800", "0.000"],
     ]
 
 

@@ -2,6 +2,7 @@
 
 import ast
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -38,7 +39,8 @@ def training(n, top=0.8):
 
 
 def test_curves_write_a_png_with_a_panel_per_logged_key(tmp_path):
-    keys = curves.plot_curves([write_run(tmp_path / "run", training(40))], tmp_path / "new" / "curves.png")
+    run = write_run(tmp_path / "run", training(40))
+    keys = curves.plot_curves([run], tmp_path / "new" / "curves.png", ["all"])
     assert keys == ["reward/iou_mean", "kl/time", "lr"]  # no panel for what is not logged, nor for the band and text
     with Image.open(tmp_path / "new" / "curves.png") as image:
         assert image.format == "PNG" and image.width > 1000
@@ -48,7 +50,7 @@ def test_curves_write_a_png_with_a_panel_per_logged_key(tmp_path):
 def test_panels_follow_the_keys_and_runs_differ_without_colour(tmp_path, figures):
     a = write_run(tmp_path / "a", training(40))
     b = write_run(tmp_path / "b", [{**row, "my/own": 1.0} for row in training(30, top=0.5)])
-    keys = curves.plot_curves({"TokenAdv": a / "metrics.jsonl", "GRPO": b}, "unused.png")
+    keys = curves.plot_curves({"TokenAdv": a / "metrics.jsonl", "GRPO": b}, "unused.png", ["all"])
     panels = figures[0].axes
     assert keys == ["reward/iou_mean", "kl/time", "lr", "my/own"]
     assert [axes.get_title(loc="left") for axes in panels] == [
@@ -86,6 +88,37 @@ def test_chosen_keys_come_in_the_given_order_and_a_misspelt_one_is_refused(tmp_p
         curves.plot_curves([run], "unused.png", ["reward/iou_men"])
     with pytest.raises(ReportError, match="no run has logged numbers as 'note'"):
         curves.plot_curves([run], "unused.png", ["note"])
+
+
+def test_without_keys_what_changes_is_drawn_and_at_most_twelve_panels(tmp_path, figures):
+    rows = [
+        {"step": s, "lr": 1e-4, "ratio": 1.0, "seconds/step": s / 7, "reward/iou_mean": s / 5}
+        | {f"my/{k:02}": s + k for k in range(20)}
+        for s in range(4)
+    ]
+    run = write_run(tmp_path / "run", rows)
+    keys = curves.plot_curves([run], "unused.png")
+    assert keys == ["reward/iou_mean", "seconds/step", *(f"my/{k:02}" for k in range(10))]
+    assert len(figures[0].axes) == curves.PANELS == 12
+    assert len(curves.plot_curves([run], "unused.png", ["all"])) == 24
+    other = write_run(tmp_path / "other", [{**row, "lr": 2e-4} for row in rows])
+    assert "lr" in curves.plot_curves([run, other], "unused.png")  # it differs between the runs
+    one_step = write_run(tmp_path / "short", rows[:1])
+    assert curves.plot_curves([one_step], "unused.png")[0] == "reward/iou_mean"  # nothing can have changed
+
+
+def test_every_logged_figure_has_a_plain_title():
+    for key in [*curves.TITLES, "applies/zoom", "zero_variance/iou"]:
+        assert not re.search("[/_]", curves.title(key).replace("R_tg", "")) and curves.title(key)[0].isupper()
+    assert curves.title("zero_variance/iou") == "Groups alike in iou" and curves.title("my/own") == "my/own"
+
+
+@pytest.mark.parametrize("name", [r"$\frac{$", "a$b$c^^", "_hidden", "100%"])
+def test_a_folder_may_have_any_name(tmp_path, name):
+    """Matplotlib takes dollars for formulas and leaves out what begins with an underscore."""
+    rows = [{**row, "my/$x_{$": row["step"]} for row in training(3)]
+    curves.plot_curves([write_run(tmp_path / name, rows)], tmp_path / "c.png", ["all"])
+    assert (tmp_path / "c.png").stat().st_size > 1000
 
 
 def test_smoothing_is_a_centred_mean_that_skips_gaps():

@@ -9,6 +9,8 @@ from scored import result
 
 from report import ReportError, plots
 from report.drawing import COLOURS
+from report.scores import bin_edges
+from report.tables import clue_table
 from rewards import union_length
 
 deterministic = settings(derandomize=True, deadline=None, max_examples=60)
@@ -43,6 +45,41 @@ def test_evidence_is_measured_on_the_union_and_equal_lengths_share_a_bin(tmp_pat
     rows = [result(i, [[0, 3], [2, 5], [7, 7]], 0.5) for i in range(3)]
     assert plots.plot_by_clue({"a": rows}, "unused.png") == {"duration": [3], "proportion": [3]}
     assert [t.get_text() for t in figures[0].axes[0].get_xticklabels()] == ["5.0–5.0\nn = 3"]
+
+
+def test_the_table_of_evidence_and_its_picture_have_the_same_bins(figures):
+    rng = np.random.default_rng(1)
+    rows = [result(i, [[0, s]], u) for i, (s, u) in enumerate(rng.uniform(0.5, 9, (40, 2)).tolist())]
+    counts = plots.plot_by_clue({"a": rows}, "unused.png")
+    lines = [line.split("  ") for line in clue_table({"a": rows}).splitlines()[1:]]
+    table = [
+        (line[0], int(line[1] or line[2]))
+        for line in ([cell.strip() for cell in line if cell.strip()] for line in lines)
+    ]
+    drawn = [t.get_text().split("\nn = ") for axes in figures[0].axes for t in axes.get_xticklabels()]
+    units = [" s"] * len(counts["duration"]) + ["% of the video"] * len(counts["proportion"])
+    assert table == [(name + unit, int(n)) for (name, n), unit in zip(drawn, units, strict=True)]
+    assert [n for _, n in table] == counts["duration"] + counts["proportion"] and len(table) == 10
+
+
+@pytest.mark.parametrize("label", [r"$\frac{$", "_hidden"])
+def test_a_result_may_have_any_label(tmp_path, label):
+    plots.plot_by_clue({label: [result(1, [[0, 1]], 1)]}, tmp_path / "clue.png")
+    one = {"ECE": 0.1, "questions": 1, "bins": [{"questions": 1, "confidence": 0.5, "accuracy": 1.0}]}
+    plots.plot_reliability({label: one}, tmp_path / "reliability.png")
+    assert min((tmp_path / name).stat().st_size for name in ("clue.png", "reliability.png")) > 1000
+
+
+def test_reliability_shows_each_bin_beside_the_diagonal(figures):
+    parts = [{"questions": 1, "confidence": 0.3, "accuracy": 0.0}, {"questions": 3, "confidence": 0.9, "accuracy": 0.5}]
+    plots.plot_reliability({"a": {"ECE": 0.375, "questions": 4, "bins": parts}}, "unused.png")
+    diagonal, line = figures[0].axes[0].lines
+    np.testing.assert_allclose(diagonal.get_xydata(), [[0, 0], [1, 1]])
+    np.testing.assert_allclose(line.get_xydata(), [[0.3, 0.0], [0.9, 0.5]])
+    small, large = figures[0].axes[0].collections[0].get_sizes()
+    assert large > 2 * small and figures[0].axes[0].texts[0].get_text() == "ECE 0.375"
+    with pytest.raises(ReportError, match="no answer with a confidence"):
+        plots.plot_reliability({}, "unused.png")
 
 
 def test_clue_picture_is_written(tmp_path):
@@ -81,7 +118,7 @@ def test_union_length_counts_seconds(spans):
 @deterministic
 @given(st.lists(st.integers(0, 9), min_size=1, max_size=30), st.integers(1, 6))
 def test_bins_are_never_empty(values, bins):
-    edges = plots.bin_edges(np.array(values, dtype=float), bins)
+    edges = bin_edges(np.array(values, dtype=float), bins)
     counts = np.histogram(values, np.unique(edges) if len(np.unique(edges)) > 1 else 1)[0]
     assert counts.min() >= 1 and counts.sum() == len(values) and 2 <= len(edges) <= bins + 1
 
