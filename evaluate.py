@@ -12,7 +12,7 @@ their "predicted_answer". Two results are compared by a paired test.
 
 Scores are those of report/scores.py: ours, with 95% intervals over videos, and the benchmark's official ones if it has
 any. `--out` (runs/evaluate) gets them as evaluation.json, the rows as results-LABEL.jsonl, a page with a line per
-question, evaluation.html, and clue.png (Zoom-Zero's Figure 3).
+question, evaluation.html, clue.png (Zoom-Zero's Figure 3), and reliability.png (accuracy against confidence).
 
 A question whose video cannot be read stays in the data set as unanswered: no answer, no span, not well-formed. It is
 named in the log, its row has the "error", and the table says how many there are. Video files that are missing are
@@ -215,7 +215,8 @@ def add_controls(
 def save_and_print(
     results: Mapping[str, list[dict]], out: str | Path, samples: Sequence[Sample], benchmark: str = "records"
 ) -> None:
-    """Print the tables, and write evaluation.json, results-LABEL.jsonl, evaluation.html and clue.png into the folder.
+    """Print the tables, and write evaluation.json, results-LABEL.jsonl, evaluation.html, clue.png and
+    reliability.png into the folder.
 
     The page shows the rows of the last result; the first one is the baseline of the picture, which is drawn where all
     evidence has a duration.
@@ -282,7 +283,7 @@ def main(arguments: list[str] | None = None) -> None:
         results = {"policy": evaluate(model, samples, config, vocabulary, accelerator, "evaluating")}
     if accelerator.is_main_process:
         save_and_print(results, out, samples, config.data_format)
-        print(f"\n{out}/: evaluation.json, evaluation.html, results-*.jsonl, clue.png where there is evidence")
+        print(f"\n{out}/: evaluation.json, evaluation.html, results-*.jsonl, clue.png, reliability.png")
 
 
 def labelled(paths: Sequence[str]) -> dict[str, Path]:

@@ -76,7 +76,8 @@ KL_CHUNK = 1024  # rows of logits held at a time
 SPARE = 64  # samples to try in place of one whose video cannot be read
 # What a run leaves in `out`; --overwrite deletes it.
 LEFT_BEHIND = ("config.yaml", "metrics.jsonl", "state", "checkpoint", "zoomgrpo", "curves.png", "episodes.html")
-LEFT_BEHIND += ("evaluation.json", "results-before.jsonl", "results-after.jsonl")
+LEFT_BEHIND += ("evaluation.json", "evaluation.html", "clue.png", "reliability.png")
+LEFT_BEHIND += ("results-before.jsonl", "results-after.jsonl")
 
 
 class TrainingError(Exception):
