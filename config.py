@@ -27,6 +27,7 @@ from prompts import TEMPLATES
 
 RECIPES = Path(__file__).resolve().parent / "recipes"
 DEFAULT_RECIPE = RECIPES / "cpu_world.yaml"
+SHORT = ("nextgqa", "rextime")  # formats whose videos are short (Zoom-Zero, Appendix B)
 BUILT_IN = RECIPES.parent / "checkpoints" / "tiny"
 
 # The programs that read an option.
@@ -303,13 +304,15 @@ def decisive(config: Config, program: str | None = None, group: str | None = Non
 # ---------------------------------------------------------------- recipes
 
 
-def suiting_recipe(model: str | None) -> Path:
+def suiting_recipe(model: str | None, data_format: str | None = None) -> Path:
     """How a model is shown videos: a run's checkpoint as the run did, the built-in one by its recipe, others by the
-    paper's values for long videos."""
+    paper's values for the data set's kind of videos, long ones unless it is known for short ones."""
     if model is None or Path(model).resolve() == BUILT_IN.resolve():
         return DEFAULT_RECIPE
     beside = Path(model).resolve().parent / "config.yaml"
-    return beside if beside.is_file() else RECIPES / "long_video.yaml"
+    if beside.is_file():
+        return beside
+    return RECIPES / ("short_video.yaml" if data_format in SHORT else "long_video.yaml")
 
 
 def read_recipe(path: str | Path) -> dict[str, object]:
@@ -408,7 +411,9 @@ def parse_with(
 def parse_for_model(
     extra: argparse.ArgumentParser,
     arguments: list[str] | None = None,
-    recipe: Callable[[argparse.Namespace], str | Path] = lambda parsed: suiting_recipe(parsed.model),
+    recipe: Callable[[argparse.Namespace], str | Path] = lambda parsed: suiting_recipe(
+        parsed.model, getattr(parsed, "data_format", None)
+    ),
     program: str | None = None,
 ) -> tuple[argparse.Namespace, Config]:
     """`parse_with` for a program that asks a model: --model, else that of --config, else the built-in one."""

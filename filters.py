@@ -372,7 +372,11 @@ def load_judge(given: argparse.Namespace, out: Path, config: Config) -> Judge:
 
 def recipe(given: argparse.Namespace) -> Path:
     """A judge is shown videos by the paper's values for long videos, the policy as suits it."""
-    return configuration.RECIPES / "long_video.yaml" if given.judge_model else suiting_recipe(given.model)
+    return (
+        configuration.RECIPES / "long_video.yaml"
+        if given.judge_model
+        else suiting_recipe(given.model, given.data_format)
+    )
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -158,17 +158,22 @@ def coarse_text(
     options: list[str],
     duration: float | None = None,
     limits: Limits = LIMITS,
+    event: bool = True,
 ) -> str:
     """The user's text for the pass over the whole video.
 
     name: of the template. options: texts without letters; empty only for templates that ask for events too. duration:
     seconds; when given, the released Zoom-Zero code's sentence about it comes first. limits: what templates of several
-    turns state. Raises ValueError for an unknown template, missing options or more options than letters.
+    turns state. event: without options, it is an event to be found, not a question (of Ego4D-NLQ). Raises ValueError
+    for an unknown template, missing options or more options than letters.
     """
     words = template(name)
     if not options and not words.event:
         raise ValueError(f"template {name!r} needs options, question {question!r} has none")
-    pattern = words.question if options else words.event
+    if options or event:
+        pattern = words.question if options else words.event
+    else:
+        pattern = words.question.replace("{question} {options}", "{question}")
     text = pattern.format(question=question, options=_options(words.option, options), **limits._asdict())
     return text if duration is None else f"This video in total has {duration:.1f} seconds. {text}"
 

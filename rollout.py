@@ -249,7 +249,8 @@ def coarse_words(view: View, config: Config) -> str:
     """What is asked in the coarse pass."""
     duration = view.info.duration if config.state_duration else None
     question, options = view.sample.question, list(view.sample.options)
-    return text.coarse_text(config.template, question, options, duration, episode_limits(config))
+    event = view.sample.meta.get("wording") != "question"
+    return text.coarse_text(config.template, question, options, duration, episode_limits(config), event)
 
 
 def coarse_prompt(view: View, config: Config, vocabulary: Vocabulary, model_config) -> Prompt:

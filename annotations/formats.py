@@ -22,6 +22,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from operator import itemgetter
 from pathlib import Path
 from typing import NamedTuple
@@ -310,10 +311,13 @@ def read_captions(path: Path, report: Report) -> Iterator[Sample]:
 def read_ego4d_nlq(path: Path, report: Report) -> Iterator[Sample]:
     """Ego4D-NLQ: the official JSON of videos, clips and annotations, or JSON lines like QVHighlights'.
 
-    The video is the clip and times count from its start. Queries that are absent, null or empty are dropped.
+    The video is the clip and times count from its start. Queries that are absent, null or empty are dropped. They are
+    questions without options: a prompt asks them as such (LongVTG-R1, Appendix C), not as events.
     """
+    asked = {"wording": "question"}
     if path.suffix == ".jsonl":
-        yield from read_qvhighlights(path, report)
+        for sample in read_qvhighlights(path, report):
+            yield replace(sample, meta=asked)
         return
     top = Row(path, "top level", read_object(path))
     for video in top.get("videos", list):
@@ -340,6 +344,7 @@ def read_ego4d_nlq(path: Path, report: Report) -> Iterator[Sample]:
                         evidence=(row.span("clip_start_sec", ends, report),) if labelled else (),
                         duration=duration,
                         kind=row.fields.get("template") or "",
+                        meta=asked,
                     )
 
 

@@ -43,8 +43,8 @@ class Sample:
     `video` is a path or file name, `options` have no letters, `answer` is a letter "A".."Z" or None, `evidence` are
     spans in seconds (start <= end), `duration` is the video's in seconds or None where the file does not tell,
     `kind` is the question type. `meta` holds what only some formats have: "reference" (the answer to a question
-    without options), "length" (Video-MME and LongVideoBench: the class of video length) and "group" (PLM-Video:
-    questions that count only together).
+    without options), "length" (Video-MME and LongVideoBench: the class of video length), "group" (PLM-Video: questions
+    that count only together) and "wording" ("question" where one without options is not an event to be found).
     """
 
     id: str

@@ -322,6 +322,16 @@ def test_a_model_is_shown_videos_as_it_is_used_to(tmp_path):
     assert suiting_recipe("Qwen/Qwen2.5-VL-7B-Instruct").name == "long_video.yaml"
     (tmp_path / "config.yaml").write_text("fps: 3\n")
     assert suiting_recipe(str(tmp_path / "checkpoint")) == tmp_path / "config.yaml"
+    assert suiting_recipe(str(tmp_path / "checkpoint"), "nextgqa") == tmp_path / "config.yaml"
+
+
+@pytest.mark.parametrize(
+    ("format", "budget", "v_min"), [("nextgqa", 8192, 16), ("rextime", 8192, 16), ("cgbench", 16384, 64)]
+)
+def test_short_benchmarks_are_shown_as_the_paper_does(format, budget, v_min):
+    """Zoom-Zero, Appendix B: 1 fps, a context of 8,192 on NExT-GQA and ReXTime, of 16,384 on long videos."""
+    config = parse_for_model(own_options(), ["--model", "Qwen/Qwen2.5-VL-7B-Instruct", "--data_format", format])[1]
+    assert (config.fps, config.budget, config.v_min, config.v_max) == (1, budget, v_min, 768)
 
 
 def test_the_model_that_is_asked(recipe, tmp_path):

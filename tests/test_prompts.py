@@ -66,6 +66,8 @@ def test_templates_say_what_the_papers_say():
     longvtg = coarse_text("longvtg_r1", "Why?", ["rain", "sun"])
     assert longvtg.startswith('Locate the video clip that is relevant to the question: "Why? (A) rain (B) sun"\nOutput')
     assert longvtg.endswith("(in seconds, precise to one decimal places) within the <timestamp> </timestamp> tags.")
+    asked = coarse_text("longvtg_r1", "Where is my cup?", [], event=False)
+    assert asked == longvtg.replace("Why? (A) rain (B) sun", "Where is my cup?")
     event = coarse_text("longvtg_r1", "dog jumps", [])
     assert event.startswith(
         'To accurately pinpoint the event "dog jumps" in the video, determine the precise time period'

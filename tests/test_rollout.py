@@ -255,3 +255,12 @@ def test_samples_without_a_needed_field_are_named(samples):
     many = [replace(samples[0], options=tuple(map(str, range(30))))]
     with pytest.raises(DataError, match="30 options"):
         check_samples(many, ("options",), "train.jsonl")
+
+
+def test_a_question_without_options_is_asked_as_one_where_the_data_say_so(samples, config):
+    config = replace(config, template="longvtg_r1")
+    event = replace(samples[0], question="Where is my cup?", options=(), answer=None)
+    asked = replace(event, meta={"wording": "question"})
+    words = [rollout.coarse_words(view_video(sample, config), config) for sample in (event, asked)]
+    assert 'pinpoint the event "Where is my cup?" in' in words[0]
+    assert words[1].startswith('Locate the video clip that is relevant to the question: "Where is my cup?"\n')

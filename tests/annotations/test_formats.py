@@ -147,9 +147,11 @@ def test_ego4d_nlq(tmp_path):
     one = samples["c_a_0"]
     assert (one.video, one.evidence, one.duration, one.kind) == ("c.mp4", ((117.332, 126.502),), 480, "Objects")
     assert samples["c_a_3"].evidence == ()
+    assert {sample.meta["wording"] for sample in samples.values()} == {"question"}
     line = {"qid": "q_0", "query": "where did I put the knife", "duration": 480.0, "vid": "v"}
     line |= {"relevant_windows": [[12.5, 20.033]]}
-    assert read_samples(write_rows(tmp_path / "nlq.jsonl", [line]), "ego4d_nlq")[0].evidence == ((12.5, 20.033),)
+    other = read_samples(write_rows(tmp_path / "nlq.jsonl", [line]), "ego4d_nlq")[0]
+    assert (other.evidence, other.meta) == (((12.5, 20.033),), {"wording": "question"})
 
 
 def test_videomme(tmp_path):
