@@ -19,7 +19,7 @@ import av
 
 from media.file import OpenFile, VideoError
 
-ENDS = ("matroska", "flv")  # formats that state when the last frame ends, not how long that is after the first one
+SEGMENT = b"\x18\x53\x80\x67"  # the identifier of Matroska's outermost element
 JOINT = 1.0  # seconds by which a clock must jump to be another one
 WRAP = 2**32  # ticks by which it only jumps where FFmpeg takes a clock that goes back for one that has run full
 
@@ -99,11 +99,25 @@ def _read_entries(file: OpenFile) -> tuple[list[_Entry], bool]:
             entries.append(_Entry(pts, packet.dts, packet.duration or 0, packet.size, *shown))
     if not entries:
         raise VideoError(file.path, "it holds no frames", "it is damaged or cut off, get it again")
+    return entries, file.broken or _ends_early(file, last_second)
+
+
+def _ends_early(file: OpenFile, last_second: float) -> bool:
+    """Whether a file has fewer bytes than its head says, or is over a second shorter where that does not tell."""
     name, length = file.container.format.name, file.container.duration or 0
-    if not any(format in name for format in ENDS):
-        length += file.container.start_time or 0
-    states_length = any(format in name for format in (*ENDS, "mp4", "avi"))
-    return entries, file.broken or (states_length and length / av.time_base > last_second + 1)
+    with open(file.path, "rb") as start:
+        head = start.read(4096)
+    if name == "avi" and head.startswith(b"RIFF"):
+        return file.n_bytes < int.from_bytes(head[4:8], "little") + 8
+    place = head.find(SEGMENT)
+    if "matroska" in name and 0 <= place < len(head) - 12:
+        n_size = 9 - head[place + 4].bit_length()  # an EBML number: as many bytes as its first one has leading zeros
+        n_bytes = int.from_bytes(head[place + 4 : place + 4 + n_size], "big") & ((1 << 7 * n_size) - 1)
+        if n_bytes != (1 << 7 * n_size) - 1:  # which stands for an unknown size
+            return file.n_bytes < place + 4 + n_size + n_bytes
+    if "flv" in name or "matroska" in name:  # with the time at which the last frame ends
+        return length / av.time_base > last_second + 1
+    return "mp4" in name and (length + (file.container.start_time or 0)) / av.time_base > last_second + 1
 
 
 def _find_joints(entries: Sequence[_Entry], file: OpenFile) -> dict[int, int]:
@@ -168,9 +182,9 @@ def _guess_times(file: OpenFile, entries: Sequence[_Entry], first: int, cut: boo
     frame, fed = first_picture(file, first)
     if frame is None or None in times or any(a > b for a, b in itertools.pairwise(times)):
         return None
-    delay = fed - 1 - first
-    times = [*times[first + delay :], *(times[-1] + round((k + 1) * file.period) for k in range(delay))]
-    return Table(times, times[-1] + round(file.period), cut, played=True, guessed=True, first=first)
+    delay, step = fed - 1 - first, entries[-1].duration or max(1, round(file.period))
+    times = [*times[first + delay :], *(times[-1] + (k + 1) * step for k in range(delay))]
+    return Table(times, times[-1] + step, cut, played=True, guessed=True, first=first)
 
 
 def _play_times(file: OpenFile, first: int, joints: dict[int, int], cut: bool) -> Table:

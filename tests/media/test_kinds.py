@@ -69,6 +69,23 @@ def test_damage_in_a_file_that_is_played_is_never_a_wrong_picture(folder, tmp_pa
     assert False not in seen and 20 < seen.count(True) < 60
 
 
+@pytest.mark.parametrize("suffix", ["mkv", "avi"])
+def test_a_last_frame_that_lasts_is_not_truncation(tmp_path, suffix):
+    """A stated length beyond the last packet is no sign of missing bytes; missing bytes are."""
+    options = {"preset": "veryfast", "bf": "0"}
+    path = write_video(tmp_path / f"still.{suffix}", 26, pts=[*range(25), 125], clock=Fraction(1, 25), options=options)
+    assert probe(path).duration == pytest.approx(5.04, abs=0.01)
+    data = path.read_bytes()
+    if suffix == "mkv":  # padding in place of the last packet, as if the frame before had lasted
+        place = read_packets(path)[25].pos
+        n = len(data) - place - 9
+        path.write_bytes(data[:place] + b"\xec" + (n | 1 << 56).to_bytes(8) + bytes(n))
+        assert probe(path).duration == pytest.approx(1)
+    path.write_bytes(data[: len(data) * 3 // 4])
+    with pytest.raises(VideoError, match="truncated: readable up to"):
+        probe(path)
+
+
 # ---------------------------------------------------------------- names, streams, causes
 
 
@@ -152,11 +169,11 @@ def test_the_stream_that_is_the_video(folder, tmp_path, first):
 
 
 def test_a_file_that_cannot_seek_is_read_from_its_beginning(folder, monkeypatch):
-    path = get(folder, "b.mkv")
-    before, _ = decode(path, [1.0, 2.0])
+    paths = [get(folder, "b.mkv"), get(folder, "b.mp4")]
+    before = [decode(path, [1.0, 2.0])[0] for path in paths]
     monkeypatch.setattr(OpenFile, "seek", lambda *_, **__: False)
-    assert torch.equal(decode(path, [1.0, 2.0])[0], before)
-    assert torch.equal(decode(get(folder, "b.mp4"), [1.0, 2.0])[0], before)
+    for path, frames in zip(paths, before, strict=True):
+        assert torch.equal(decode(path, [1.0, 2.0])[0], frames)
 
 
 def test_nothing_but_video_errors_comes_out(plain, monkeypatch):
