@@ -71,6 +71,7 @@ from rollout import View, answer_clips, roll_out, zoom_clips
 from video import Clip
 
 AT_ONCE = 8  # requests to an endpoint
+ROUNDING = 1e-9  # an IoU of 0.3 against a mean of 0.2 is 0.1 above it, whatever floats say
 NOT_MEASURED = "not measured"  # the line's "error" says why
 
 
@@ -85,12 +86,12 @@ def iou_delta(ious: Sequence[float]) -> float:
 
 def stage2_paper(row: Mapping, threshold: float) -> str | None:
     """Why a sample has nothing to teach, or None (Zoom-Zero, Appendix A)."""
-    return reasons(row, row["delta"] >= threshold, f"delta < {threshold:g}")
+    return reasons(row, row["delta"] > threshold - ROUNDING, f"delta < {threshold:g}")
 
 
 def stage2_released(row: Mapping, threshold: float) -> str | None:
     """The same in the released code, where spans that all overlap the evidence are enough."""
-    signal = row["delta"] > threshold or min(row["ious"]) > 0
+    signal = row["delta"] > threshold + ROUNDING or min(row["ious"]) > 0
     return reasons(row, signal, f"delta <= {threshold:g} and an IoU of 0")
 
 

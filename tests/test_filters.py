@@ -63,6 +63,17 @@ LOW, LOW_RELEASED = "delta < 0.1", "delta <= 0.1 and an IoU of 0"
 
 
 @pytest.mark.parametrize(
+    ("ious", "delta"),
+    [([0.3, 0.3, 0.1, 0.1], 0.09999999999999998), ([0.8, 0.6, 0.8, 0.6], 0.10000000000000009)],
+)
+def test_a_delta_of_a_tenth_is_a_tenth_in_floats_too(ious, delta):
+    assert iou_delta(ious) == delta != 0.1
+    row = {"accuracies": [0.0] * 4, "ious": [*ious, 0.0], "delta": iou_delta(ious)}
+    assert verdict(row, FILTERS["stage2"], "paper", 0.1)["kept"]
+    assert not verdict(row, FILTERS["stage2"], "released", 0.1)["kept"]
+
+
+@pytest.mark.parametrize(
     ("correct", "ious", "paper", "released"),
     [
         (0, [0.8, 0, 0, 0, 0, 0, 0, 0], None, None),

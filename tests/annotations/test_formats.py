@@ -545,3 +545,8 @@ def test_mlvu_small(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match=r"no \.json files in this folder"):
         read_samples(tmp_path / "empty", "mlvu")
+
+
+def test_the_page_about_data_lists_every_format():
+    page = (Path(__file__).resolve().parents[2] / "docs/data.md").read_text()
+    assert [line.split("`")[1] for line in page.splitlines() if line.startswith("| `")] == list(FORMATS)
