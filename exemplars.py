@@ -15,10 +15,8 @@ Kept is what ends with the right answer and in which every turn of the expert fo
 turns of the failed policy have weight 0: they are what the expert's turns follow, not what is to be learned (the
 summary of the paper leaves this open); `--learn_failures` gives them weight 1.
 
-An expert is a vision-language model at a chat endpoint, which sees frames with their times, or the oracle of
-the built-in world, which knows the evidence: it answers coarse questions at once, unless that has failed, and for
-others calls for the parts of the evidence that no clip has shown, at 2 frames per second for lights and 1 for patterns.
-It says what each frame of a clip shows; of a light, how often it has been out.
+An expert is a vision-language model at a chat endpoint (chat.py), which sees frames with their times, or the oracle of
+the built-in world, which knows the evidence (world/oracle.py).
 
 `--out` gets episodes.jsonl, a line per question with "kept" and "reason", and train.jsonl, the trajectories to learn
 from. What has a line is not played again.
@@ -33,7 +31,6 @@ if __name__ == "__main__":
 
 import argparse
 import itertools
-import json
 import logging
 import random
 import sys
@@ -68,8 +65,8 @@ from report.tables import aligned
 from rewards import format_reward
 from rollout import Response, Turn, View, roll_out
 from video import Clip
-from world import benchmark
-from world.lessons import asked_colour, asked_pattern, glimpse, span_text
+from world import oracle
+from world.oracle import Stuck
 
 NOTE = (
     "Answer by the protocol in the user's message. Each of your turns is <think>...</think> and then either one call "
@@ -79,10 +76,6 @@ CORRECT = (
     " Your earlier turns came to nothing ({failure}). Say what the frames so far do not show, or what was overlooked, "
     "and go on."
 )
-
-
-class Stuck(Exception):
-    """An expert who cannot go on: the message says why."""
 
 
 class Expert(Protocol):
@@ -95,68 +88,6 @@ class Expert(Protocol):
         ChatError for what ends the run.
         """
         ...
-
-
-# ---------------------------------------------------------------- the built-in world's oracle
-
-
-class Oracle:
-    """Knows the events of the built-in world."""
-
-    name = "oracle"
-
-    def turn(self, scene: ClipEnvironment, episode: Response, failure: str | None) -> str:
-        """What the last clip shows, frame by frame, and a call for what is still to be seen, or the answer."""
-        sample = scene.view.sample
-        colour = asked_colour(sample)
-        hidden = [span for span in sample.evidence if not shows(episode, span, sample.kind)]
-        seen = " ".join([colour, *noted(sample, episode)])
-        if hidden:
-            seen += f"<time>{span_text(hidden)}</time>"
-        if not episode.turns:
-            seen += f" {glimpse(sample)}"
-        if not hidden or (sample.kind == "coarse" and failure is None):
-            return f"<think>{seen}</think><answer>{sample.answer}</answer>"
-        calls, frames = scene.left(episode)
-        fps = 2 if sample.kind in ("blink", "pair") else 1
-        most = min(frames, scene.config.frames_per_call)
-        start, end = hidden[0]
-        if (hidden[-1][1] - start) * fps <= most:  # one call shows all
-            end = hidden[-1][1]
-        if not calls or (end - start) * fps > most:
-            raise Stuck("no calls or frames left for the evidence")
-        call = json.dumps({"segment": [start, end], "fps": fps})
-        return f"<think>{seen}</think><video_zoom>{call}{CALL_END}"
-
-
-def noted(sample: Sample, episode: Response) -> list[str]:
-    """A word for each frame of the last turn's clip: none outside the evidence; the pattern; of a light that is on its
-    colour, of one that is out how often it has been so far, in all clips.
-    """
-    words: list[str] = []
-    out: set[int] = set()  # seconds; a light goes out once in a second at most
-    for clip in (turn.reply.clip for turn in episode.turns if turn.reply):
-        words = []
-        for frame, time in zip(clip.frames, clip.times, strict=True) if clip else ():
-            if not any(start <= time < end for start, end in sample.evidence):
-                words.append("none")
-            elif sample.kind in ("coarse", "fine"):
-                words.append(asked_pattern(sample))
-            elif frame[:, frame.shape[1] // 2, frame.shape[2] // 2].float().mean() > benchmark.GREY:
-                words.append(asked_colour(sample))
-            else:
-                out.add(int(time))
-                words.append(benchmark.COUNTS[len(out)])
-    return words
-
-
-def shows(episode: Response, span: tuple[float, float], kind: str) -> bool:
-    """Whether the clips of an episode show an event's pattern, or each second in which its light may go out."""
-    times = [time for clip in episode.clips for time in clip.times]
-    if kind in ("coarse", "fine"):
-        return any(span[0] <= time < span[1] for time in times)
-    seconds = range(int(span[0]), int(span[1]))
-    return all(any(second + 0.25 <= time < second + 0.75 for time in times) for second in seconds)
 
 
 # ---------------------------------------------------------------- a chat model
@@ -356,7 +287,7 @@ def check_playable(samples: Sequence[Sample], expert: str, path: str) -> None:
         problem = ""
         if trajectories.MARK in sample.question + "".join(sample.options):
             problem = f"{trajectories.MARK} in the question would stand for a clip in a trajectory"
-        elif expert == "oracle" and (sample.kind not in benchmark.KINDS or not sample.evidence):
+        elif expert == "oracle" and not oracle.knows(sample):
             problem = "the oracle knows the questions of the built-in world only"
         if problem:
             raise DataError(f"{path}: row {number} ({sample.id}): {problem}")
@@ -365,7 +296,7 @@ def check_playable(samples: Sequence[Sample], expert: str, path: str) -> None:
 def load_expert(given: argparse.Namespace, out: Path, config: Config) -> Expert:
     """Raises ChatError naming what an endpoint lacks."""
     if given.expert == "oracle":
-        return Oracle()
+        return oracle.Oracle()
     return Dialogue(Cached(connect(given.endpoint, given.judge_model, config.max_tokens), out / "replies"))
 
 

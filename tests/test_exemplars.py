@@ -16,11 +16,12 @@ from annotations import trajectories
 from annotations.rows import DataError, Row
 from config import ConfigError
 from episodes import ClipEnvironment, replay
-from exemplars import Dialogue, Oracle, mixed, play, reflect
+from exemplars import Dialogue, mixed, play, reflect
 from harness.chat import ChatError, Reply, RequestError
 from harness.chat import Shown as Frames
 from rollout import Response, view_video
 from world import benchmark, lessons
+from world.oracle import Oracle
 
 AGENT = ["--template", "world_zoomer", "--max_frames", "20", "--zoom_budget", "256", "--frames_per_call", "10"]
 ANSWER = "<think>seen</think><answer>{}</answer>"
