@@ -103,7 +103,7 @@ TEMPLATES = {
         question=(
             "You see a coarse overview of a video. Question: {question}\nOptions: {options}\n"
             "Think first, within <think> </think> tags. If the overview is not enough, ask for a closer look with one "
-            'call such as <video_zoom>{{"segment": [12.0, 20.5], "fps": 2}}</video_zoom>, the segment in seconds and '
+            'call such as <video_zoom>{{"segment": {segment}, "fps": 2}}</video_zoom>, the segment in seconds and '
             "within the video, the fps at most the video's own; (end - start) * fps may be at most {frames_per_call}. "
             "You have at most {turns} turns, {calls} calls, one per turn, and {frames} frames with those of the "
             "overview. As soon as you know, give the letter of the option within <answer> </answer> tags instead of a "
@@ -174,7 +174,9 @@ def coarse_text(
         pattern = words.question if options else words.event
     else:
         pattern = words.question.replace("{question} {options}", "{question}")
-    text = pattern.format(question=question, options=_options(words.option, options), **limits._asdict())
+    segment = [12.0, 12.0 + limits.frames_per_call / 2]  # at 2 frames per second, as many as a call may ask for
+    named = {"question": question, "options": _options(words.option, options), "segment": segment}
+    text = pattern.format(**named, **limits._asdict())
     return text if duration is None else f"This video in total has {duration:.1f} seconds. {text}"
 
 
@@ -369,7 +371,7 @@ def parse_tool_call(text: str) -> ToolCall | str | None:
     try:
         request = json.loads(contents[0])
     except ValueError:
-        return 'The call is not one JSON object such as {"segment": [12.0, 20.5], "fps": 2}.'
+        return 'The call is not one JSON object such as {"segment": [12.0, 13.0], "fps": 1}.'
     if not isinstance(request, dict) or set(request) != {"segment", "fps"}:
         return 'The call needs exactly the keys "segment" and "fps".'
     segment, fps = request["segment"], request["fps"]

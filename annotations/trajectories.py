@@ -96,7 +96,8 @@ def read_trajectory(row: Row, video_root: str = "") -> Trajectory:
     turns = [as_row(row.file, f"{row.where}, {name}[{k}]", turn) for k, turn in enumerate(row.get(name, list))]
     if row.fields.get("images"):
         raise row.error("images", "frames as images are not read; give videos, with times")
-    clips = iter(read_clips(row, video_root))
+    apart = any("videos" in turn.fields for turn in turns)  # then the row's "video" says what it is about
+    clips = iter([] if apart else read_clips(row, video_root))
     messages, system = [], None if row.fields.get("system") is None else row.text("system")
     for turn in turns:
         role = read_role(turn)

@@ -27,7 +27,7 @@ import prompts
 import rollout
 import train
 from annotations.samples import DataSet, Epochs
-from config import ConfigError
+from config import Config, ConfigError
 from engine.flops import forward_flops, weights
 from episodes import ClipEnvironment, lay_out, messages, replay
 from media.decode import VideoInfo
@@ -134,6 +134,22 @@ def test_the_recipe_has_the_papers_limits_and_the_released_weights():
 
 
 # ---------------------------------------------------------------- limits and illegal calls
+
+
+@pytest.mark.parametrize("per_call", [1, 7, 10, 16])
+def test_every_example_of_a_call_is_legal(scene, per_call):
+    view = replace(scene.view, info=replace(scene.view.info, duration=60.0))
+    environment = ClipEnvironment(view, replace(scene.config, frames_per_call=per_call))
+    prompt = prompts.coarse_text("videozoomer", "Why?", ["rain", "sun"], limits=environment.limits)
+    texts = [prompt, prompts.parse_tool_call("<video_zoom>{</video_zoom>")]
+    if per_call == Config().frames_per_call:
+        texts.append((ROOT / "README.md").read_text())
+    for text in texts:
+        examples = re.findall(r'{"segment".*?}', text)
+        assert examples
+        for example in examples:
+            asked = prompts.parse_tool_call(f"<video_zoom>{example}</video_zoom>")
+            assert environment.refusal(asked, Response()) == "", example
 
 
 @pytest.mark.parametrize(

@@ -92,7 +92,7 @@ def test_videozoomer_template_states_its_limits_and_a_valid_call():
         and "(A) rain (B) sun" in text
     )
     start, end = tag_ranges(text, "video_zoom")[0]
-    assert parse_tool_call(text[start:end]) == ToolCall((12.0, 20.5), 2.0)
+    assert parse_tool_call(text[start:end]) == ToolCall((12.0, 16.0), 2.0)
     default = coarse_text("videozoomer", "Why?", ["rain", "sun"])
     assert "at most 5 turns, 4 calls" in default and "at most 16." in default and "128 frames" in default
     assert coarse_text("world_zoomer", "red ?", ["rows", "dots"]) == (
