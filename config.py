@@ -142,7 +142,9 @@ class Config:
     max_frames: int = seen(
         0, "Most frames of the coarse pass: a lower rate for long videos (VideoZoomer 64); 0: no limit.", least=0
     )
-    zoom_fps: float = seen(2.0, "Frames per second of the zoom pass, where the source has them.", above=0)
+    zoom_fps: float = seen(
+        1.0, "Least frames per second of the zoom pass, where the source has them; the coarse rate if higher.", above=0
+    )
     budget: int = seen(8192, "L_v, visual tokens of 28x28 pixels per clip, in both passes.", above=0, used_by=ALL)
     zoom_budget: int = seen(0, "L_v of the zoom pass if it differs (released code 4096); 0 for the same.", least=0)
     v_min: int = seen(16, "V_min, least tokens per frame.", above=0, used_by=ALL)
@@ -232,6 +234,9 @@ class Config:
         0.0, "Ratio is clipped below 1 - clip_low (released code 0.2); 0 with clip_high 0: not (Eq. 2).", least=0
     )
     clip_high: float = loss(0.0, "Ratio is clipped above 1 + clip_high (released code 0.28).", least=0)
+    entropy_bonus: float = loss(
+        0.0, "Weight of the policy's entropy in the objective (VideoZoomer's released scripts 0.001).", least=0
+    )
     normalise: str = loss(
         "sequence",
         "Mean over each response's tokens (Eq. 2), over all tokens, or by max_tokens.",

@@ -45,6 +45,7 @@ def grpo_loss(
     normalise: str,
     count: Tensor | float | None = None,
     max_tokens: int | None = None,
+    bonus: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The loss of a (micro-)batch of responses, and its statistics.
 
@@ -52,7 +53,7 @@ def grpo_loss(
     from `advantage.token_advantages`. mask: bool [N, T], True on sampled tokens; everything else has no influence,
     whatever it holds. kl: [N, T] penalty per token, already multiplied by beta, or None. clip_low, clip_high: the ratio
     is clipped to [1 - clip_low, 1 + clip_high]; None leaves that side open. count: the whole batch's `loss_count`; None
-    means this is all.
+    means this is all. bonus: [N, T] what is added to the objective per token, the entropy times its weight, or None.
 
     Returns the loss (scalar) and sums over real tokens (see `mean_stats`), to be added over micro-batches and
     processes. Source: Zoom-Zero Eq. 2, LongVTG-R1 Eq. 2.
@@ -74,6 +75,8 @@ def grpo_loss(
     gain = torch.minimum(ratio * advantages, ratio.clamp(low, high) * advantages)  # [N, T]
     penalty = torch.zeros_like(gain) if kl is None else real(kl)  # [N, T]
     per_token = penalty - gain  # [N, T], to be minimised; 0 on padding
+    if bonus is not None:  # VideoZoomer's released scripts: + 0.001 H
+        per_token = per_token - real(bonus)
 
     if normalise == "sequence":
         # Eq. 2: 1/G sum_i 1/|o_i| sum_t

@@ -93,7 +93,7 @@ class TokenStats(NamedTuple):
     kl: Tensor | None  # weighted; differentiable
     logp: Tensor | None  # of the targets under the policy; differentiable
     ref_logp: Tensor | None  # of the targets under the reference
-    entropy: Tensor  # of the policy, in nats
+    entropy: Tensor  # of the policy, in nats; differentiable
     kl_time: Tensor | None  # D^S of the time tokens, unweighted
     kl_text: Tensor | None  # D^S of all other tokens, unweighted
 
@@ -120,7 +120,7 @@ def _log_softmax(hidden: Tensor, lm_head: Tensor, temperature: float) -> tuple[T
 
 
 class _ChunkedKL(torch.autograd.Function):
-    """Two differentiable outputs (kl, logp), then the ones for the log.
+    """Three differentiable outputs (kl, logp, entropy), then the ones for the log.
 
     Forward walks over the tokens, `chunk` at a time, with the whole vocabulary. Backward knows the normalisers and
     walks over the vocabulary, with all tokens: each row of the projection is read once, and its gradient written once.
@@ -154,16 +154,16 @@ class _ChunkedKL(torch.autograd.Function):
                     logq_target[rows] = logq.gather(-1, targets[rows, None])[:, 0]
                 wpa[rows] = p.mul_(logp.sub_(logq)) @ weights
 
-        ctx.save_for_backward(hidden_p, lm_head, hidden_q, lm_head_q, weights, targets, lse_p, lse_q, wpa)
+        ctx.save_for_backward(hidden_p, lm_head, hidden_q, lm_head_q, weights, targets, lse_p, lse_q, wpa, entropy)
         ctx.chunk, ctx.temperature = chunk, temperature
         ctx.set_materialize_grads(False)
-        logged = (logq_target, entropy, kl_time, kl_text)
+        logged = (logq_target, kl_time, kl_text)
         ctx.mark_non_differentiable(*(x for x in logged if x is not None))
-        return kl, logp_target, *logged
+        return kl, logp_target, entropy, *logged
 
     @staticmethod
-    def backward(ctx, grad_kl, grad_logp, *_):
-        hidden_p, lm_head, hidden_q, lm_head_q, weights, targets, lse_p, lse_q, wpa = ctx.saved_tensors
+    def backward(ctx, grad_kl, grad_logp, grad_entropy, *_):
+        hidden_p, lm_head, hidden_q, lm_head_q, weights, targets, lse_p, lse_q, wpa, entropy = ctx.saved_tensors
         n, vocabulary = hidden_p.shape[0], lm_head.shape[0]
         grad_hidden = torch.zeros_like(hidden_p, dtype=lse_p.dtype) if ctx.needs_input_grad[0] else None
         grad_head = torch.empty_like(lm_head) if ctx.needs_input_grad[1] else None
@@ -176,10 +176,13 @@ class _ChunkedKL(torch.autograd.Function):
                 logp = _product(hidden, head.t()).div_(ctx.temperature).sub_(lse_p[:, None])  # [N, block]
                 p = logp.exp()
                 dz = torch.zeros_like(p)
+                if grad_entropy is not None:
+                    # dH/dz_j = -p_j (log p_j + H)
+                    dz -= (logp + entropy[:, None]).mul_(grad_entropy[:, None])
                 if grad_kl is not None:
                     # dD/dz_j = p_j (w_j a_j - sum_o w_o p_o a_o)
                     logq = _product(hidden_q, _operand(lm_head_q[rows]).t()).div_(ctx.temperature).sub_(lse_q[:, None])
-                    dz = logp.sub_(logq).mul_(weights[rows]).sub_(wpa[:, None]).mul_(grad_kl[:, None])
+                    dz += logp.sub_(logq).mul_(weights[rows]).sub_(wpa[:, None]).mul_(grad_kl[:, None])
                 if grad_logp is not None:
                     # d log p_t / dz_j = [j = t] - p_j
                     dz.sub_(grad_logp[:, None])
@@ -236,8 +239,8 @@ def chunked_weighted_kl(
     temperature: that of sampling. time_tokens: long ids, to log the KL on time and on text apart; all is text without
     them.
 
-    Gradients go to hidden_p and lm_head through kl and logp. Memory beyond inputs and gradients is about five times
-    chunk * V floats.
+    Gradients go to hidden_p and lm_head through kl, logp and entropy. Memory beyond inputs and gradients is about five
+    times chunk * V floats.
     """
     hidden_p, lm_head_p = aligned(hidden_p, lm_head)
     is_time = None
@@ -248,7 +251,7 @@ def chunked_weighted_kl(
         if time_tokens is not None:
             is_time[time_tokens] = 1
     with torch.autocast(hidden_p.device.type, enabled=False):
-        kl, logp, ref_logp, entropy, kl_time, kl_text = _ChunkedKL.apply(
+        kl, logp, entropy, ref_logp, kl_time, kl_text = _ChunkedKL.apply(
             hidden_p, lm_head_p, hidden_q, lm_head_q, weights, is_time, targets, chunk, temperature
         )
     return TokenStats(kl, logp, ref_logp, entropy, kl_time, kl_text)

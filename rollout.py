@@ -349,7 +349,9 @@ def zoom_clips(view: View, requests: Sequence[Spans], config: Config, cache: Fra
     once.
     """
     budget = Budget(config.zoom_budget or config.budget, config.v_min, config.v_max, config.paired_frames)
-    plans = [plan_clip(view.info, spans or None, config.zoom_fps, budget) for spans in requests]
+    # The rate is raised where the coarse pass was sparse, and never lowered (Zoom-Zero, footnote 1 and Table 13).
+    fps = max(config.zoom_fps, 1 / view.clip.step)
+    plans = [plan_clip(view.info, spans or None, fps, budget) for spans in requests]
     return load_clips(view.sample.video, plans, cache=cache)
 
 

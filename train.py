@@ -333,6 +333,7 @@ def objective(run: Run, batch: MicroBatch, count: Tensor, hidden: Tensor, lm_hea
         config.normalise,
         count,
         config.max_tokens,
+        grid(config.entropy_bonus * tokens.entropy) if config.entropy_bonus else None,
     )
     stats["loss"] = loss.detach()
     stats["entropy"] = tokens.entropy.detach().sum()

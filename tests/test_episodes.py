@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
+import re
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -14,7 +15,7 @@ import pytest
 import torch
 import yaml
 from accelerate import Accelerator
-from conftest import read_metrics, roll_out_episodes
+from conftest import ROOT, read_metrics, roll_out_episodes
 from plain_episodes import PlainEpisodes
 from test_train import TWO_SHARDED
 from test_train import call as in_processes

@@ -92,6 +92,22 @@ def test_without_penalty(normalise):
     assert stats["penalty"] == 0
 
 
+@pytest.mark.parametrize("normalise", NORMALISE)
+def test_a_bonus_is_gained_as_a_penalty_is_paid(normalise):
+    batch = random_batch()
+    options = {"clip_low": 0.2, "clip_high": 0.2, "normalise": normalise, "max_tokens": MAX_TOKENS}
+    bonus = torch.rand(batch["logp"].shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    found, stats = grpo_loss(**batch, **options, bonus=bonus)
+    assert float(found) == pytest.approx(
+        float(
+            slow_loss(**{**batch, "kl": batch["kl"] - bonus}, **{k: v for k, v in options.items() if k != "max_tokens"})
+        )
+    )
+    assert stats["penalty"] == grpo_loss(**batch, **options)[1]["penalty"]
+    bonus[~batch["mask"]] = torch.nan
+    assert float(grpo_loss(**batch, **options, bonus=bonus)[0]) == float(found)
+
+
 # --- Eq. 2
 
 

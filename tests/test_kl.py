@@ -278,7 +278,13 @@ def test_chunked_equals_whole(n, v, chunk, seed):
         assert torch.allclose(found[name], expected[name], rtol=0, atol=1e-12), name
 
 
-@given(N, SIZES, CHUNKS, SEEDS, st.sampled_from([("kl",), ("logp",), ("kl", "logp")]))
+@given(
+    N,
+    SIZES,
+    CHUNKS,
+    SEEDS,
+    st.sampled_from([("kl",), ("logp",), ("entropy",), ("kl", "logp"), ("logp", "entropy"), ("kl", "logp", "entropy")]),
+)
 @example(n=20, v=6, chunk=1, seed=0, outputs=("kl", "logp"))
 def test_chunked_gradients_equal_autograds(n, v, chunk, seed, outputs):
     inputs = random_inputs(n, 5, v, seed)
@@ -321,8 +327,8 @@ def test_what_is_only_logged_has_no_gradient_and_the_reference_gets_none():
     inputs["hidden_q"].requires_grad_()
     inputs["lm_head_q"].requires_grad_()
     stats = chunked_weighted_kl(chunk=3, **inputs)
-    assert [name for name, value in stats._asdict().items() if value.requires_grad] == ["kl", "logp"]
-    (stats.kl + stats.logp).sum().backward()
+    assert [name for name, value in stats._asdict().items() if value.requires_grad] == ["kl", "logp", "entropy"]
+    (stats.kl + stats.logp + stats.entropy).sum().backward()
     assert inputs["hidden_q"].grad is None and inputs["lm_head_q"].grad is None
 
 

@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import loud_model
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
 
 import config as configuration
 import prompts as text
 import rollout
 from annotations.rows import DataError
 from annotations.samples import check_samples
+from media.decode import VideoInfo
 from policy import load
 from rollout import (
     Group,
     Response,
     Zoom,
     answer_clips,
+    coarse_plan,
     coarse_prompt,
     read_turn,
     response_seed,
@@ -264,3 +269,32 @@ def test_a_question_without_options_is_asked_as_one_where_the_data_say_so(sample
     words = [rollout.coarse_words(view_video(sample, config), config) for sample in (event, asked)]
     assert 'pinpoint the event "Where is my cup?" in' in words[0]
     assert words[1].startswith('Locate the video clip that is relevant to the question: "Where is my cup?"\n')
+
+
+@pytest.mark.parametrize("recipe_name", ["zoom_zero_stage1", "zoom_zero_stage2", "union", "long_video"])
+@settings(derandomize=True, deadline=None, suppress_health_check=list(HealthCheck), max_examples=200)
+@given(st.floats(3, 8000), st.floats(0, 1), st.floats(0.02, 0.95))
+@example(duration=2386.0, place=0.3, share=136 / 2386)
+@example(duration=44.0, place=0.0, share=0.6)
+def test_a_zoom_shows_more_than_the_coarse_pass_and_nothing_less(recipe_name, duration, place, share):
+    """By the papers' recipes: tokens per frame and frames per second, where the coarse pass leaves any to gain."""
+    config = configuration.parse(["--config", f"recipes/{recipe_name}.yaml"])
+    info = VideoInfo("x.mp4", duration, 25.0, 1280, 720)
+    coarse = coarse_plan(info, config)
+    start = place * (1 - share) * duration
+    spans = [(start, start + share * duration)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rollout, "load_clips", lambda video, plans, cache: plans)
+        view = SimpleNamespace(info=info, clip=coarse, sample=SimpleNamespace(video="x.mp4"))
+        [zoom] = zoom_clips(view, [spans], config)
+
+    def tokens(plan) -> float:
+        return min(config.v_max, config.budget / len(plan.times))  # Eq. 3
+
+    rates = 1 / zoom.step, 1 / coarse.step
+    assert tokens(zoom) >= tokens(coarse) and rates[0] >= rates[1] * (1 - 1e-9)
+    assert zoom.height * zoom.width >= coarse.height * coarse.width
+    if len(zoom.times) < len(coarse.times) and tokens(coarse) < config.v_max:
+        assert tokens(zoom) > tokens(coarse)
+    elif len(zoom.times) >= len(coarse.times) and share * duration < duration - coarse.step:
+        assert rates[0] > rates[1]
