@@ -74,7 +74,7 @@ def read_records(path: Path, report: Report, absent: dict | None = None) -> Iter
         if answer is not None and not reference and letter is None:
             report.drop(row.where, NOT_AN_OPTION, answer)
             continue
-        meta = row.get("meta", dict) if "meta" in row.fields else {}
+        meta = row.get("meta", dict) if row.has("meta") else {}
         yield Sample(
             id=str(row.get("id", str, int)) if "id" in row.fields else f"{path.stem}:{number}",
             video=row.text("video"),
@@ -83,7 +83,7 @@ def read_records(path: Path, report: Report, absent: dict | None = None) -> Iter
             answer=letter,
             evidence=row.spans("glue", report),
             duration=None if row.fields.get("duration", "") is None else row.number("duration"),
-            kind=row.text("kind") if "kind" in row.fields else "",
+            kind=row.text("kind") if row.has("kind") else "",
             meta={**meta, "reference": row.text("answer")} if reference else meta,
         )
 
@@ -183,7 +183,7 @@ def read_nextgqa(path: Path, report: Report) -> Iterator[Sample]:
 def read_rextime(path: Path, report: Report) -> Iterator[Sample]:
     """ReXTime: the repository's JSON lines (letters, but no options) or the hosted JSON list (with options)."""
     for row in read_rows(path):
-        hosted = "options" in row.fields
+        hosted = row.has("options")
         options = read_options(row, "options") if hosted else ()
         if hosted:
             spans = (row.span("span", row.get("span", list), report),)
@@ -232,7 +232,7 @@ def read_qvhighlights(path: Path, report: Report) -> Iterator[Sample]:
             question=row.text("query"),
             options=(),
             answer=None,
-            evidence=row.spans("relevant_windows", report) if "relevant_windows" in row.fields else (),
+            evidence=row.spans("relevant_windows", report) if row.has("relevant_windows") else (),
             duration=row.number("duration"),
         )
 
@@ -291,7 +291,7 @@ def read_captions(path: Path, report: Report) -> Iterator[Sample]:
     """
     for video, entry in read_object(path).items():
         row = as_row(path, f"video {video}", entry)
-        fps = row.number("fps") if "fps" in row.fields else 1
+        fps = row.number("fps") if row.has("fps") else 1
         sentences = row.texts("sentences")
         frames = row.spans("timestamps", report)
         if len(sentences) != len(frames):
@@ -304,7 +304,7 @@ def read_captions(path: Path, report: Report) -> Iterator[Sample]:
                 options=(),
                 answer=None,
                 evidence=((start / fps, end / fps),),
-                duration=row.number("num_frames") / fps if "fps" in row.fields else row.number("duration"),
+                duration=row.number("num_frames") / fps if row.has("fps") else row.number("duration"),
             )
 
 
@@ -333,7 +333,7 @@ def read_ego4d_nlq(path: Path, report: Report) -> Iterator[Sample]:
                     if not row.fields.get("query"):
                         report.drop(row.where, "empty question")
                         continue
-                    labelled = "clip_end_sec" in row.fields  # the test file has no times
+                    labelled = row.has("clip_end_sec")  # the test file has no times
                     ends = [row.get(f"clip_{end}_sec", int, float) for end in ("start", "end")] if labelled else []
                     yield Sample(
                         id=id,
@@ -343,7 +343,7 @@ def read_ego4d_nlq(path: Path, report: Report) -> Iterator[Sample]:
                         answer=None,
                         evidence=(row.span("clip_start_sec", ends, report),) if labelled else (),
                         duration=duration,
-                        kind=row.fields.get("template") or "",
+                        kind=row.text("template") if row.has("template") else "",
                         meta=asked,
                     )
 
@@ -378,14 +378,14 @@ def read_mlvu(path: Path, report: Report) -> Iterator[Sample]:
         raise DataError(f"{path}: no .json files in this folder")
     for file in files:
         for number, row in enumerate(read_rows(file), start=1):
-            options = read_options(row, "candidates") if "candidates" in row.fields else ()
-            answer = row.text("answer") if "answer" in row.fields else None
+            options = read_options(row, "candidates") if row.has("candidates") else ()
+            answer = row.text("answer") if row.has("answer") else None
             letter = letter_of_text(answer, options) if answer is not None else None
             if options and answer is not None and letter is None:
                 report.drop(f"{file.name}, {row.where}", NOT_AN_OPTION, answer)
                 continue
             yield Sample(
-                id=str(row.fields.get("question_id", f"{file.stem}:{number}")),
+                id=str(row.get("question_id", str, int)) if row.has("question_id") else f"{file.stem}:{number}",
                 video=f"{file.stem}/{row.text('video')}",
                 question=row.text("question"),
                 options=options,
@@ -405,7 +405,7 @@ def read_lvbench(path: Path, report: Report) -> Iterator[Sample]:
     A question of several types has them all in `kind`, joined by KIND_SEPARATOR.
     """
     for number, row in enumerate(read_rows(path), start=1):
-        if "qa" not in row.fields:
+        if not row.has("qa"):
             options = read_options(row, "candidates")
             answer = letter_of_answer(row.text("answer"), options)
             if answer is None:
@@ -460,11 +460,11 @@ def read_longvideobench(path: Path, report: Report) -> Iterator[Sample]:
     rate the file does not tell, so there is no evidence.
     """
     for row in read_rows(path):
-        if "candidates" in row.fields:
+        if row.has("candidates"):
             options = read_options(row, "candidates")
         else:
             options = tuple(row.text(f"option{i}") for i in range(5) if row.text(f"option{i}") != "N/A")
-        choice = row.get("correct_choice", int) if "correct_choice" in row.fields else None
+        choice = row.get("correct_choice", int) if row.has("correct_choice") else None
         if choice is not None and not 0 <= choice < len(options):
             raise row.error("correct_choice", f"expected 0 to {len(options) - 1}, got {choice}")
         yield Sample(
@@ -487,7 +487,7 @@ def read_plm_video(path: Path, report: Report) -> Iterator[Sample]:
     video from which the clip was cut, so it has no evidence.
     """
     for row in read_rows(path):
-        if "start_frame" in row.fields:
+        if row.has("start_frame"):
             frames = [row.get(name, int) for name in ("start_frame", "end_frame")]
             yield Sample(
                 id=str(row.get("uid", int, str)),
@@ -513,8 +513,8 @@ def read_plm_video(path: Path, report: Report) -> Iterator[Sample]:
             answer=answer,
             evidence=(),
             duration=None,
-            kind=row.get("metadata", dict).get("question_type", "") if "metadata" in row.fields else "",
-            meta={"group": row.text("qa_uid" if "qa_uid" in row.fields else "qa_id")},
+            kind=row.get("metadata", dict).get("question_type", "") if row.has("metadata") else "",
+            meta={"group": row.text("qa_uid" if row.has("qa_uid") else "qa_id")},
         )
 
 
@@ -528,7 +528,7 @@ def read_time_r1(path: Path, report: Report) -> Iterator[Sample]:
     count from the file's, whose duration is then unknown.
     """
     for number, row in enumerate(read_rows(path), start=1):
-        bench = "sentence" not in row.fields
+        bench = not row.has("sentence")
         if bench:
             numbers = re.fullmatch(r"(\d+(?:\.\d+)?)-(\d+(?:\.\d+)?)", row.text("answer"))
             if not numbers:
@@ -542,7 +542,7 @@ def read_time_r1(path: Path, report: Report) -> Iterator[Sample]:
             report.notes["parts of a video, with times of the whole file"] += 1
         kind = row.fields.get("qsemtype") if bench else None
         yield Sample(
-            id=row.text("qid") if "qid" in row.fields else f"{path.stem}:{number}",
+            id=row.text("qid") if row.has("qid") else f"{path.stem}:{number}",
             video=row.text("path" if bench else "video"),
             question=row.text("question" if bench else "sentence"),
             options=(),
@@ -562,8 +562,8 @@ def read_timelens(path: Path, report: Report) -> Iterator[Sample]:
                 pairs = event.get("span", list)
                 several = bool(pairs) and isinstance(pairs[0], list)
                 evidence = event.spans("span", report) if several else (event.span("span", pairs, report),)
-                duration = row.number("duration") if "duration" in row.fields else None
-                kind = row.text("source") if "source" in row.fields else ""
+                duration = row.number("duration") if row.has("duration") else None
+                kind = row.text("source") if row.has("source") else ""
                 yield grounding(f"{path.stem}:{number}_{n}", row.text("video_path"), event, evidence, duration, kind)
         return
     for video, entry in read_object(path).items():
@@ -623,7 +623,7 @@ def read_easy_r1(path: Path, report: Report) -> Iterator[Sample]:
     7.25" is the evidence, and any other the reference.
     """
     for number, row in enumerate(read_rows(path), start=1):
-        videos = row.get("videos", list, type(None)) if "videos" in row.fields else None
+        videos = row.get("videos", list) if row.has("videos") else []
         if not videos:
             report.left_out["not about a video"] += 1
             continue
@@ -648,7 +648,7 @@ def read_easy_r1(path: Path, report: Report) -> Iterator[Sample]:
             answer=letter,
             evidence=evidence,
             duration=None,
-            kind=row.text("problem_type") if row.fields.get("problem_type") else "",
+            kind=row.text("problem_type") if row.has("problem_type") else "",
             meta={} if options or times else {"reference": answer},
         )
 

@@ -130,6 +130,10 @@ class Row:
             raise self.error(name, f"expected {expected}, got {short(value)}")
         return value
 
+    def has(self, name: str) -> bool:
+        """Whether the field is there and not null, as parquet writes what is absent."""
+        return self.fields.get(name) is not None
+
     def text(self, name: str) -> str:
         """The field's text, which has no special token."""
         value = self.get(name, str)

@@ -331,7 +331,7 @@ CHANGES = [
     *({"glue": v} for v in ("[[1, 2]]", [[8, 3]], [[1, True]], [[1, 2, 3]], [[1, float("inf")]], [[1, "2"]], 3, None)),
     {"glue": [[1, 10**400]]},
     *({"duration": value} for value in (0, -1, True, float("nan"), float("inf"), "16", 10**400)),
-    *({"kind": value} for value in (3, None, "<|x|>")),
+    *({"kind": value} for value in (3, None, "<|x|>", "")),
     *({"meta": value} for value in ({}, {"clues": ["a"]}, 3)),
 ]
 
@@ -350,6 +350,26 @@ def test_usual_records_are_read_quickly_as_they_are_read_carefully(tmp_path, mon
     quick = outcome()
     monkeypatch.setattr(formats, "usual_record", lambda fields: None)
     assert outcome() == quick
+
+
+def test_optional_fields_that_are_null_are_absent(published, tmp_path):
+    """As parquet has them, where every row has all columns."""
+    usual, nulls = tmp_path / "a" / "x.json", tmp_path / "b" / "x.json"
+    for path in (usual, nulls):
+        path.parent.mkdir()
+    rows = json.loads(ROWS["longvideobench/lvb_val.json"])
+    for row in rows:
+        row.pop("correct_choice")
+    for format, some, optional in [
+        ("records", [{**USUAL, "options": ["x", "y"]}], ("meta", "kind")),
+        ("qvhighlights", [json.loads(ROWS["qvhighlights/highlight_test_release.jsonl"])], ("relevant_windows",)),
+        ("longvideobench", rows, ("correct_choice",)),
+        ("mlvu", json.loads(ROWS["mlvu/8_sub_scene.json"]), ("candidates", "question_id")),
+        ("time_r1", json.loads(ROWS["time_r1/train_2k5.json"]), ("question", "answer", "start")),
+    ]:
+        write_json(usual, some)
+        write_json(nulls, [{**dict.fromkeys(optional), **row} for row in some])
+        assert read_samples(nulls, format) == read_samples(usual, format) != []
 
 
 # ---------------------------------------------------------------- which format a file has
