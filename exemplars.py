@@ -54,12 +54,13 @@ from annotations import trajectories
 from annotations.rows import DataError, Sample
 from annotations.samples import check_samples, check_videos, load_samples
 from config import Config, ConfigError
+from engine.qwen2_5_vl import BANNED_TOKENS, EOS_TOKENS
 from episodes import ClipEnvironment, environments, messages
 from filters import finished, identity, save
 from harness import journal
 from harness.chat import Cached, Chat, ChatError, Message, RequestError, Shown, connect
 from infer import Agent, load_agent
-from policy import BANNED_TOKENS, EOS_TOKENS, ModelError
+from policy import ModelError
 from prompts import CALL_END
 from report.tables import aligned
 from rewards import format_reward

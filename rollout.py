@@ -26,8 +26,8 @@ from advantage import token_offsets
 from annotations.rows import Sample
 from annotations.samples import warn_of_misfit
 from config import Config
+from engine.sampling import Sampler, sample, stops_at
 from policy import (
-    Episodes,
     Observation,
     Prompt,
     Video,
@@ -35,8 +35,6 @@ from policy import (
     build_prompt,
     keep_tokens,
     last_hidden,
-    sample,
-    stops_at,
 )
 from prompts import ToolCall
 from video import Budget, Clip, ClipPlan, FrameCache, VideoError, VideoInfo, load_clip, load_clips, plan_clip, probe
@@ -301,7 +299,7 @@ def roll_out_batch(
 
     stop = stops_at(vocabulary.tokenizer, [text.CALL_END]) if environments else None
     sampling = (config.max_tokens, vocabulary.eos, vocabulary.banned, config.temperature)
-    sampler = Episodes(model, prompts, size, *sampling, None if step is None else seed, stop, keep_hidden)
+    sampler = Sampler(model, prompts, size, *sampling, None if step is None else seed, stop, keep_hidden)
     while ended := sampler.sample():
         observed = {}
         for sampled in ended:

@@ -50,6 +50,7 @@ from advantage import RewardError, credit
 from annotations.rows import DataError, Sample
 from annotations.samples import DataSet, Epochs, load_test, load_training
 from config import Config
+from engine.sharding import stream_layers, whole_weights
 from episodes import clip_failures, environments
 from grpo import grpo_loss, loss_count
 from media.file import VideoError
@@ -63,8 +64,6 @@ from policy import (
     group_hidden,
     keep_tokens,
     load,
-    stream_layers,
-    whole_weights,
 )
 from report.curves import plot_curves
 from report.episodes import episode_record, episodes_page

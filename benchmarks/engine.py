@@ -6,7 +6,7 @@
 
 All engines run in one process, in turn, with the same weights, prompts and responses. Ratios are medians over repeats.
 
-- *ours*: policy.py, kl.py and grpo.py, as train.py calls them.
+- *ours*: policy.py, engine/, kl.py and grpo.py, as train.py calls them.
 - *naive*: transformers alone. `generate(num_return_sequences=G)`, then G copies of the prompt, with their video,
   through the reference and the policy; logits of all response tokens, the KL by autograd. Positions are ours, passed
   explicitly.
@@ -59,9 +59,11 @@ from transformers import AutoModelForImageTextToText, Qwen2_5_VLConfig  # noqa: 
 
 from benchmarks.kl import processor  # noqa: E402
 from benchmarks.memory import GIB, Parameters, cache_bytes_per_token, head_size, shape  # noqa: E402
+from engine.qwen2_5_vl import encode_clips  # noqa: E402
+from engine.sampling import sample  # noqa: E402
 from grpo import grpo_loss  # noqa: E402
 from kl import aligned, chunked_weighted_kl, logits  # noqa: E402
-from policy import Policy, Prompt, Video, build_prompt, encode_clips, group_hidden, last_hidden, sample  # noqa: E402
+from policy import Policy, Prompt, Video, build_prompt, group_hidden, last_hidden  # noqa: E402
 from train import KL_CHUNK  # noqa: E402
 from video import normalise_patches  # noqa: E402
 

@@ -34,7 +34,8 @@ sys.path = [str(ROOT), str(ROOT / "tests"), *(p for p in sys.path if Path(p or "
 from plain_episodes import PlainEpisodes  # noqa: E402
 
 from benchmarks.engine import ORDINARY, engines  # noqa: E402
-from policy import Episodes, Policy, Prompt, Video, build_prompt  # noqa: E402
+from engine.sampling import Sampler  # noqa: E402
+from policy import Policy, Prompt, Video, build_prompt  # noqa: E402
 
 PROMPTS, GROUP, WRITTEN = 2, 4, 64
 CLIP, WORDS, TIME = 16, 16, 6  # frames of a clip; tokens of a question, and of a frame's time
@@ -99,13 +100,13 @@ def lines(repeats: int, turns: tuple[int, ...] = TURNS) -> list[str]:
         "|---|---|---|---|---|---|---|---|",
     ]
     for n in turns:
-        _, ids, observations = play(Episodes, model, prompts, n)
+        _, ids, observations = play(Sampler, model, prompts, n)
         plain, other_ids, _ = play(PlainEpisodes, model, prompts, n)
         if not torch.equal(ids, other_ids):
             raise SystemExit("with and without the cache, other tokens were sampled")
         seen = sum(len(o.prompt) for o in observations[0][0])
         tokens = len(prompts[0]) + seen + n * WRITTEN - 1
-        pairs = [[seconds(play, kind, model, prompts, n) for kind in (Episodes, PlainEpisodes)] for _ in range(repeats)]
+        pairs = [[seconds(play, kind, model, prompts, n) for kind in (Sampler, PlainEpisodes)] for _ in range(repeats)]
         cached, without = (statistics.median(side) / (PROMPTS * GROUP) for side in zip(*pairs, strict=True))
         spent = statistics.median(seconds(update, policy, prompts, ids, observations) for _ in range(repeats))
         computed = PROMPTS * (len(prompts[0]) + GROUP * (tokens - len(prompts[0])))

@@ -14,13 +14,13 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-import attention
 import kl
 import policy
-from attention import GroupCache, Stretch, Tree, TreeAttention
 from benchmarks import engine
 from benchmarks.engine import Naive, Ours, make_problem, row
 from benchmarks.kl import materialised
+from engine import attention, qwen2_5_vl, sampling, sharding
+from engine.attention import GroupCache, Stretch, Tree, TreeAttention
 
 HALF, SINGLE = torch.bfloat16, torch.float32
 HEADS = [(28, 4, 128), (7, 1, 64), (4, 2, 32)]  # heads, key heads, size: of 7B, 20m and tiny
@@ -229,13 +229,13 @@ def sampler(at: Setting) -> None:
     logits = ours.cpu()
     banned, uniform = torch.tensor([3, 7]), torch.rand(rows, generator=torch.Generator().manual_seed(2)).double()
     for temperature in (1.0, 0.7):
-        chosen = policy.choose_tokens(ours, uniform.to(at.device), temperature, banned.to(at.device)).cpu()
+        chosen = sampling.choose_tokens(ours, uniform.to(at.device), temperature, banned.to(at.device)).cpu()
         p = logits.double().index_fill(-1, banned, -torch.inf).div(temperature).softmax(-1).cumsum(-1)
         target = (uniform * p[:, -1])[:, None]
         expected = torch.searchsorted(p, target, right=True)[:, 0]
         tie = (p.gather(1, torch.minimum(chosen, expected)[:, None]) - target).abs()[:, 0] < 1e-5
         check(f"sampled tokens at temperature {temperature}, wrong ones", int(((chosen != expected) & ~tie).sum()), 0)
-    greedy = policy.choose_tokens(ours, None, 1.0, banned.to(at.device)).cpu()
+    greedy = sampling.choose_tokens(ours, None, 1.0, banned.to(at.device)).cpu()
     best = logits.index_fill(-1, banned, -torch.inf)
     check("greedy tokens, wrong ones", int((best.gather(1, greedy[:, None])[:, 0] != best.amax(-1)).sum()), 0)
 
@@ -295,12 +295,12 @@ def tower(at: Setting, visual: torch.nn.Module, dtype: torch.dtype) -> None:
     """Whole and cut windows, several clips, against transformers' tower."""
     grids = [(2, 16, 16), (3, 18, 32), (1, 6, 10)]
     patches = normal(sum(t * h * w for t, h, w in grids), 1176, seed=0)
-    exact = policy.encode_clips(copy.deepcopy(visual).double(), patches.double(), grids)
+    exact = qwen2_5_vl.encode_clips(copy.deepcopy(visual).double(), patches.double(), grids)
     on = copy.deepcopy(visual).to(at.device, dtype)
     patches = patches.to(at.device)
     theirs = on(patches.to(dtype), grid_thw=torch.tensor(grids, device=at.device))
     theirs = theirs if isinstance(theirs, Tensor) else theirs.pooler_output
-    ours = policy.encode_clips(on, patches, grids)
+    ours = qwen2_5_vl.encode_clips(on, patches, grids)
     compare(f"vision tower, {str(dtype)[6:]}", [ours], [theirs], [exact], "tokens")
 
 
@@ -341,8 +341,8 @@ def play(model: torch.nn.Module, pace: tuple[int, int, bool], turns: int) -> lis
     prompts = [engine.random_prompt(config, visual, generator) for visual in (64, 128, 192)]
     shown = [engine.random_prompt(config, 64, generator, text=(3, 5)) for _ in range(12)]
     said: list[tuple[list, list, list]] = [([], [], []) for _ in range(3 * group)]
-    with mock.patch.object(policy, "decoding_pace", lambda _: policy.Pace(*pace)):
-        episodes = policy.Episodes(
+    with mock.patch.object(sampling, "decoding_pace", lambda _: sampling.Pace(*pace)):
+        episodes = sampling.Sampler(
             model, prompts, group, 48, range(16, 116), (4, 5), 1.0, lambda b, n: 100 * b + n, keep_hidden=True
         )
         while found := episodes.sample():
@@ -373,7 +373,7 @@ def learnt(model: torch.nn.Module, prompts: list, said: list) -> Tensor:
         return policy.group_hidden(model, prompts, ids.view(folded), mask.view(folded), seen)
 
 
-def sampling(at: Setting, turns: int) -> None:
+def sampled_turns(at: Setting, turns: int) -> None:
     """In float32 the CPU's tokens; in half precision the same tokens with graphs as without, from states that are as
     near to the update's as those are to float64.
     """
@@ -408,7 +408,7 @@ def streamed(at: Setting) -> None:
     problem = make_problem(model.config, 64, 3, 24, batch=2)
     with torch.no_grad():
         resident = policy.group_hidden(model, problem.prompts, problem.responses, problem.mask)
-        policy.stream_layers(model)
+        sharding.stream_layers(model)
         found = policy.group_hidden(model, problem.prompts, problem.responses, problem.mask)
     check("streamed reference", distance(found, resident), 0)
 
@@ -419,7 +419,7 @@ def whole_policy(at: Setting, scratch: Path) -> None:
     jobs: list[tuple[Callable, tuple]] = [(tower, (at, visual, dtype)) for dtype in (HALF, SINGLE)]
     for name in ("20m", "tiny"):
         jobs += [(whole_gradient, (at, name, *kind)) for kind in ((HALF, False), (SINGLE, False), (SINGLE, True))]
-    jobs += [(sampling, (at, 1)), (sampling, (at, 3)), (streamed, (at,))]
+    jobs += [(sampled_turns, (at, 1)), (sampled_turns, (at, 3)), (streamed, (at,))]
     with torch.no_grad():
         checks(jobs[:2])
     checks(jobs[2:])
@@ -457,7 +457,7 @@ def rewarded(ours: Ours, steps: int, autocast: bool) -> list[float]:
         problem = make_problem(ours.model.config, 64, 8, 24, seed=k, batch=2, per_pass=2)
         with torch.autocast(ours.device.type, HALF, enabled=autocast):
             seeds = [[100 * k + 10 * b + g for g in range(8)] for b in range(2)]
-            ids, _ = policy.sample(ours.model, problem.prompts, 8, 24, (-1,), (4, 5), 1.0, seeds)  # no vision tokens
+            ids, _ = sampling.sample(ours.model, problem.prompts, 8, 24, (-1,), (4, 5), 1.0, seeds)  # no vision tokens
             reward = (ids % 2 == 0).float().mean(-1).cpu()  # [B, G]
             advantages = (reward - reward.mean(1, keepdim=True)) / (reward.std(1, keepdim=True) + 1e-6)
             problem.responses, problem.advantages = ids.cpu(), advantages[..., None].expand(ids.shape)

@@ -25,6 +25,7 @@ import policy  # isort: skip
 from benchmarks import engine  # isort: skip
 from benchmarks.engine import Cost, Meter, Naive, Ours, make_problem, row  # isort: skip
 from benchmarks.memory import GIB, Parameters, cache_bytes_per_token, shape  # isort: skip
+from engine import sampling, sharding  # isort: skip
 
 
 # ---------------------------------------------------------------- 7B
@@ -177,17 +178,17 @@ def kl_phase(s: Seven) -> None:
     s.measure("(KL alone, a part of the update)", run, 6 * 2 * n * lm_head.numel())
 
 
-def begin(s: Seven, prompts: list, length: int, capture: bool) -> policy.Episodes:
-    with mock.patch.object(policy, "decoding_pace", lambda _: policy.Pace(16, 64, capture and s.at.cuda)):
-        return policy.Episodes(s.model, prompts, s.group, length, (-1,), (), 1.0, lambda b, n: b)
+def begin(s: Seven, prompts: list, length: int, capture: bool) -> sampling.Sampler:
+    with mock.patch.object(sampling, "decoding_pace", lambda _: sampling.Pace(16, 64, capture and s.at.cuda)):
+        return sampling.Sampler(s.model, prompts, s.group, length, (-1,), (), 1.0, lambda b, n: b)
 
 
 def decoding(s: Seven, count: int, length: int, capture: bool) -> None:
     """A row of the table of decoding: `count` prompts with their groups, `length` tokens each."""
     episodes = begin(s, [s.prompt()] * count, length, capture)
-    plain, captures = policy.Graphs.run, []
+    plain, captures = sampling.Graphs.run, []
 
-    def run(graphs: policy.Graphs, key: object, function: Callable[[], None]) -> None:
+    def run(graphs: sampling.Graphs, key: object, function: Callable[[], None]) -> None:
         if key in graphs.captured:
             return plain(graphs, key, function)
         s.at.wait()
@@ -197,7 +198,7 @@ def decoding(s: Seven, count: int, length: int, capture: bool) -> None:
         captures.append(time.perf_counter() - start)
 
     s.meter.start()
-    with mock.patch.object(policy.Graphs, "run", run):
+    with mock.patch.object(sampling.Graphs, "run", run):
         while episodes.sample():
             pass
     cost = s.meter.stop()
@@ -206,7 +207,7 @@ def decoding(s: Seven, count: int, length: int, capture: bool) -> None:
     n, per_token = Parameters.of(s.config), cache_bytes_per_token(s.config)
     traffic = 2 * (n.layers + (n.head or n.embedding)) + count * (s.visual + s.group * length / 2) * per_token
     least = traffic / s.traffic
-    with torch.no_grad(), policy._evaluation_mode(s.model):
+    with torch.no_grad(), sampling._evaluation_mode(s.model):
         waits = None if capture else host_waits(s.at, partial(episodes._step, 64))
     name = f"{count} x {s.group}, {length} tokens, {'graphs' if capture else 'no graphs'}"
     if count == 1:
@@ -239,7 +240,7 @@ def whole_step(s: Seven) -> None:
 
 def streamed_seven(s: Seven) -> None:
     """The reference with its layers in the CPU's memory; last, because the model stays like that."""
-    policy.stream_layers(s.model)
+    sharding.stream_layers(s.model)
     seconds = seconds_of(s.at, lambda: s.ours.reference_states(s.problem))
     moved = 2 * Parameters.of(s.config).layers / 1e9
     resident = s.seconds.get("reference", float("nan"))

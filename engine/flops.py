@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from policy import window_layout
+from engine.qwen2_5_vl import window_layout
 from video import Clip
 
 

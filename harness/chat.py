@@ -42,8 +42,9 @@ import numpy as np
 import torch
 from PIL import Image
 
+from engine.sampling import sample
 from harness.journal import JournalError
-from policy import Video, Vocabulary, build_prompt, load, sample
+from policy import Video, Vocabulary, build_prompt, load
 from video import Clip
 
 ADDRESS, KEY = "OPENAI_BASE_URL", "OPENAI_API_KEY"  # environment variables, as other clients name them

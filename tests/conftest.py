@@ -19,7 +19,9 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from numbered import get
+from passes import CLIP, random_responses, random_video
 from safetensors.torch import load_file, save_file
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLRMSNorm
 
 import config as configuration
 import prompts
@@ -131,6 +133,27 @@ def loud_model(tokenizer, seed: int = 0):
 @pytest.fixture(scope="session")
 def model64(tokenizer):
     return loud_model(tokenizer).double()
+
+
+@pytest.fixture
+def scene(vocabulary, model64):
+    """Two prompts of different length with clips, and three responses of different lengths each."""
+    prompts = [
+        build_prompt(vocabulary.ids(f"{CLIP} red <think>"), [random_video(0, 4, 56, 84)], model64.config),
+        build_prompt(vocabulary.ids(f"a b c {CLIP} blue"), [random_video(1, 2, 28, 56)], model64.config),
+    ]
+    ids, mask = random_responses(2, [[5, 1, 7], [3, 7, 2]], len(vocabulary.tokenizer))
+    return prompts, ids, mask
+
+
+@pytest.fixture
+def exact_norm(monkeypatch):
+    """transformers computes this norm in float32 whatever the type, which rounds states and gradients too."""
+
+    def norm(self, x):
+        return self.weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.variance_epsilon)
+
+    monkeypatch.setattr(Qwen2_5_VLRMSNorm, "forward", norm)
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,5 @@
-"""Episodes of several turns the plain way, with the interface of `policy.Episodes`: what the cache must agree with, and
-what its saving is measured against. For every turn, [prompt, episode] is computed from its beginning.
+"""Episodes of several turns the plain way, with the interface of `engine.sampling.Sampler`: what the cache must agree
+with, and what its saving is measured against. For every turn, [prompt, episode] is computed from its beginning.
 """
 
 from __future__ import annotations
@@ -8,11 +8,12 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from policy import Observation, Prompt, Turn, Video, build_prompt, sample
+from engine.sampling import Sampled, sample
+from policy import Observation, Prompt, Video, build_prompt
 
 
 class PlainEpisodes:
-    """See `policy.Episodes`. `computed` counts the tokens that went through the language model."""
+    """See `engine.sampling.Sampler`. `computed` counts the tokens that went through the language model."""
 
     def __init__(
         self,
@@ -34,7 +35,7 @@ class PlainEpisodes:
         self.waiting = list(range(len(self.histories)))
         self.computed = 0
 
-    def sample(self) -> list[Turn]:
+    def sample(self) -> list[Sampled]:
         rows, self.waiting = self.waiting, []
         if not rows:
             return []
@@ -46,7 +47,7 @@ class PlainEpisodes:
         for b, row in enumerate(rows):
             said = ids[b, 0][mask[b, 0]].cpu()
             hidden = torch.stack([state[b, 0] for state in states[: len(said)]]) if self.keep_hidden else None
-            turns.append(Turn(row, self.numbers[row], said, hidden))
+            turns.append(Sampled(row, self.numbers[row], said, hidden))
             self.computed += len(histories[b]) + len(said) - 1
             self.histories[row] = extended(histories[b], said)
             self.sampled[row] += len(said)

@@ -287,7 +287,7 @@ def test_checks_tell_a_wrong_gradient(capsys, monkeypatch):
     def wrong(grad, q, k, v, out, lse, causal, scale):
         return right(grad, q, k, v, out, lse.roll(1, -1), causal, scale)
 
-    monkeypatch.setattr("attention.attend_backward", wrong)
+    monkeypatch.setattr("engine.attention.attend_backward", wrong)
     gpu_checks.tree_attention(
         gpu_checks.Setting(dry=True), (4, 2, 32), torch.bfloat16, gpu_checks.Tree((40,), ((5, 8),))
     )

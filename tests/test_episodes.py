@@ -414,7 +414,7 @@ def test_rollouts_are_those_of_the_plain_way(samples, small, loaded, monkeypatch
     """With the cache across turns or without: the same turns, frames and observations."""
     model, vocabulary = loaded
     ours = roll_out_episodes(model, views_of(samples, small), small, vocabulary, 3)
-    monkeypatch.setattr(rollout, "Episodes", PlainEpisodes)
+    monkeypatch.setattr(rollout, "Sampler", PlainEpisodes)
     plain = roll_out_episodes(model, views_of(samples, small), small, vocabulary, 3)
     turns, shown = set(), 0
     for one, two in zip(ours, plain, strict=True):
@@ -566,7 +566,7 @@ def test_what_is_shown_is_never_a_target(small_recipe, samples, monkeypatch):
         run.model.model.language_model.norm.weight.mul_(1.2)  # no longer the reference
     batches = micro_batches(groups, replace(config, prompts_per_pass=1))
     unused = [~predicting(group) for group in groups]
-    plain, kept = policy._language_model, []
+    plain, kept = policy.row_hidden, []
 
     def poisoned(*arguments):
         states = plain(*arguments)
@@ -575,7 +575,7 @@ def test_what_is_shown_is_never_a_target(small_recipe, samples, monkeypatch):
 
     run.optimizer.step = lambda: kept.append({n: p.grad.clone() for n, p in run.model.named_parameters()})
     totals = [train.update(run, batches)]
-    monkeypatch.setattr(policy, "_language_model", poisoned)
+    monkeypatch.setattr(policy, "row_hidden", poisoned)
     totals.append(train.update(run, batches))
     assert totals[0] == pytest.approx(totals[1], rel=1e-6) and totals[0]["kl_text"] > 0
     for name, gradient in kept[0].items():

@@ -29,7 +29,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoTokenizer
 
-import attention
 import config as configuration
 import evaluate
 import infer
@@ -39,6 +38,7 @@ import video
 from annotations.rows import DataError, Sample
 from annotations.samples import write_samples
 from config import ConfigError
+from engine import attention
 from engine.flops import forward_flops
 from infer import RELEASED, STRATEGIES, Agent, Look, Settings, load_agent, to_video_time
 from media.decode import VideoInfo

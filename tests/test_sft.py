@@ -89,7 +89,7 @@ def test_the_loss_is_that_of_the_learned_turns_in_a_plain_forward_pass(examples,
 
 
 def test_states_before_other_tokens_have_no_influence(examples, model64, monkeypatch):
-    plain = policy._language_model
+    plain = policy.row_hidden
     for example in examples:
         _, learned = in_a_row(example)
 
@@ -100,11 +100,11 @@ def test_states_before_other_tokens_have_no_influence(examples, model64, monkeyp
         model64.zero_grad()
         batch_loss(model64, [example]).backward()
         clean = model64.lm_head.weight.grad.clone()
-        monkeypatch.setattr(policy, "_language_model", poisoned)
+        monkeypatch.setattr(policy, "row_hidden", poisoned)
         model64.zero_grad()
         loss = batch_loss(model64, [example])
         loss.backward()
-        monkeypatch.setattr(policy, "_language_model", plain)
+        monkeypatch.setattr(policy, "row_hidden", plain)
         assert torch.isfinite(loss) and torch.equal(loss, batch_loss(model64, [example]))
         assert torch.allclose(model64.lm_head.weight.grad, clean, rtol=1e-12)
     model64.zero_grad()

@@ -28,7 +28,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-NAME = "zoomgrpo_tree"
+TREE_ATTENTION = "zoomgrpo_tree"
 
 
 @dataclass(frozen=True)
@@ -372,5 +372,5 @@ def tree_attention(
     return out.transpose(0, 1)[None], None
 
 
-AttentionInterface.register(NAME, tree_attention)
-AttentionMaskInterface.register(NAME, sdpa_mask)
+AttentionInterface.register(TREE_ATTENTION, tree_attention)
+AttentionMaskInterface.register(TREE_ATTENTION, sdpa_mask)

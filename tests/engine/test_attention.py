@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from attention import (
+from engine.attention import (
     GroupCache,
     Stretch,
     Tree,

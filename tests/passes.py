@@ -1,0 +1,53 @@
+"""Random clips, prompts with responses, and passes of transformers' own model that ours are compared with."""
+
+from __future__ import annotations
+
+import torch
+
+from policy import Prompt, Video
+from video import normalise_patches
+
+CLIP = "<|vision_start|><|video_pad|><|vision_end|>"
+
+
+def random_video(seed: int, frames: int, height: int, width: int, step: float = 1.0) -> Video:
+    generator = torch.Generator().manual_seed(seed)
+    return Video.from_frames(
+        torch.randint(0, 256, (frames, 3, height, width), generator=generator, dtype=torch.uint8), step
+    )
+
+
+def random_responses(seed: int, lengths: list[list[int]], n_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids [B, G, T] of ordinary tokens, padded with other random ids, and their mask."""
+    generator = torch.Generator().manual_seed(seed)
+    T = max(max(row) for row in lengths)
+    ids = torch.randint(8, n_tokens, (len(lengths), len(lengths[0]), T), generator=generator)
+    mask = torch.arange(T) < torch.tensor(lengths)[..., None]
+    return ids, mask
+
+
+def separate_logp(model, prompt: Prompt, response: torch.Tensor, after: torch.Tensor | None = None) -> torch.Tensor:
+    """Log-probabilities of one response by a plain causal pass of transformers' own model, with our positions: [T].
+
+    `after`: positions [3, T] of a response that is not plain text.
+    """
+    ids = torch.cat([prompt.ids, response])[None]
+    if after is None:
+        after = (torch.arange(len(response)) + prompt.next_position).expand(3, -1)
+    positions = torch.cat([prompt.positions, after], dim=1)[:, None]
+    patches = normalise_patches(torch.cat([video.patches for video in prompt.videos])).double()
+    logits = model(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        position_ids=positions,
+        pixel_values_videos=patches,
+        video_grid_thw=torch.tensor([video.grid for video in prompt.videos]),
+        use_cache=False,
+    ).logits[0]
+    predicted = logits[len(prompt) - 1 : -1].log_softmax(-1)
+    return predicted.gather(-1, response[:, None])[:, 0]
+
+
+def ends(vocabulary) -> tuple[int, ...]:
+    """One token in twelve ends a response, so that these have different lengths."""
+    return (*vocabulary.eos, *range(20, len(vocabulary.tokenizer), 12))
