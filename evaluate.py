@@ -49,7 +49,7 @@ from policy import ModelError, Vocabulary, load
 from prompts import TEMPLATES
 from report import ReportError, tables
 from report.calibration import calibration
-from report.evaluation import evaluation_page
+from report.evaluation import evaluation_page, page_videos
 from report.intervals import bootstrap
 from report.plots import plot_by_clue, plot_reliability
 from report.results import read_results, row_of, write_results
@@ -218,8 +218,7 @@ def save_and_print(
     """Print the tables, and write evaluation.json, results-LABEL.jsonl, evaluation.html, clue.png and
     reliability.png into the folder.
 
-    The page shows the rows of the last result; the first one is the baseline of the picture, which is drawn where all
-    evidence has a duration.
+    The first result is the baseline of the picture, which is drawn where all evidence has a duration.
     """
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
@@ -241,10 +240,12 @@ def save_and_print(
         label: {n: found["all"][n] for n in (*tables.HEADLINE, *tables.CONTROLS) if n in found["all"]}
         for label, found in numbers.items()
     }
-    *_, (last, rows) = drawn.items()
-    rows = [{**row, "question": questions[row["id"]], "video": Path(row["video"]).name} for row in rows]
-    evaluation_page(rows, out / "evaluation.html", f"{out.name}: {last}", shown)
-    evidence = [row for row in rows if row["evidence"]]
+    for row in (row for rows in drawn.values() for row in rows):
+        row["question"] = questions[row["id"]]
+    at = out / "evaluation.html"
+    videos = page_videos([sample.video for sample in samples], at)
+    evaluation_page(drawn, at, f"{out.name}: {', '.join(drawn)}", shown, videos)
+    evidence = [row for row in next(iter(drawn.values())) if row["evidence"]]
     if evidence and all(row["duration"] for row in evidence):
         plot_by_clue(drawn, out / "clue.png")
     sure = {f"{label}: {name}": one for label, found in numbers.items() for name, one in found["calibration"].items()}

@@ -816,7 +816,7 @@ def main(arguments: list[str] | None = None) -> None:
     if accelerator.is_main_process:
         plot_curves([out], out / "curves.png")
         if groups:  # none when a finished run is resumed
-            episodes = [episode_record(group, config.multi_turn) for group in groups[: config.n_episodes]]
+            episodes = [episode_record(group, config) for group in groups[: config.n_episodes]]
             episodes_page(episodes, out / "episodes.html", f"{out.name}: groups of the last step")
     if test:
         after = results(run, test, "after training")

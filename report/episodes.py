@@ -5,11 +5,14 @@ import string
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from advantage import SEGMENTS, segment_ids
+import torch
+
+from advantage import SEGMENTS, group_advantages, segment_ids
+from config import Config
 from prompts import Span
 from report import ReportError
 from report.html import blame, clock, film_strip, mark, page, save_page, small_table, span_text, text, timeline
-from rollout import Group, ToolReply
+from rollout import Group, ToolReply, chat_text, coarse_words
 
 POSITIVE, NEGATIVE = (33, 102, 172), (224, 112, 10)  # blue and orange
 
@@ -21,25 +24,20 @@ def episodes_page(episodes: Sequence[Mapping], out: str | Path, title: str) -> N
     "coarse": {"times": [s], "frames": uint8 [N, 3, H, W]}, "responses": [{"tokens": [str], "advantages": [float],
     "segments": [str] (optional, one per token), "answer": str | None, "spans": [[s, e]] | None,
     "rewards": {facet: float}, "zoom": {"times", "frames", "answer": str | None} | None, "calls" (optional, of several
-    turns): [{"part": [[s, e]], "times", "frames"} or {"refusal": str}]}]}.
-    Tokens are blue where the advantage is positive and orange and underlined where it is negative, on one scale for the
-    whole page. Raises ReportError naming the episode when lengths, times or frames do not fit.
+    turns): [{"part": [[s, e]], "times", "frames"} or {"refusal": str}]}], and optionally "prompt": str and "facets":
+    {facet: {"rewards": [float], "advantages": [float] | None, "mean": float, "deviation": float}}}.
+    Tokens are blue where the advantage is positive and orange and underlined where it is negative, on a scale of the
+    group's own. Raises ReportError naming the episode when lengths, times or frames do not fit.
     """
-    scale = 0.0
-    for episode in episodes:
-        with blame(f"episode {episode.get('id', 'without id')}"):
-            scale = max([scale, *(abs(a) for response in episode["responses"] for a in response["advantages"])])
     articles = []
     for episode in episodes:
-        with blame(f"episode {episode['id']}"):
+        with blame(f"episode {episode.get('id', 'without id')}"):
+            scale = max((abs(a) for response in episode["responses"] for a in response["advantages"]), default=0.0)
             articles.append(episode_html(episode, scale))
     legend = (
         '<p class="muted legend"><span><span class="span true"></span> true span</span>'
         '<span><span class="span pred"></span> predicted span</span>'
-        '<span><span class="ruled"></span> frame within a true span</span>'
-        f'<span>advantage: <span class="tokens">{token_html("negative", -scale, scale)} '
-        f"{token_html('zero', 0.0, scale)} {token_html('positive', scale, scale)}</span> "
-        f"full colour at ±{scale:.2f}</span></p>"
+        '<span><span class="within">00:00.0</span> frame within a true span</span></p>'
     )
     save_page(page(title, f"<h1>{text(title)}</h1>\n{legend}\n" + "\n".join(articles), ["episodes.css"]), out)
 
@@ -61,10 +59,39 @@ def episode_html(episode: Mapping, scale: float) -> str:
         f"{clock(episode['duration'])}</p>\n"
         f"<h2>{text(episode['question'])}</h2>\n"
         f'<ul class="options">{"".join(options)}</ul>\n'
-        f"{timeline(truth, named, episode['duration'])}\n"
+        f"{prompt_html(episode.get('prompt'))}{timeline(truth, named, episode['duration'])}\n"
+        f"{facets_html(episode.get('facets'))}"
         f"<h4>Coarse frames</h4>\n{film_strip(episode['coarse']['frames'], episode['coarse']['times'], 136, truth)}\n"
-        + "\n".join(responses)
-        + "\n</article>"
+        f'<p class="muted legend">advantage: <span class="tokens">{token_html("negative", -scale, scale)} '
+        f"{token_html('zero', 0.0, scale)} {token_html('positive', scale, scale)}</span> "
+        f"full colour at ±{scale:.2f}, the largest of this group</p>\n" + "\n".join(responses) + "\n</article>"
+    )
+
+
+def prompt_html(prompt: str | None) -> str:
+    if prompt is None:
+        return ""
+    return f"<details><summary>The prompt</summary><pre>{text(prompt)}</pre></details>\n"
+
+
+def facets_html(facets: Mapping[str, Mapping] | None) -> str:
+    """A table of each response's rewards with their advantages, and the group's mean and deviation of each facet."""
+    if not facets:
+        return ""
+    heads = "".join(f'<th scope="col" class="num">{text(name)}</th>' for name in facets)
+    lines = []
+    for number in range(len(next(iter(facets.values()))["rewards"])):
+        cells = ""
+        for facet in facets.values():
+            advantage = "" if facet["advantages"] is None else f" <i>{facet['advantages'][number]:+.2f}</i>"
+            cells += f'<td class="num">{facet["rewards"][number]:.2f}{advantage}</td>'
+        lines.append(f'<tr><th scope="row">response {number + 1}</th>{cells}</tr>')
+    for name in ("mean", "deviation"):
+        cells = "".join(f'<td class="num">{facet[name]:.2f}</td>' for facet in facets.values())
+        lines.append(f'<tr class="group"><th scope="row">{name}</th>{cells}</tr>')
+    return (
+        '<h4>Rewards, and the advantage of each: (reward - mean) / deviation</h4>\n<div class="scroll">'
+        f'<table class="facets"><thead><tr><th></th>{heads}</tr></thead><tbody>{"".join(lines)}</tbody></table></div>\n'
     )
 
 
@@ -126,8 +153,17 @@ def call_record(reply: ToolReply) -> dict:
     return {"part": [reply.call.span], "times": reply.clip.times, "frames": reply.clip.frames.numpy()}
 
 
-def episode_record(group: Group, multi_turn: bool) -> dict:
-    """A group as the page shows it, with its rewards and advantages; `multi_turn`: responses may make calls."""
+def facet_record(values: list[float], config: Config) -> dict:
+    """A facet's rewards [G] with their group's mean and deviation and, if each facet is credited apart, advantages."""
+    rewards = torch.tensor(values, dtype=torch.float64)
+    unbiased = config.std == "sample" and len(values) > 1
+    apart = None if config.tokenadv == "off" else group_advantages(rewards, config.std == "sample").tolist()
+    deviation = rewards.std(unbiased=unbiased).item()
+    return {"rewards": values, "advantages": apart, "mean": rewards.mean().item(), "deviation": deviation}
+
+
+def episode_record(group: Group, config: Config) -> dict:
+    """A group as the page shows it, with its prompt, rewards and advantages."""
     sample, clip = group.view.sample, group.view.clip
     responses = []
     for g, response in enumerate(group.responses):
@@ -146,7 +182,7 @@ def episode_record(group: Group, multi_turn: bool) -> dict:
                     "frames": response.zoom.clip.frames.numpy(),
                     "answer": response.zoom.answer,
                 },
-                "calls": list(map(call_record, response.replies)) if multi_turn else None,
+                "calls": list(map(call_record, response.replies)) if config.multi_turn else None,
             }
         )
     return {
@@ -157,6 +193,8 @@ def episode_record(group: Group, multi_turn: bool) -> dict:
         "answer": sample.answer,
         "duration": group.view.info.duration,
         "evidence": [list(span) for span in sample.evidence],
+        "prompt": chat_text(coarse_words(group.view, config), config),
+        "facets": {name: facet_record(values, config) for name, values in group.rewards.items()},
         "coarse": {"times": clip.times, "frames": clip.frames.numpy()},
         "responses": responses,
     }

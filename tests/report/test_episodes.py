@@ -1,6 +1,8 @@
 """The page of training episodes, parsed."""
 
 import re
+import statistics
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,7 +11,7 @@ from hypothesis import strategies as st
 from pagetree import HOSTILE, parse, place
 
 from report import ReportError
-from report.episodes import episodes_page
+from report.episodes import episodes_page, facet_record
 from report.html import beside
 
 deterministic = settings(derandomize=True, deadline=None, max_examples=60)
@@ -68,12 +70,42 @@ def test_tokens_carry_their_advantage_in_colour_line_and_title(tmp_path):
     assert re.search(r"\.neg \{ text-decoration: underline", beside("episodes.css"))
 
 
-def test_one_colour_scale_for_the_whole_page(tmp_path):
+def test_each_group_has_a_colour_scale_of_its_own_and_says_it(tmp_path):
+    """Beside a group with large advantages, one with small ones stays legible."""
     weak = episode(id="e2")
-    weak["responses"] = [{**weak["responses"][0], "advantages": [0.1] * 8}]
-    root = episode_page(tmp_path, episode(), weak)
-    assert root.all("article")[1].all(cls="tok")[0].attrs["style"] == "background:rgb(246,249,252)"
-    assert "±1.50" in root.all(cls="legend")[0].text
+    weak["responses"] = [{**weak["responses"][0], "advantages": [0.1, -0.05] * 4}]
+    first, second = episode_page(tmp_path, episode(), weak).all("article")
+    tokens = [article.all("section")[0].all(cls="tok") for article in (first, second)]
+    assert tokens[0][0].attrs["style"] == tokens[1][0].attrs["style"] == "background:rgb(122,163,205)"
+    assert tokens[1][1].attrs["style"] == "background:rgb(246,212,182)"
+    assert "±1.50" in first.all(cls="legend")[0].text and "±0.10" in second.all(cls="legend")[0].text
+
+
+def test_rewards_stand_beside_their_advantages_mean_and_deviation(tmp_path):
+    iou = {"rewards": [0.25, 0.75], "advantages": [-1.0, 1.0], "mean": 0.5, "deviation": 0.25}
+    answer = {"rewards": [1.0, 1.0], "advantages": None, "mean": 1.0, "deviation": 0.0}
+    root = episode_page(tmp_path, episode(prompt=HOSTILE, facets={"iou": iou, "<b>": answer}))
+    table = root.all("table", "facets")[0]
+    assert [[cell.text for cell in line.children] for line in table.all("tr")] == [
+        ["", "iou", "<b>"],
+        ["response 1", "0.25 -1.00", "1.00"],
+        ["response 2", "0.75 +1.00", "1.00"],
+        ["mean", "0.50", "1.00"],
+        ["deviation", "0.25", "0.00"],
+    ]
+    assert root.all("details")[0].all("pre")[0].text == HOSTILE
+    assert not episode_page(tmp_path, episode()).all("details")
+
+
+@pytest.mark.parametrize("std", ["population", "sample"])
+def test_the_facets_of_a_group_are_those_that_credit_it(std):
+    values = [0.0, 0.58, 0.65, 0.7, 0.9]
+    found = facet_record(values, SimpleNamespace(std=std, tokenadv="paper"))
+    mean, deviation = statistics.mean(values), (statistics.pstdev if std == "population" else statistics.stdev)(values)
+    assert found["mean"] == pytest.approx(mean) and found["deviation"] == pytest.approx(deviation)
+    assert found["advantages"] == pytest.approx([(value - mean) / deviation for value in values], abs=1e-5)
+    assert facet_record(values, SimpleNamespace(std=std, tokenadv="off"))["advantages"] is None
+    assert facet_record([0.5], SimpleNamespace(std=std, tokenadv="paper"))["deviation"] == 0.0
 
 
 def test_segments_and_truth_may_be_absent_and_zero_advantages_stay_white(tmp_path):

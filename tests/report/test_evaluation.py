@@ -6,12 +6,12 @@ from pagetree import HOSTILE, parse, place
 from scored import result
 
 from report import ReportError
-from report.evaluation import evaluation_page
+from report.evaluation import evaluation_page, page_videos, words_of
 from report.html import beside
 
 
 def evaluation(tmp_path, rows, summary=None):
-    evaluation_page(rows, tmp_path / "new" / "eval.html", "Results & more", summary or {"mIoU": 0.5})
+    evaluation_page({"policy": rows}, tmp_path / "new" / "eval.html", "Results & more", summary or {"mIoU": 0.5})
     return parse(tmp_path / "new" / "eval.html")
 
 
@@ -64,7 +64,7 @@ def test_columns_that_no_row_has_anything_for_are_left_out(tmp_path):
 def test_the_sorting_script_is_on_the_page_and_uses_these_names(tmp_path):
     root = evaluation(tmp_path, [result(1, [[0, 1]], 1.0)])
     (script,) = root.all("script")
-    assert script.text == beside("sort.js")
+    assert script.text == beside("sort.js") + beside("look.js")
     for name in ("table.results th button", "dataset.sort", "dataset.type", "aria-sort"):
         assert name in script.text
 
@@ -88,6 +88,90 @@ def test_a_click_on_a_heading_sorts_in_a_browser(tmp_path):
     evaluation(tmp_path, rows)
     title = page_in_browser(tmp_path / "new" / "eval.html", SORT)
     assert title == "0.0 0.25 0.5 10.0 -, 10.0 0.5 0.25 0.0 -, - 0.0 0.5 10.0 0.25"
+
+
+def two_results():
+    """Five questions: right in both, right now, no longer right, without a span, and without a known answer."""
+    before = [result(n, [[4, 8]], 0.5, zoom_answer=letter) for n, letter in enumerate("ABAAB")]
+    after = [result(n, [[4, 8]], 0.5, zoom_answer=letter) for n, letter in enumerate("AABBB")]
+    after[3] |= {"predicted": None, "iou": 0.0}
+    for rows in (before, after):
+        rows[4] |= {"answer": None}
+    return {"before": before, "<after>": after}
+
+
+def test_several_results_stand_side_by_side(tmp_path):
+    evaluation_page(two_results(), tmp_path / "eval.html", "Two", {"mIoU": 0.5})
+    root = parse(tmp_path / "eval.html")
+    table = root.all("table", "results")[0]
+    second = table.all("tbody")[0].all("tr")[1]
+    zoomed = second.all("td")[4]
+    assert [one.text for one in zoomed.all("div", "one")] == ["before B ✗", "<after> A ✓"]
+    assert zoomed.attrs["data-sort"] == "1"  # the last one sorts
+    assert len(second.all(cls="true")) == 1 and len(second.all(cls="pred")) == 2
+    assert second.all("td")[-1].text == "00:04.0–00:08.0 | 00:04.0–00:08.0 | 00:04.0–00:08.0"
+
+
+FILTER = """
+const shown = () => [...document.querySelectorAll("table.results tbody tr")].filter(row => !row.hidden).length;
+const seen = [];
+for (const button of document.querySelectorAll("[data-filter]")) {
+  button.click();
+  seen.push(button.textContent + " = " + shown() + (button.getAttribute("aria-pressed") === "true" ? "" : "?"));
+}
+document.title = seen.join(", ");
+"""
+
+
+def test_a_filter_shows_its_questions_in_a_browser(tmp_path):
+    evaluation_page(two_results(), tmp_path / "eval.html", "Two", {"mIoU": 0.5})
+    names = ["all 5 = 5", "right 3 = 3", "wrong 2 = 2", "without a span 1 = 1"]
+    names += ["better than before 1 = 1", "worse than before 2 = 2"]
+    assert page_in_browser(tmp_path / "eval.html", FILTER) == ", ".join(names)
+
+
+def test_words_of_questions():
+    words = [words_of(dict(zip(("a", "b"), pair, strict=True))) for pair in zip(*two_results().values(), strict=True)]
+    assert words == [["right"], ["right", "better"], ["wrong", "worse"], ["wrong", "no-span", "worse"], ["right"]]
+    assert words_of({"a": result(1, [], None, answer=None)}) == []  # nothing is known of it
+    assert words_of({"a": result(1, [[0, 1]], 0.4, answer=None)}) == ["wrong"]  # a question about spans alone
+
+
+LOOK = """
+const details = document.querySelector("details[data-video]");
+const video = () => details.querySelector("video");
+const wait = (node, name) => new Promise(done => node.addEventListener(name, done, {once: true}));
+(async () => {
+  document.querySelector(".results .pred").click();
+  await wait(video(), "seeked");
+  const played = video().currentTime;
+  video().pause();
+  video().ontimeupdate = null;
+  const frames = [...details.querySelectorAll("figure")];
+  frames[7].click();
+  await wait(video(), "seeked");
+  const marked = frames.filter(figure => figure.className === "evidence").map(figure => figure.dataset.time);
+  const tall = frames[0].querySelector("img").naturalHeight;
+  document.title = [details.open, Math.floor(played), video().currentTime, marked.join(" "), tall].join(", ");
+})();
+"""
+
+
+def test_a_row_opens_with_frames_and_a_player_in_a_browser(tmp_path, samples):
+    """A click on a span seeks to it, one on a frame to its moment; frames within the true spans are marked."""
+    sample = samples[0]
+    row = result(1, [[2.0, 8.0]], 1.0, video=sample.video, predicted=[[3.0, 6.0]])
+    videos = page_videos([sample.video, str(tmp_path / "missing.mp4"), sample.video], tmp_path / "eval.html")
+    assert list(videos) == [sample.video] and videos[sample.video]["times"][:2] == [1.25, 3.75]
+    evaluation_page({"policy": [row]}, tmp_path / "eval.html", "One", {"mIoU": 1.0}, videos)
+    title = page_in_browser(tmp_path / "eval.html", LOOK)
+    assert title == "true, 3, 18.75, 3.75 6.25, 112"
+
+
+def test_an_unreadable_video_has_a_player_but_no_frames(tmp_path):
+    (tmp_path / "broken.mp4").write_bytes(b"not a video")
+    videos = page_videos([str(tmp_path / "broken.mp4")], tmp_path / "eval.html")
+    assert videos == {str(tmp_path / "broken.mp4"): {"source": "broken.mp4", "begin": 0.0, "times": [], "frames": None}}
 
 
 def test_summary_of_one_line_and_of_several(tmp_path):
