@@ -15,6 +15,10 @@ Readers that are not installed are skipped by name. To have them all, in an envi
     pip install --no-deps decord torchcodec==0.13.0 opencv-python-headless qwen-vl-utils torchvision requests packaging
 
 torchcodec needs FFmpeg's shared libraries (4 to 8) on LD_LIBRARY_PATH; of torchvision only Python code is used.
+
+The last table alone, beside what another checkout of this project reads (`before`):
+
+    python benchmarks/video.py --right-frames --before ../older --out right.md
 """
 
 from __future__ import annotations
@@ -33,12 +37,14 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 HERE = Path(__file__).resolve().parent
+MEASURED = Path(os.environ.get("ZOOMGRPO_MEASURED", ROOT))  # the checkout whose reader is "ours"
 # This file has the name of the module it measures.
-sys.path = [str(ROOT), str(ROOT / "tests"), *(p for p in sys.path if Path(p or ".").resolve() != HERE)]
+sys.path = [str(MEASURED), str(ROOT / "tests"), *(p for p in sys.path if Path(p or ".").resolve() != HERE)]
 
 import av  # noqa: E402
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
+from kinds import KINDS  # noqa: E402
 from numbered import FILES, edited, read_number, sequential, times_of, write_video  # noqa: E402
 
 import video  # noqa: E402
@@ -106,6 +112,10 @@ def read_ours(path: str, times: list[float], numbers: list[int], size) -> torch.
     return video.decode(path, times, size)[0]
 
 
+def read_before(path: str, times: list[float], numbers: list[int], size) -> torch.Tensor:
+    return read_ours(path, times, numbers, size)  # its process imports another checkout
+
+
 def read_decord(path: str, times: list[float], numbers: list[int], size) -> torch.Tensor:
     import decord
 
@@ -159,6 +169,7 @@ def read_qwen_to_patches(path: str, times: list[float], numbers: list[int], size
 
 READ = {
     "ours": read_ours,
+    "before": read_before,
     "decord": read_decord,
     "torchcodec": read_torchcodec,
     "opencv": read_opencv,
@@ -225,9 +236,12 @@ def ask(job: dict) -> None:
 def in_process(job: dict, timeout: float) -> tuple[list[dict], str]:
     """What a fresh process prints for a job, and in words what went wrong."""
     command = [sys.executable, str(Path(__file__).resolve()), "--job"]
+    environment = os.environ | ({"ZOOMGRPO_MEASURED": job["checkout"]} if "checkout" in job else {})
     words = ""
     try:
-        run = subprocess.run(command, input=json.dumps(job).encode(), capture_output=True, timeout=timeout)
+        run = subprocess.run(
+            command, input=json.dumps(job).encode(), capture_output=True, timeout=timeout, env=environment
+        )
         output = run.stdout
         if run.returncode:
             words = f"exit {run.returncode}: {(run.stderr.decode().strip().splitlines() or ['no message'])[-1][:200]}"
@@ -309,16 +323,22 @@ def comparison(folder: Path, readers: list[str], tasks, repeats: int) -> str:
     return table(["task", *readers, "time, best other / ours", "memory, ours / least other"], rows)
 
 
-def exactness(folder: Path, readers: list[str]) -> list[list[str]]:
+def truth_of(folder: Path, kind: str) -> tuple[Path, list[float], list[int]]:
+    """A file, the time and the number of each of its frames."""
+    if kind in KINDS:
+        return KINDS[kind](folder)
+    name = EXACT[kind]
+    if name == "edited.mp4":
+        return folder / name, [k / 25 for k in range(53)], list(range(7, 60))
+    return folder / name, times_of(name), [read_number(frame) for frame in sequential(folder / name)]
+
+
+def exactness(folder: Path, readers: list[str], before: Path | None) -> list[list[str]]:
     """For every kind of file and reader: right frames one at a time in random order, and right frames of one request
     for all."""
     rows = []
-    for kind, name in EXACT.items():
-        path = folder / name
-        if name == "edited.mp4":
-            times, truth = [k / 25 for k in range(53)], list(range(7, 60))
-        else:
-            times, truth = times_of(name), [read_number(frame) for frame in sequential(path)]
+    for kind in (*EXACT, *KINDS):
+        path, times, truth = truth_of(folder, kind)
         order = random.Random(0).sample(range(len(times)), 20)
         ends = [*times[1:], times[-1] + 0.04]
         middles = [(t + end) / 2 for t, end in zip(times, ends, strict=True)]  # so that rounding cannot matter
@@ -326,6 +346,8 @@ def exactness(folder: Path, readers: list[str]) -> list[list[str]]:
         for reader in readers:
             requests = [*([k] for k in order), list(range(len(times)))]
             job = {"reader": reader, "path": str(path), "times": middles, "requests": requests}
+            if reader == "before":
+                job["checkout"] = str(before)
             printed, words = in_process(job, TIMEOUT)
             answers = [line["seen"] for line in printed] + [[words] * len(rows) for rows in requests[len(printed) :]]
             right = sum(seen == [truth[k]] for k, seen in zip(order, answers, strict=False))
@@ -342,6 +364,16 @@ def report(args) -> str:
     skipped = {reader: reason for reader in READ if (reason := why_not(reader))}
     readers = [reader for reader in READERS if reader not in skipped]
     chains = [reader for reader in ("ours, to patches", "qwen-vl-utils + transformers") if reader not in skipped]
+    right = [
+        "## Right frames",
+        "Of 20 frames asked for one at a time, in random order; then of all frames asked for at once. Below, "
+        "the kinds that readers get wrong.",
+    ]
+    if args.right_frames:
+        make_videos(args.folder, EXACT.values())
+        readers[1:1] = ["before"] if args.before else []
+        rows = exactness(args.folder, readers, args.before)
+        return "\n\n".join([*right, f"`{args.command}`.", table(["file", *readers], rows)]) + "\n"
     make_videos(args.folder, [*VIDEOS, *EXACT.values()])
 
     parts = [
@@ -355,9 +387,8 @@ def report(args) -> str:
         comparison(args.folder, readers, TASKS, args.repeats),
         "## End to end: from file to `pixel_values_videos`",
         comparison(args.folder, chains, END_TO_END, args.repeats),
-        "## Right frames",
-        "Of 20 frames asked for one at a time, in random order; then of all frames asked for at once.",
-        table(["file", *readers], exactness(args.folder, readers)),
+        *right,
+        table(["file", *readers], exactness(args.folder, readers, None)),
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -382,6 +413,8 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--date", default=time.strftime("%Y-%m-%d"))
     parser.add_argument("--hardware", default=f"{CORES} CPU cores, load average {os.getloadavg()[0]:.1f} at the start")
+    parser.add_argument("--right-frames", action="store_true", help="only the table of right frames")
+    parser.add_argument("--before", type=Path, help="another checkout, whose reader stands beside in that table")
     parser.add_argument("--make-only", action="store_true", help="only write the videos")
     parser.add_argument("--job", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
