@@ -57,9 +57,9 @@ def answer_page(record: Mapping, out: str | Path, source: str) -> None:
         for start, end in spans or []
     )
     figures = {**record["cost"], "looks": len(record["looks"])}
-    marked = "spans asked for" if record["looks"][0]["kind"] == "glance" else "claimed spans"
-    underlined = f"; those of the {marked} are underlined" if spans else ""
-    claimed = f'<p class="muted">A click on a frame shows it in the player{underlined}.</p>\n'
+    origin = "spans asked for" if record["looks"][0]["kind"] == "glance" else "claimed spans"
+    note = f"; the times of those within the {origin} are framed" if spans else ""
+    claimed = f'<p class="muted">A click on a frame shows it in the player{note}.</p>\n'
     body = (
         f'<p class="muted">{text(record["video"])} · {clock(duration)} · {text(record["strategy"])}</p>\n'
         f"<h1>{text(record['question'])}</h1>\n{answer_html(record)}\n"
@@ -78,7 +78,8 @@ def answer_page(record: Mapping, out: str | Path, source: str) -> None:
 
 def answer_html(record: Mapping) -> str:
     """The answer in large letters, and what the model gave each option."""
-    confidence = f'<p class="muted">confidence {100 * record["confidence"]:.1f}%</p>'
+    sure = f"confidence {100 * record['confidence']:.1f}%"
+    confidence = f'<p class="muted">{sure}: the model\'s own probability, uncalibrated</p>'
     if not record["options"]:
         return f'<p class="answer">{span_text(record["spans"])}</p>{confidence if record["spans"] else ""}'
     letters, items, answer = dict(zip(string.ascii_uppercase, record["options"], strict=False)), [], record["answer"]

@@ -55,7 +55,7 @@ def episode_html(episode: Mapping, scale: float) -> str:
     responses = [response_html(response, n, episode, scale) for n, response in enumerate(episode["responses"], start=1)]
     return (
         f'<article id="{text(episode["id"])}">\n'
-        f'<p class="muted">{text(episode["id"])} · {text(episode["video"])} · '
+        f'<p class="muted">{text(episode["id"])} · {text(Path(episode["video"]).name)} · '
         f"{clock(episode['duration'])}</p>\n"
         f"<h2>{text(episode['question'])}</h2>\n"
         f'<ul class="options">{"".join(options)}</ul>\n'

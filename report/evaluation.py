@@ -163,8 +163,6 @@ def result_cells(answers: Mapping[str, Mapping], numbers: Mapping[str, int]) -> 
     duration, truth, right = row["duration"], row["evidence"], row["answer"]
     evidence = union_length(truth) if truth else None
     origin = f'<br><span class="muted">{text(row["id"])} · {text(Path(row["video"]).name)}</span>'
-    if row["video"] in numbers:
-        origin += f'<details data-video="{numbers[row["video"]]}"><summary>frames and player</summary></details>'
 
     def answered(key: str) -> tuple[object, str]:
         if not any(key in one for one in answers.values()):
@@ -190,7 +188,10 @@ def result_cells(answers: Mapping[str, Mapping], numbers: Mapping[str, int]) -> 
         for spans, kind in ((truth, "true"), *((spans, "pred") for spans in lines.values())):
             tracks += f'<div class="track">{bars(spans, duration, kind)}</div>'
     times = [span_text(truth) if truth else "not annotated", *map(span_text, lines.values())]
-    return cells, f'{tracks}<div class="muted">{" | ".join(times)}</div>'
+    look = ""
+    if row["video"] in numbers:
+        look = f'<details data-video="{numbers[row["video"]]}"><summary>frames and player</summary></details>'
+    return cells, f'{tracks}<div class="muted">{" | ".join(times)}</div>{look}'
 
 
 def side_by_side(contents: Mapping[str, str]) -> str:

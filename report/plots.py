@@ -116,13 +116,12 @@ def plot_reliability(found: Mapping[str, Mapping], out: str | Path) -> None:
     axes = figure.subplots()
     axes.plot([0, 1], [0, 1], color=MUTED, linewidth=0.7, label="as sure as right")
     for i, (label, one) in enumerate(found.items()):
+        words = f"{label} (ECE {one['ECE']:.3f})"
         style = {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)]}
         x, y = ([part[name] for part in one["bins"]] for name in ("confidence", "accuracy"))
         share = np.array([part["questions"] for part in one["bins"]]) / one["questions"]
-        axes.plot(x, y, linestyle=LINES[i % len(LINES)], linewidth=1.2, markersize=5, **style, label=named(label))
-        axes.scatter(x, y, s=30 + 400 * share, alpha=0.3, linewidths=0, **style)
-        place = {"xytext": (-8, 8), "textcoords": "offset points", "ha": "right"}
-        axes.annotate(f"ECE {one['ECE']:.3f}", (x[-1], y[-1]), fontsize=8, **place)
+        axes.plot(x, y, linestyle=LINES[i % len(LINES)], linewidth=1.2, markersize=5, **style, label=named(words))
+        axes.scatter(x, y, s=30 + 400 * share, alpha=0.3, linewidths=0, color=style["color"])
     axes.set_xlim(-0.02, 1.02)
     axes.set_ylim(-0.02, 1.02)
     axes.set_xlabel("confidence (mean of a bin)", fontsize=9, color=INK)

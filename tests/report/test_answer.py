@@ -62,6 +62,12 @@ def test_an_answer_page_gives_each_option_its_share(tmp_path):
     assert ["given" in i.attrs.get("class", "") for i in items] == [False, True]
 
 
+def test_a_confidence_is_said_to_be_uncalibrated(tmp_path):
+    for fields in ({}, {"options": [], "letters": {}, "answer": None}):
+        facts = [p.text for p in answer_tree(tmp_path, **fields).all("p", "muted")]
+        assert "confidence 50.0%: the model's own probability, uncalibrated" in facts
+
+
 def test_an_answer_page_without_options_or_spans(tmp_path):
     root = answer_tree(tmp_path, options=[], letters={}, answer=None, confidence=0.0, spans=None)
     assert not root.all("ul", "letters") and not root.all("button")
@@ -105,7 +111,7 @@ def test_an_agents_turns_are_on_the_time_line(tmp_path):
     assert [section.all("pre")[0].text for section in sections] == [turn["text"] for turn in turns]
 
 
-def test_frames_of_the_claimed_spans_are_underlined(tmp_path):
+def test_frames_of_the_claimed_spans_are_marked(tmp_path):
     """From the start up to, not including, the end."""
     coarse, zoomed = answer_tree(tmp_path, spans=[[3.0, 5.0]]).all("section")[:2]
     marked = [float(f.attrs["data-time"]) for f in coarse.all("figure", "evidence")]

@@ -77,7 +77,7 @@ def test_reliability_shows_each_bin_beside_the_diagonal(figures):
     np.testing.assert_allclose(diagonal.get_xydata(), [[0, 0], [1, 1]])
     np.testing.assert_allclose(line.get_xydata(), [[0.3, 0.0], [0.9, 0.5]])
     small, large = figures[0].axes[0].collections[0].get_sizes()
-    assert large > 2 * small and figures[0].axes[0].texts[0].get_text() == "ECE 0.375"
+    assert large > 2 * small and line.get_label() == "a (ECE 0.375)"
     with pytest.raises(ReportError, match="no answer with a confidence"):
         plots.plot_reliability({}, "unused.png")
 
