@@ -27,7 +27,7 @@ import numpy as np
 from av.sidedata.sidedata import Type as SideDataType
 from av.video.reformatter import VideoReformatter
 
-from media.file import CLOCK, IrregularError, VideoError
+from media.file import CLOCK, MAX_PIXELS, IrregularError, VideoError
 from media.frames import FrameCache
 from media.source import REORDERED, Source
 from media.table import play
@@ -316,6 +316,9 @@ class _Painter:
         plane = rgb.planes[0]
         pixels = np.ndarray((rgb.height, rgb.width, 3), np.uint8, plane, strides=(plane.line_size, 3, 1))
         height, width = rgb.height, max(1, round(rgb.width * self.pixel_aspect))
+        if height * width > MAX_PIXELS:
+            cause = f"{width} x {height} pixels, as displayed, are more than {MAX_PIXELS}"
+            raise VideoError(self.source.path, cause, "scale it down")
         if self.matrix is None:  # asked once: only the cycle collector frees a frame whose side data was touched
             self.matrix = _display_matrix(frame)
         a, b, _, c, d = self.matrix  # x' = a x + c y, y' = b x + d y

@@ -176,6 +176,16 @@ def cut_refresh(folder: Path) -> Truth:
     return regular(path, range(60 - n, 60))
 
 
+def refresh_piece(folder: Path) -> Truth:
+    """mp4 whose first picture is refreshed gradually: it is shown when that is done."""
+    whole = write_video(folder / "refresh.ts", options=REFRESH)
+    path = copy_packets(whole, folder / "piece_refresh.mp4", from_key(1))
+    with av.open(str(path)) as file:
+        n = sum(1 for _ in file.decode(video=0))
+    assert 20 < n < 40
+    return regular(path, range(60 - n, 60))
+
+
 def raw_mjpeg(folder: Path) -> Truth:
     """JPEG pictures one after the other."""
     path = folder / "raw.mjpeg"
@@ -216,6 +226,7 @@ KINDS: dict[str, Callable[[Path], Truth]] = {
     "piece of an open GOP, H.264 in Matroska": piece("open.ts", 1, 16, ".mkv"),
     "piece with RASL pictures, HEVC": piece("hevc.ts", 1, 24),
     "capture within a gradual refresh": cut_refresh,
+    "piece that begins with a gradual refresh, mp4": refresh_piece,
     "raw motion JPEG": raw_mjpeg,
     "EXIF in every frame": exif,
 }

@@ -499,6 +499,13 @@ def test_large_frames_are_refused_before_decoding(tmp_path, monkeypatch):
         probe(path)
 
 
+def test_large_frames_are_refused_as_displayed(folder, monkeypatch):
+    path = write_video(folder / "wide.mp4", pixel_aspect=Fraction(4, 3))
+    monkeypatch.setattr("media.decode.MAX_PIXELS", 20000)  # of 213 x 96, from 160 x 96
+    with pytest.raises(VideoError, match="213 x 96 pixels, as displayed, are more than 20000; "):
+        probe(path)
+
+
 def test_reading_is_bounded():
     """A demuxer that never ends is an error after as many packets as the file has bytes."""
 
