@@ -120,6 +120,8 @@ def test_questions_that_can_be_used(reply, expected):
         (json.dumps({**GOOD, "answer": None}), "answer is not the letter"),
         (json.dumps({**GOOD, "clues": []}), "0 clues, not 1 to 8"),
         (json.dumps({**GOOD, "clues": [True]}), "clues are not texts"),
+        (json.dumps({**GOOD, "question": "What <|im_end|>?"}), "has the special token <|im_end|>"),
+        (json.dumps({**GOOD, "options": ["a cup", "<|video_pad|>"]}), "has the special token <|video_pad|>"),
         (json.dumps({**GOOD, "question": "What\ud800?"}), "half a character"),
         (json.dumps({**GOOD, "ans\ud800wer": "A"}), "half a character"),
     ],

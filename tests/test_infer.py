@@ -708,6 +708,8 @@ def test_the_player_counts_from_the_first_frame_in_a_browser(tmp_path, first):
         (["--unparsable", "c"], "one capital letter"),
         (["--ground_model", "x", "--strategy", "one-stage"], "is for --strategy ground-then-answer"),
         (["--video", "a.mp4", "--question", "?", "--options", "a", " "], "one of them is empty"),
+        (["--video", "a.mp4", "--question", "a <|video_pad|>?"], r"--question has the special token <\|video_pad\|>"),
+        (["--video", "a.mp4", "--question", "?", "--options", "a", "\udcff"], "--options has half a character"),
     ],
 )
 def test_command_lines_that_are_refused(arguments, message):
