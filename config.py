@@ -12,6 +12,7 @@ import dataclasses
 import difflib
 import math
 import re
+import reprlib
 import shutil
 import sys
 import types
@@ -327,9 +328,9 @@ def read_recipe(path: str | Path) -> dict[str, object]:
         known = sorted(p.name for p in RECIPES.glob("*.yaml") if not p.stem.startswith("accelerate"))
         raise ConfigError(f"{path}: no such recipe; there are {', '.join(known)} in {RECIPES.name}/")
     try:
-        values = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: not YAML: {error}") from None
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: not UTF-8, or a number too long
+        raise ConfigError(f"{path}: not YAML: {short(error)}") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: a recipe is a list of `option: value` lines, not {type(values).__name__}")
     for name in values:
@@ -343,10 +344,16 @@ def save(config: Config, path: str | Path) -> None:
     Path(path).write_text(yaml.safe_dump(dataclasses.asdict(config), sort_keys=False))
 
 
+def short(value: object, most: int = 300) -> str:
+    """A value or an error for a message, cut: a few hundred bytes of YAML can name each other into megabytes."""
+    text = str(value) if isinstance(value, Exception) else reprlib.repr(value)
+    return text if len(text) <= most else f"{text[:most]}..."
+
+
 def unknown(name: object, known: Sequence[str]) -> str:
     """What is wrong with a name that is none, and which is meant if one is near."""
-    near = difflib.get_close_matches(str(name).lower().replace("-", "_"), known, n=1)
-    return f"there is no option {name!r}" + (f"; the nearest is {near[0]!r}" if near else "")
+    near = difflib.get_close_matches(short(name).strip("'").lower().replace("-", "_"), known, n=1)
+    return f"there is no option {short(name)}" + (f"; the nearest is {near[0]!r}" if near else "")
 
 
 def convert(name: str, value: object, origin: str) -> object:
@@ -361,10 +368,10 @@ def convert(name: str, value: object, origin: str) -> object:
             converted = kind(value)
         if kind is int and isinstance(value, float) and converted != value:
             raise ValueError  # 2.5 as a number of steps
-    except (ValueError, KeyError, OverflowError):
-        raise ConfigError(f"{origin}: {name} takes a {kind.__name__}, not {value!r}") from None
+    except (ValueError, KeyError, OverflowError, TypeError):
+        raise ConfigError(f"{origin}: {name} takes a {kind.__name__}, not {short(value)}") from None
     if choices and converted not in choices:
-        raise ConfigError(f"{origin}: {name} is one of {', '.join(map(str, choices))}, not {value!r}")
+        raise ConfigError(f"{origin}: {name} is one of {', '.join(map(str, choices))}, not {short(value)}")
     return converted
 
 
@@ -504,6 +511,8 @@ def check(config: Config) -> None:
             raise ConfigError(f"{name} {'is a share,' if most == 1 else 'must be'} at most {most}, not {value}")
     if config.v_max < config.v_min or config.budget < config.v_min:
         raise ConfigError(f"v_min = {config.v_min} must be at most v_max = {config.v_max} and budget = {config.budget}")
+    if 0 < config.zoom_budget < config.v_min:
+        raise ConfigError(f"v_min = {config.v_min} must be at most zoom_budget = {config.zoom_budget}")
     if config.max_frames and config.max_frames < config.min_frames:
         raise ConfigError(f"min_frames = {config.min_frames} must be at most max_frames = {config.max_frames}")
     if config.multi_turn:

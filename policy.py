@@ -17,6 +17,7 @@ import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import floor
+from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
@@ -43,6 +44,9 @@ def load(
     Raises ModelError naming the path and what is wrong: another kind of model, a tokenizer without Qwen2.5-VL's special
     tokens or of other weights, and weights that are missing (transformers would fill them with random numbers).
     """
+    here = Path(path).is_dir()
+    if not here and path.rstrip("/").count("/") != 1:
+        raise ModelError(f"model {path}: there is no such folder, and names on the hub are OWNER/NAME")
     try:
         config = AutoConfig.from_pretrained(path)
         if config.model_type != "qwen2_5_vl":
@@ -57,7 +61,8 @@ def load(
     except SafetensorError as error:
         raise ModelError(f"model {path}: the weights cannot be read: {error}") from None
     except (OSError, ValueError, RuntimeError) as error:
-        raise ModelError(f"model {path}: {error}") from None
+        elsewhere = "" if here else "there is no such folder, and from the hub: "
+        raise ModelError(f"model {path}: {elsewhere}{error}") from None
     return model, tokenizer
 
 
@@ -371,4 +376,17 @@ class Policy(nn.Module):
         if not prompts:
             return None
         hidden = group_hidden(self.model, prompts, responses, mask, observations)
+        pieces = [*prompts, *(o.prompt for group in observations or () for row in group for o in row)]
+        if not any(piece.videos for piece in pieces) and self.trains_vision:
+            hidden = hidden + self.nothing_seen()
         return objective(hidden, self.model.lm_head.weight)
+
+    @property
+    def trains_vision(self) -> bool:
+        return any(weight.requires_grad for weight in self.model.model.visual.parameters())
+
+    def nothing_seen(self) -> Tensor:
+        """0, by way of the vision tower: a process whose prompts have no video takes part in its collectives too."""
+        blank = Video.from_frames(torch.zeros(1, 3, 56, 56, dtype=torch.uint8), 1.0)
+        [tokens] = encode_videos(self.model, [blank])
+        return 0 * tokens.sum()

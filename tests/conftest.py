@@ -36,7 +36,17 @@ ROOT = Path(__file__).resolve().parents[1]
 # What a program reads without effect: greedy answers have no temperature; supervised training has no reference, and
 # one mini-batch per step.
 WITHOUT_EFFECT = {
-    "sft": ("kl", "zoom_judge", "beta", "beta_time", "reference_device", "updates_per_rollout", "temperature"),
+    "sft": (
+        "kl",
+        "zoom_judge",
+        "beta",
+        "beta_time",
+        "reference_device",
+        "updates_per_rollout",
+        "temperature",
+        "grounding",
+        "zoom_reward",
+    ),
     "evaluate": ("temperature", "train_vision"),
     "infer": ("temperature", "train_vision"),
     "filters": ("train_vision",),

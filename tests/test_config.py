@@ -115,6 +115,7 @@ def test_the_command_line_takes_hyphens_for_underscores(recipe):
         (["--beta=-0.1"], "beta must not be negative"),
         (["--v_min", "40", "--v_max", "39"], "v_min = 40 must be at most v_max = 39"),
         (["--budget", "10", "--v_min", "16"], "v_min = 16 must be at most .* budget = 10"),
+        (["--zoom_budget", "2"], "v_min = 16 must be at most zoom_budget = 2"),
         (["--beta_time", "0", "--kl", "k3"], "needs kl = exact, not k3"),
         (["--kl_clamp", "10"], "kl_clamp = 10.0 clamps the k3 estimate, which needs kl = k3, not exact"),
         (["--kl_clamp=-1", "--kl", "k3"], "kl_clamp must not be negative"),
@@ -150,6 +151,31 @@ def test_mistakes_in_a_recipe(recipe, content, expected):
     recipe.write_text(content)
     with pytest.raises(ConfigError, match=f"{re.escape(str(recipe))}: .*{expected}"):
         read_recipe(recipe)
+
+
+# Lists that name the one before them nine times: 9 to the power of 8 words, were they written out.
+LISTS = [", ".join([word] * 9) for word in ("x", "*a", "*b", "*c", "*d", "*e", "*f", "*g")]
+BOMB = ", ".join(f"&{name} [{words}]" for name, words in zip("abcdefgh", LISTS, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (f"steps: [{BOMB}]\n".encode(), "steps takes a int"),
+        (f"[{BOMB}]\n".encode(), "not list"),
+        (b"steps: 3 # caf\xe9\n", "not YAML: .*utf-8"),
+        (b"steps: " + b"[" * 20000, "not YAML"),
+        (b"steps: 2020-01-01\n", "steps takes a int, not datetime.date"),
+        (b"lr: " + b"9" * 5000, "not YAML: .*digits"),
+        (b"steps: !!python/object/apply:os.system [ls]\n", "not YAML"),
+        (b"k" * 1000 + b": 3\n", "there is no option 'kkk"),
+    ],
+)
+def test_a_hostile_recipe_is_one_short_line(recipe, content, expected):
+    recipe.write_bytes(content)
+    with pytest.raises(ConfigError, match=expected) as error:
+        read_recipe(recipe)
+    assert len(str(error.value)) < 1000
 
 
 def test_a_missing_recipe_names_those_there_are(tmp_path):

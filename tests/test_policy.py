@@ -300,6 +300,8 @@ def test_a_foreign_tokenizer_is_refused():
 
 
 def test_a_missing_checkpoint_is_named(tmp_path):
+    with pytest.raises(ModelError, match=r"^model /gone/nowhere: there is no such folder, and names on the hub are "):
+        load("/gone/nowhere")
     with pytest.raises(ModelError, match="nowhere"):
         load(str(tmp_path / "nowhere"))
 

@@ -21,6 +21,7 @@ from policy import load
 from rollout import view_video
 from train import Stopped, StopSignal
 
+TWO_WHOLE = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "sft.py")
 AGENT = ["--template", "world_zoomer", "--max_frames", "20", "--zoom_budget", "256"]
 CALL = '<think>closer</think><video_zoom>{"segment": [3, 5], "fps": 2}</video_zoom>'
 ANSWER = "<think>seen</think><answer>B</answer>"
@@ -178,6 +179,19 @@ def test_two_processes_with_shards_are_one_run(arguments, tmp_path, monkeypatch)
     sft.main([*given, "--out", str(tmp_path / "one")])
     monkeypatch.setenv("SCRIPT", "sft")
     done = call(*given, "--out", tmp_path / "two", script=TWO_SHARDED)
+    assert done.returncode == 0, done.stderr
+    assert_same_run(tmp_path / "one", tmp_path / "two", tolerance=1e-3)
+
+
+@pytest.mark.parametrize("script", [TWO_SHARDED, TWO_WHOLE], ids=["shards", "copies"])
+def test_a_process_with_text_alone_keeps_step_with_one_that_sees_a_video(arguments, tmp_path, monkeypatch, script):
+    """The vision tower is trained, and a process whose rows have no video has no gradient for it."""
+    words = [{"role": "user", "content": "red ?"}, {"role": "assistant", "content": ANSWER}]
+    lines = [json.dumps({"messages": words}), (tmp_path / "t.jsonl").read_text().splitlines()[0]]
+    (tmp_path / "t.jsonl").write_text("".join(f"{line}\n" for line in lines))
+    sft.main([*arguments, "--out", str(tmp_path / "one")])
+    monkeypatch.setenv("SCRIPT", "sft")
+    done = call(*arguments, "--out", tmp_path / "two", script=script)
     assert done.returncode == 0, done.stderr
     assert_same_run(tmp_path / "one", tmp_path / "two", tolerance=1e-3)
 

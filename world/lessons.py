@@ -325,6 +325,12 @@ def teach(config: Config) -> None:
     """
     if config.template not in CYCLES:
         raise ConfigError(f"template = {config.template}: train_data = world has lessons for {', '.join(CYCLES)} only")
+    most = max(config.prompts_per_step, config.zoom_batch)
+    if config.world_train_videos < most:
+        raise ConfigError(
+            f"world_train_videos = {config.world_train_videos}: a step of lessons draws {most} videos, for "
+            f"prompts_per_step = {config.prompts_per_step} and zoom_batch = {config.zoom_batch}"
+        )
     if config.threads:
         torch.set_num_threads(config.threads)
     start = time.perf_counter()

@@ -149,3 +149,11 @@ def test_a_short_run_from_the_command_line_leaves_a_loadable_checkpoint(tmp_path
     model, tokenizer = load(str(tmp_path / "tiny"))
     assert model.config.text_config.vocab_size == len(tokenizer)
     assert json.loads((tmp_path / "tiny" / "config.json").read_text())["model_type"] == "qwen2_5_vl"
+
+
+def test_too_few_videos_for_a_step_are_said_before_any_is_written(tmp_path):
+    arguments = ["--world_train_videos", "12", "--cache", str(tmp_path / "cache"), "--out", str(tmp_path / "out")]
+    config = configuration.parse(["--config", str(ROOT / "recipes" / "cpu_world_sft.yaml"), *arguments])
+    with pytest.raises(ConfigError, match=r"world_train_videos = 12: a step of lessons draws 24 videos"):
+        lessons.teach(config)
+    assert not list(tmp_path.iterdir())
