@@ -51,7 +51,7 @@ import video  # noqa: E402
 
 CORES = len(os.sched_getaffinity(0))
 READERS = ("ours", "decord", "torchcodec", "opencv")
-TIMEOUT = 60  # seconds for all requests of an exactness test, 10 times that for a task
+TIMEOUT = 240  # seconds for all requests of an exactness test, 10 times that for a task
 
 VIDEOS = {
     "warm.mp4": {"n": 50, "size": (320, 180)},
