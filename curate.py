@@ -37,7 +37,6 @@ import argparse
 import hashlib
 import json
 import re
-import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -52,7 +51,6 @@ from accelerate.utils import gather_object
 from tqdm import tqdm
 
 import config as configuration
-import evaluate
 import scenes
 from annotations.answers import letter_of_answer, strip_letters
 from annotations.rows import DataError, Row, Sample, control, read_rows
@@ -60,6 +58,7 @@ from annotations.samples import VIDEO_SUFFIXES, spread, write_samples
 from config import Config, ConfigError
 from harness import chat, journal
 from harness.chat import Cached, Chat, ChatError, Local, Message, Reply, RequestError, Shown, Usage, one_line
+from harness.run import patient_accelerator, program, share
 from media.decode import probe
 from media.file import VideoError
 from media.frames import FrameCache
@@ -369,7 +368,7 @@ def run_stage(
     """
     done = {id_of(row.fields): row for row in journal.resume(path, accelerator)}
     journal.check_made_with(done.values(), made_with)
-    mine = [tasks[k] for k in evaluate.share(tasks, accelerator) if tasks[k].id not in done]
+    mine = [tasks[k] for k in share(tasks, accelerator) if tasks[k].id not in done]
 
     def add(task: Task) -> None:
         journal.append(path, {**make(task), "made_with": made_with})
@@ -614,11 +613,8 @@ def main(arguments: list[str] | None = None) -> None:
     given, config = parse(arguments)
     if config.threads:
         torch.set_num_threads(config.threads)
-    curate(given, config, evaluate.patient_accelerator(config))
+    curate(given, config, patient_accelerator(config))
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ConfigError, CurateError, ChatError, SceneError, DataError, ModelError, VideoError, OSError) as error:
-        sys.exit(f"error: {error}")
+    program(main, CurateError, ChatError, SceneError, DataError, ModelError, VideoError, OSError)

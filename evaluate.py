@@ -26,17 +26,17 @@ from harness import commands
 if __name__ == "__main__":
     commands.answer_help("evaluate", __doc__)  # the imports below take seconds
 
+import contextlib
 import json
 import logging
-import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs, gather_object
+from accelerate.utils import gather_object
 from tqdm import tqdm
 
 import config as configuration
@@ -44,15 +44,16 @@ from annotations.rows import DataError, Sample
 from annotations.samples import check_samples, check_videos, load_samples
 from config import Config
 from episodes import environments
+from harness.run import finish, patient_accelerator, program, share
 from media.file import VideoError
-from policy import ModelError, Vocabulary, load
+from policy import ModelError, Vocabulary, load, whole_weights
 from prompts import TEMPLATES
 from report import ReportError, tables
 from report.calibration import calibration
 from report.evaluation import evaluation_page, page_videos
 from report.intervals import bootstrap
 from report.plots import plot_by_clue, plot_reliability
-from report.results import read_results, row_of, write_results
+from report.results import read_results, row_of, stored_rows, write_results
 from report.scores import breakdown, by_kind, overall, score
 from rewards import format_reward
 from rollout import View, answer_clips, roll_out, view_video, zoom_clips, zoom_pass
@@ -97,19 +98,6 @@ def evaluate(
     if gathered and all(row["error"] for row in gathered):
         raise DataError(f"none of the {len(gathered)} videos can be read; the first: {gathered[0]['error']}")
     return gathered
-
-
-def share(samples: Sequence[Sample], accelerator: Accelerator) -> list[int]:
-    """The numbers of the samples that this process answers: all questions about every n-th video."""
-    number = {video: k for k, video in enumerate(dict.fromkeys(sample.video for sample in samples))}
-    rank, n = accelerator.process_index, accelerator.num_processes
-    return [i for i, sample in enumerate(samples) if number[sample.video] % n == rank]
-
-
-def patient_accelerator(config: Config) -> Accelerator:
-    """An Accelerator whose processes wait for the slowest one as long as it takes, not ten minutes."""
-    patience = InitProcessGroupKwargs(timeout=timedelta(weeks=4))
-    return Accelerator(mixed_precision=config.mixed_precision, kwargs_handlers=[patience])
 
 
 def load_policy(config: Config, device: torch.device) -> tuple[torch.nn.Module, Vocabulary]:
@@ -254,6 +242,35 @@ def save_and_print(
     print(tables.describe(results, benchmark))
 
 
+@contextlib.contextmanager
+def before_and_after(run: Any, test: Sequence[Sample]) -> Iterator[None]:
+    """Evaluate a `train.Run`'s policy before and after what happens within, print and save both; nothing without
+    samples. A resumed run finds the rows before training in its folder.
+    """
+    if not test:
+        yield
+        return
+    out, accelerator = Path(run.config.out), run.accelerator
+
+    def rows(label: str) -> list[dict]:
+        with torch.no_grad(), whole_weights(run.policy):
+            return evaluate(run.model, test, run.config, run.vocabulary, accelerator, label)
+
+    path = out / "results-before.jsonl"
+    if run.config.resume and path.exists():
+        before = stored_rows(path)
+    else:
+        before = rows("before training")
+        if accelerator.is_main_process:
+            part = path.with_suffix(".part")
+            write_results(part, before)
+            part.replace(path)
+    yield
+    after = rows("after training")
+    if accelerator.is_main_process:
+        save_and_print({"before": before, "after": after}, out, test, run.config.data_format)
+
+
 # ---------------------------------------------------------------- command line
 
 
@@ -285,6 +302,7 @@ def main(arguments: list[str] | None = None) -> None:
     if accelerator.is_main_process:
         save_and_print(results, out, samples, config.data_format)
         print(f"\n{out}/: evaluation.json, evaluation.html, results-*.jsonl, clue.png, reliability.png")
+    finish(accelerator)
 
 
 def labelled(paths: Sequence[str]) -> dict[str, Path]:
@@ -299,8 +317,4 @@ def labelled(paths: Sequence[str]) -> dict[str, Path]:
 
 
 if __name__ == "__main__":
-    logging.basicConfig(format="%(message)s", level=logging.WARNING)
-    try:
-        main()
-    except (configuration.ConfigError, DataError, ModelError, ReportError) as error:
-        sys.exit(f"error: {error}")
+    program(main, DataError, ModelError, ReportError)

@@ -31,9 +31,7 @@ if __name__ == "__main__":
 
 import argparse
 import itertools
-import logging
 import random
-import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -59,6 +57,7 @@ from episodes import ClipEnvironment, environments, messages
 from filters import finished, identity, save
 from harness import journal
 from harness.chat import Cached, Chat, ChatError, Message, RequestError, Shown, connect
+from harness.run import patient_accelerator, program, share
 from infer import Agent, load_agent
 from policy import ModelError
 from prompts import CALL_END
@@ -238,7 +237,7 @@ def mixed(exemplars: Sequence[dict], reflections: Sequence[dict], share: float, 
 def run(given: argparse.Namespace, config: Config) -> None:
     """Play what is not played yet, write the training file. Raises DataError, ModelError, ChatError, ConfigError."""
     out = Path(given.out or f"runs/{given.what}")
-    accelerator = evaluate.patient_accelerator(config)
+    accelerator = patient_accelerator(config)
     exemplars = read_exemplars(given.exemplars, config) if given.exemplars else []
     with accelerator.main_process_first():
         samples = load_samples(config.train_data, "train", config)
@@ -254,7 +253,7 @@ def run(given: argparse.Namespace, config: Config) -> None:
     rest = [sample for sample in samples if sample.id not in done]
     if rest:
         rest = check_videos(rest, given.skip_missing)
-        mine = [rest[i] for i in evaluate.share(rest, accelerator)]
+        mine = [rest[i] for i in share(rest, accelerator)]
         model = load_agent(config, accelerator.device) if given.what == "reflect" else None
         shown = {"desc": f"{path}: {len(done)} done", "disable": None if accelerator.is_main_process else True}
         for row in tqdm(play_all(mine, expert, given, config, model), total=len(mine), unit="episode", **shown):
@@ -333,8 +332,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    logging.basicConfig(format="%(message)s", level=logging.WARNING)
-    try:
-        main()
-    except (ConfigError, DataError, ModelError, ChatError, OSError) as error:
-        sys.exit(f"error: {error}")
+    program(main, DataError, ModelError, ChatError, OSError)

@@ -35,9 +35,7 @@ if __name__ == "__main__":
 
 import argparse
 import json
-import logging
 import os
-import sys
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -52,7 +50,6 @@ from tqdm import tqdm
 from transformers.utils.logging import disable_progress_bar
 
 import config as configuration
-import evaluate
 import prompts
 from annotations.rows import DataError, Sample
 from annotations.samples import check_samples, check_videos, load_samples, write_samples
@@ -60,6 +57,7 @@ from config import Config, ConfigError, suiting_recipe
 from evaluate import view_all
 from harness import journal
 from harness.chat import Cached, Chat, ChatError, Message, RequestError, Shown, connect
+from harness.run import patient_accelerator, program
 from infer import Agent, load_agent
 from media.decode import probe
 from media.file import VideoError
@@ -327,7 +325,7 @@ def summary(samples: Sequence[Sample], rows: Sequence[Mapping]) -> str:
 def run(given: argparse.Namespace, rule: str, threshold: float | None, config: Config) -> None:
     """Measure what is not measured yet, write verdicts and kept samples. Raises DataError, ModelError, ChatError."""
     chosen, out = FILTERS[given.filter], Path(given.out or f"runs/filters/{given.filter}")
-    accelerator = evaluate.patient_accelerator(config)
+    accelerator = patient_accelerator(config)
     with accelerator.main_process_first():
         samples = load_samples(config.train_data, "train", config)
     events = given.filter == "stage2" and prompts.TEMPLATES[config.template].event  # the template asks for events too
@@ -403,8 +401,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    logging.basicConfig(format="%(message)s", level=logging.WARNING)
-    try:
-        main()
-    except (ConfigError, DataError, ModelError, ChatError, OSError) as error:
-        sys.exit(f"error: {error}")
+    program(main, DataError, ModelError, ChatError, OSError)

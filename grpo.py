@@ -11,8 +11,13 @@ micro-batches and processes before the first backward pass, give the sum to `grp
 gradient does not depend on how the batch was split. (DDP averages over processes: multiply the loss by their number.)
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
+
+import kl
+from kl import Reference, chunked_weighted_kl
 
 NORMALISE = ("sequence", "token", "fixed")
 
@@ -55,8 +60,8 @@ def grpo_loss(
     is clipped to [1 - clip_low, 1 + clip_high]; None leaves that side open. count: the whole batch's `loss_count`; None
     means this is all. bonus: [N, T] what is added to the objective per token, the entropy times its weight, or None.
 
-    Returns the loss (scalar) and sums over real tokens (see `mean_stats`), to be added over micro-batches and
-    processes. Source: Zoom-Zero Eq. 2, LongVTG-R1 Eq. 2.
+    Returns the loss (scalar) and sums over real tokens, to be added over micro-batches and processes.
+    Source: Zoom-Zero Eq. 2, LongVTG-R1 Eq. 2.
     """
     if count is None:
         count = loss_count(mask, normalise, max_tokens)
@@ -99,7 +104,49 @@ def grpo_loss(
     return loss, stats
 
 
-def mean_stats(stats: dict[str, Tensor]) -> dict[str, float]:
-    """Averages over real tokens from the (added up) sums of `grpo_loss`; "tokens" stays the number of tokens."""
-    tokens = float(stats["tokens"])
-    return {name: float(value) if name == "tokens" else float(value) / max(tokens, 1) for name, value in stats.items()}
+def objective(
+    batch: Any, reference: Reference, count: Tensor, config: Any, hidden: Tensor, lm_head: Tensor
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The loss of a `train.MicroBatch` from the hidden states [N, H] before its real tokens, and sums of statistics.
+
+    lm_head: [V, H], the policy's output projection. count: the whole batch's `loss_count`.
+    """
+    mask = batch.mask.to(hidden.device)  # [b, G, T]
+    targets = batch.responses.to(hidden.device)[mask]  # [N]
+    tokens = chunked_weighted_kl(
+        hidden,
+        reference.hidden,
+        lm_head,
+        reference.weights,
+        kl.CHUNK,
+        targets,
+        config.temperature,
+        reference.lm_head,
+        reference.time_tokens,
+    )
+    paid = kl.penalty(tokens, config)  # [N]
+    old = tokens.logp.detach() if batch.old_logp is None else batch.old_logp  # [N]
+
+    def grid(values: Tensor) -> Tensor:
+        """[N] values of the real tokens -> [b * G, T]."""
+        return values.new_zeros(mask.shape).masked_scatter(mask, values).flatten(0, 1)
+
+    clips = (config.clip_low, config.clip_high) if config.clip_low or config.clip_high else (None, None)
+    loss, stats = grpo_loss(
+        logp=grid(tokens.logp),
+        old_logp=grid(old),
+        advantages=batch.advantages.to(hidden.device).flatten(0, 1),
+        mask=mask.flatten(0, 1),
+        kl=None if paid is None else grid(paid),
+        clip_low=clips[0],
+        clip_high=clips[1],
+        normalise=config.normalise,
+        count=count,
+        max_tokens=config.max_tokens,
+        bonus=grid(config.entropy_bonus * tokens.entropy) if config.entropy_bonus else None,
+    )
+    stats["loss"] = loss.detach()
+    stats["entropy"] = tokens.entropy.detach().sum()
+    if config.kl != "none":
+        stats["kl_time"], stats["kl_text"] = tokens.kl_time.sum(), tokens.kl_text.sum()
+    return loss, stats

@@ -44,7 +44,6 @@ if __name__ == "__main__":
 
 import argparse
 import math
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -66,6 +65,7 @@ from engine.flops import forward_flops, patch_grids
 from episodes import environments
 from harness import journal
 from harness.commands import Settings
+from harness.run import patient_accelerator, program, share
 from media.decode import VideoInfo, probe
 from media.file import VideoError
 from media.frames import FrameCache
@@ -430,7 +430,7 @@ def answer_all(
     accelerator.wait_for_everyone()  # everybody has read the file before anybody adds to it
     agent = replace(agent, frames=FrameCache(FRAME_BYTES))  # so that seconds do not depend on earlier calls
     label = f"{path.name}: {len(done)} done, {len(rest)} to do"
-    mine = [rest[k] for k in evaluate.share(rest, accelerator)]
+    mine = [rest[k] for k in share(rest, accelerator)]
     for one in tqdm(mine, desc=label, unit="question", disable=None if accelerator.is_main_process else True):
         with accelerator.autocast():
             journal.append(path, {**to_file(answer_row(agent, ask, one, settings)), "made_with": made_with})
@@ -548,7 +548,7 @@ def whole_data_set(given: argparse.Namespace, settings: Settings, config: Config
     strategy = given.strategy or "coarse-to-fine"
     if not config.test_data:
         raise ConfigError("nothing to answer: give --video and --question, or --test_data")
-    accelerator = evaluate.patient_accelerator(config)
+    accelerator = patient_accelerator(config)
     with accelerator.main_process_first():
         samples = load_samples(config.test_data, "test", config)
     for number, one in enumerate(samples, 1):
@@ -585,7 +585,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ConfigError, DataError, ModelError, VideoError, ReportError, OSError) as error:
-        sys.exit(f"error: {error}")
+    program(main, DataError, ModelError, VideoError, ReportError, OSError)

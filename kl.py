@@ -20,7 +20,7 @@ backward pass. No gradient ever goes to the reference q. Inside everything is fl
 gradient estimates, and it is stated for each.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -98,6 +98,18 @@ class TokenStats(NamedTuple):
     kl_text: Tensor | None  # D^S of all other tokens, unweighted
 
 
+class Reference(NamedTuple):
+    """What the policy is held to: the reference's hidden states [N, H] of the same tokens and its output projection
+    [V, H] (None without a reference), the weights [V] of its KL, and the ids of time tokens.
+    """
+
+    hidden: Tensor | None
+    lm_head: Tensor | None
+    weights: Tensor
+    time_tokens: Tensor
+
+
+CHUNK = 1024  # rows of logits that training holds at a time
 HALF = (torch.bfloat16, torch.float16)
 
 
@@ -278,6 +290,17 @@ def k3(logp: Tensor, ref_logp: Tensor, clamp: float = 0.0) -> Tensor:
         return torch.expm1(b) - b
     b = b.clamp(max=80)  # an infinite e^b would turn the gradient 0 of a clamped value into NaN
     return (torch.expm1(b) - b).clamp(max=clamp)
+
+
+def penalty(tokens: TokenStats, config: Any) -> Tensor | None:
+    """What each token pays for its distance from the reference, [N], beta included: exact, or an estimate."""
+    if config.kl == "none":
+        return None
+    if config.kl == "exact":
+        return tokens.kl  # the weights are the betas
+    if config.kl == "k3":
+        return config.beta * k3(tokens.logp, tokens.ref_logp, config.kl_clamp)
+    return config.beta * {"k1": k1, "k2": k2}[config.kl](tokens.logp, tokens.ref_logp)
 
 
 TIME_SEPARATORS = (".", ",", ":", "-")

@@ -200,6 +200,19 @@ class Group:
         """The prompt, and what its responses were shown on the way."""
         return [self.prompt, *(seen.prompt for response in self.responses for seen in response.observations)]
 
+    @property
+    def visual_tokens(self) -> int:
+        """Of all that the model was shown, zooms too."""
+        zooms = {id(response.zoom): response.zoom for response in self.responses if response.zoom}
+        shown = sum(video.n_tokens for prompt in self.prompts for video in prompt.videos)
+        return shown + sum(zoom.clip.visual_tokens for zoom in zooms.values())
+
+    @property
+    def text_tokens(self) -> int:
+        """Of prompts, observations and responses."""
+        visual = sum(video.n_tokens for prompt in self.prompts for video in prompt.videos)
+        return sum(map(len, self.prompts)) - visual + sum(len(response.ids) for response in self.responses)
+
 
 class Environment(Protocol):
     """What a policy acts in while it answers the question of a view; see episodes.py."""

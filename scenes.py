@@ -31,7 +31,6 @@ import itertools
 import json
 import math
 import os
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,6 +47,7 @@ import config as configuration
 import policy
 from annotations.rows import DataError, Report, Row, read_rows
 from annotations.samples import video_path
+from harness.run import program
 from media.decode import probe
 from media.file import VideoError
 from policy import ModelError, Video, encode_videos
@@ -497,7 +497,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (configuration.ConfigError, SceneError, DataError, VideoError, ModelError) as error:
-        sys.exit(f"error: {error}")
+    program(main, SceneError, DataError, VideoError, ModelError)

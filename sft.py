@@ -19,45 +19,29 @@ from harness import commands
 if __name__ == "__main__":
     commands.answer_help("sft", __doc__)  # the imports below take seconds
 
-import contextlib
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 import config as configuration
 import evaluate
 import kl
 from annotations import trajectories
+from annotations.rows import DataError
 from annotations.samples import load_test
 from annotations.trajectories import Example, Trajectory, build_example
+from harness.batches import Reading, generator
+from harness.checkpoints import claim_folder
+from harness.log import start_tracker
+from harness.run import TrainingError, finish, program, training_accelerator
+from harness.session import Session
 from media.file import VideoError
 from media.prefetch import prefetch
-from train import (
-    KL_CHUNK,
-    Run,
-    Stopped,
-    StopSignal,
-    TrainingError,
-    claim_folder,
-    generator,
-    keep_metrics,
-    log_step,
-    prepare,
-    results,
-    results_before,
-    resume,
-    run_main,
-    save_checkpoint,
-    start_processes,
-    start_tracker,
-    timed,
-)
+from policy import ModelError
+from train import Run, load_run, optimiser_step
 from world import lessons
 
 RECIPE = configuration.RECIPES / "cpu_world_sft.yaml"
@@ -73,7 +57,7 @@ def draw(run: Run, rows: Sequence[Trajectory], step: int) -> list[Trajectory]:
     return [rows[orders[epoch][index]] for epoch, index in places]
 
 
-def examples(run: Run, rows: Sequence[Trajectory], first_step: int) -> Iterator[list[Example]]:
+def example_batches(run: Run, rows: Sequence[Trajectory], reading: Reading, first_step: int) -> Iterator[list[Example]]:
     """This process' examples of each step, decoded in the background. Raises TrainingError for an unreadable video."""
     share = run.config.prompts_per_step // run.accelerator.num_processes
 
@@ -96,70 +80,39 @@ def padded(some: Sequence[Example]) -> tuple[Tensor, Tensor, Tensor]:
     return pad([e.ids for e in some])[:, None], mask[:, None], pad([e.weight for e in some])[:, None]
 
 
-def loss_of(hidden: Tensor, lm_head: Tensor, ids: Tensor, weight: Tensor) -> Tensor:
+def negative_log_likelihood(hidden: Tensor, lm_head: Tensor, ids: Tensor, weight: Tensor) -> Tensor:
     """The sum of weighted negative log-likelihoods of ids [N], from the states before them [N, H]."""
     learned = weight.to(hidden.device) > 0
-    logp = kl.chunked_weighted_kl(hidden[learned], None, lm_head, None, KL_CHUNK, ids.to(hidden.device)[learned]).logp
+    logp = kl.chunked_weighted_kl(hidden[learned], None, lm_head, None, kl.CHUNK, ids.to(hidden.device)[learned]).logp
     return -logp.sum()
 
 
-def update(run: Run, some: Sequence[Example]) -> dict[str, float]:
+def update(run: Run, examples: Sequence[Example]) -> dict[str, float]:
     """One optimiser step on these examples (and those of the other processes); its figures."""
     config, accelerator = run.config, run.accelerator
-    count = accelerator.reduce(torch.stack([e.weight.sum() for e in some]).sum().to(accelerator.device), "sum")
-    chunks = [some[k : k + config.prompts_per_pass] for k in range(0, len(some), config.prompts_per_pass)]
+    count = accelerator.reduce(torch.stack([e.weight.sum() for e in examples]).sum().to(accelerator.device), "sum")
     total = torch.zeros((), device=accelerator.device)
-    for k, chunk in enumerate(chunks):
+
+    def loss_of(chunk: Sequence[Example]) -> Tensor:
         ids, mask, weight = padded(chunk)
-        loss_here = partial(loss_of, ids=ids[mask], weight=weight[mask])
-        # FSDP2 reduces every micro-batch's gradients: kept for later, they would be whole on every process.
-        last = k == len(chunks) - 1
-        with contextlib.nullcontext() if last or accelerator.is_fsdp2 else accelerator.no_sync(run.policy):
-            loss = (
-                run.policy([e.prompt for e in chunk], ids, mask, loss_here, [[e.observations] for e in chunk]) / count
-            )
-            if not math.isfinite(loss.item()):
-                raise TrainingError(f"the loss of {', '.join(e.name for e in chunk)} is {loss.item()}")
-            accelerator.backward(loss * accelerator.num_processes)  # DDP averages over processes
-        total += loss.detach()
-    norm = accelerator.clip_grad_norm_(run.policy.parameters(), config.max_grad_norm)
-    if not math.isfinite(float(norm)):
-        raise TrainingError(f"the gradient of {', '.join(e.name for e in some)} is not finite")
-    figures = {"loss": accelerator.reduce(total, "sum").item(), "grad_norm": float(norm), "tokens": count.item()}
-    figures["lr"] = run.scheduler.get_last_lr()[0]
-    run.optimizer.step()
-    run.scheduler.step()
-    run.optimizer.zero_grad()
-    return figures
+        likelihood = partial(negative_log_likelihood, ids=ids[mask], weight=weight[mask])
+        loss = run.policy([e.prompt for e in chunk], ids, mask, likelihood, [[e.observations] for e in chunk]) / count
+        total.add_(loss.detach())
+        return loss
+
+    chunks = [examples[k : k + config.prompts_per_pass] for k in range(0, len(examples), config.prompts_per_pass)]
+    figures = optimiser_step(run, [(", ".join(e.name for e in chunk), partial(loss_of, chunk)) for chunk in chunks])
+    return figures | {"loss": accelerator.reduce(total, "sum").item(), "tokens": count.item()}
 
 
 def train(run: Run, rows: Sequence[Trajectory]) -> None:
     """The loop. Raises Stopped after a signal."""
-    config, accelerator = run.config, run.accelerator
-    done = resume(run) if config.resume else 0
-    keep_metrics(Path(config.out) / "metrics.jsonl", done, accelerator)
-    with (
-        StopSignal(accelerator) as stop,
-        contextlib.closing(examples(run, rows, done)) as batches,
-        tqdm(
-            total=config.steps, initial=done, unit="step", disable=None if accelerator.is_main_process else True
-        ) as bar,
-    ):
-        while done < config.steps:
-            seconds: dict[str, float] = {}
-            with timed(seconds, "step"):
-                with timed(seconds, "decode"):
-                    some = next(batches)
-                figures = update(run, some)
-            log_step(run, bar, done, {**figures, **{f"seconds/{name}": value for name, value in seconds.items()}})
-            done += 1
-            try:
-                stop.check()
-            except Stopped:
-                save_checkpoint(run, done)
-                raise
-            if done == config.steps or done % config.save_every == 0:
-                save_checkpoint(run, done)
+    with Session(run, partial(example_batches, run, rows), {"loss": "loss"}) as session:
+        for _ in session.steps():
+            examples = session.next_batch()
+            with session.phase("update"):
+                figures = update(run, examples)
+            session.log(figures)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -167,7 +120,7 @@ def main(arguments: list[str] | None = None) -> None:
     if config.train_data == "world":
         lessons.teach(config)
         return
-    accelerator = start_processes(config)
+    accelerator = training_accelerator(config)
     rows = trajectories.load(config.train_data, config.video_root)
     trajectories.check_files(rows)
     if config.epochs:
@@ -177,18 +130,12 @@ def main(arguments: list[str] | None = None) -> None:
     evaluate.check_test_samples(test, config)
     claim_folder(config, accelerator)
     start_tracker(config, accelerator)
-    run = prepare(replace(config, kl="none", zoom_judge="policy"), accelerator)  # there is no reference
-    before = results_before(run, test) if test else []
-    train(run, rows)
-    out = Path(config.out)
-    if test:
-        after = results(run, test, "after training")
-        if accelerator.is_main_process:
-            evaluate.save_and_print({"before": before, "after": after}, out, test, config.data_format)
-    accelerator.print(f"{out}/: config.yaml, metrics.jsonl, checkpoint/")
-    accelerator.wait_for_everyone()  # as in train.py
-    accelerator.end_training()
+    run = load_run(replace(config, kl="none", zoom_judge="policy"), accelerator)  # there is no reference
+    with evaluate.before_and_after(run, test):
+        train(run, rows)
+    accelerator.print(f"{config.out}/: config.yaml, metrics.jsonl, checkpoint/")
+    finish(accelerator)
 
 
 if __name__ == "__main__":
-    run_main(main)
+    program(main, DataError, ModelError)

@@ -361,6 +361,12 @@ class Clip:
     times: list[float]
     step: float
 
+    @property
+    def visual_tokens(self) -> int:
+        """Pairs of frames, 28x28 pixels."""
+        n, _, height, width = self.frames.shape
+        return math.ceil(n / 2) * (height // 28) * (width // 28)
+
 
 def load_clips(path: str | Path, plans: Sequence[ClipPlan], **options) -> list[Clip]:
     """Decode several plans of one file together: the union of their times, each frame once. Options as for `decode`.

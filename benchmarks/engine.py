@@ -62,9 +62,9 @@ from benchmarks.memory import GIB, Parameters, cache_bytes_per_token, head_size,
 from engine.qwen2_5_vl import encode_clips  # noqa: E402
 from engine.sampling import sample  # noqa: E402
 from grpo import grpo_loss  # noqa: E402
+from kl import CHUNK as KL_CHUNK  # noqa: E402
 from kl import aligned, chunked_weighted_kl, logits  # noqa: E402
 from policy import Policy, Prompt, Video, build_prompt, group_hidden, last_hidden  # noqa: E402
-from train import KL_CHUNK  # noqa: E402
 from video import normalise_patches  # noqa: E402
 
 PHASES = ("rollout", "reference", "update", "zoom")

@@ -26,8 +26,8 @@ from transformers import AutoConfig, Qwen2_5_VLConfig  # noqa: E402
 
 import config as configuration  # noqa: E402
 from config import DEFAULT_RECIPE, Config  # noqa: E402
+from kl import CHUNK as KL_CHUNK  # noqa: E402
 from policy import VISION_CHUNK  # noqa: E402
-from train import KL_CHUNK  # noqa: E402
 
 GIB = 2**30
 TEXT_TOKENS = 256  # of a prompt: Zoom-Zero's template with an ordinary question has 249

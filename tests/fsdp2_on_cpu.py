@@ -14,8 +14,8 @@ from accelerate.utils import DistributedType
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import train
+from harness.run import program
 
 PartialState(cpu=True)
 PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
-train.run_main(importlib.import_module(os.environ.get("SCRIPT", "train")).main)
+program(importlib.import_module(os.environ.get("SCRIPT", "train")).main)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import random
 import re
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -17,8 +19,8 @@ import yaml
 from accelerate import Accelerator
 from conftest import ROOT, read_metrics, roll_out_episodes
 from plain_episodes import PlainEpisodes
-from test_train import TWO_SHARDED
-from test_train import call as in_processes
+from runs import TWO_SHARDED
+from runs import call as in_processes
 
 import config as configuration
 import episodes
@@ -27,15 +29,18 @@ import policy
 import prompts
 import rollout
 import train
+from advantage import credit
 from annotations.samples import DataSet, Epochs
 from config import Config, ConfigError
 from engine.flops import forward_flops, weights
 from episodes import ClipEnvironment, lay_out, messages, replay
+from harness.batches import generator
+from harness.run import Stopped
 from media.decode import VideoInfo
 from media.file import VideoError
 from policy import Policy, Prompt, Video, Vocabulary, build_prompt, load
 from rollout import Group, Response, Turn, coarse_plan, coarse_prompt, read_turn, view_video
-from train import credit, micro_batches, score
+from train import MicroBatch, pay
 from video import decode
 from world import benchmark, lessons, tiny
 
@@ -502,7 +507,7 @@ def test_rewards_of_episodes(scene, vocabulary):
             played(limited(scene, max_turns=1), vocabulary, call(3, 5, 2)),
         ],
     )
-    score([group], scene.config)
+    pay([group], scene.config)
     assert group.rewards == {
         "format": [1, 1, 1, 1, 0, 0, 0],
         "accuracy": [1, 1, 0, 1, 1, 1, 0],
@@ -520,10 +525,10 @@ def test_truncated_episodes_can_be_masked(scene, vocabulary):
     group = Group(scene.view, Prompt(torch.zeros(0), torch.zeros(3, 0), [], 0), responses)
     for episode in responses:
         lay_out(episode, group.prompt, vocabulary, CONFIG)
-    score([group], scene.config)
-    (batch,) = micro_batches([group], scene.config)
+    pay([group], scene.config)
+    batch = MicroBatch.of([group], scene.config)
     assert batch.mask.any(-1).tolist() == [[True, True]] and [len(o) for o in batch.observations[0]] == [1, 1]
-    (batch,) = micro_batches([group], replace(scene.config, mask_truncated=True))
+    batch = MicroBatch.of([group], replace(scene.config, mask_truncated=True))
     assert batch.mask.any(-1).tolist() == [[True, False]] and [len(o) for o in batch.observations[0]] == [1, 0]
 
 
@@ -556,7 +561,7 @@ def test_a_run_trains_on_episodes(small_recipe, small_world, tmp_path):
 def test_what_is_shown_is_never_a_target(small_recipe, samples, monkeypatch):
     """States from which no sampled token follows may be NaN: loss, KL, statistics and gradients stay as they are."""
     config = configuration.parse(["--config", str(small_recipe), "--beta", "0.05", "--max_grad_norm", "1e9"])
-    run = train.prepare(config, Accelerator(cpu=True))
+    run = train.load_run(config, Accelerator(cpu=True))
     groups = roll_out_episodes(run.model, views_of(samples, config, 2), config, run.vocabulary, 3)
     assert any(episode.observations for group in groups for episode in group.responses)
     for group in groups:
@@ -564,7 +569,7 @@ def test_what_is_shown_is_never_a_target(small_recipe, samples, monkeypatch):
         group.advantages = credit(group, config)
     with torch.no_grad():
         run.model.model.language_model.norm.weight.mul_(1.2)  # no longer the reference
-    batches = micro_batches(groups, replace(config, prompts_per_pass=1))
+    batches = [MicroBatch.of([group], config) for group in groups]
     unused = [~predicting(group) for group in groups]
     plain, kept = policy.row_hidden, []
 
@@ -574,9 +579,9 @@ def test_what_is_shown_is_never_a_target(small_recipe, samples, monkeypatch):
         return states.masked_fill(dead[:, None], math.nan)
 
     run.optimizer.step = lambda: kept.append({n: p.grad.clone() for n, p in run.model.named_parameters()})
-    totals = [train.update(run, batches)]
+    totals = [train.policy_step(run, batches)]
     monkeypatch.setattr(policy, "row_hidden", poisoned)
-    totals.append(train.update(run, batches))
+    totals.append(train.policy_step(run, batches))
     assert totals[0] == pytest.approx(totals[1], rel=1e-6) and totals[0]["kl_text"] > 0
     for name, gradient in kept[0].items():
         assert (gradient - kept[1][name]).abs().max() <= 1e-6 * gradient.abs().max(), name
@@ -607,39 +612,43 @@ def test_options_with_episodes(small_recipe, tmp_path, options):
     assert all(math.isfinite(value) for value in row.values())
 
 
+def session(view: Callable) -> SimpleNamespace:
+    """One that reads videos like this."""
+    return SimpleNamespace(reading=SimpleNamespace(view=view), phase=lambda name: contextlib.nullcontext())
+
+
 def epochs(sets: list[DataSet]) -> Epochs:
-    return Epochs(sets, partial(train.generator, 0))
+    return Epochs(sets, partial(generator, 0))
 
 
 def test_groups_without_variance_are_redrawn_within_a_bound(samples, config, monkeypatch):
     """Rewards by sample: those of "flat" ones are equal, all others differ."""
     config = replace(config, max_redraws=2, group_size=2)
-    run = SimpleNamespace(config=config, accelerator=Accelerator(cpu=True), unreadable={})
+    run = SimpleNamespace(config=config, accelerator=Accelerator(cpu=True))
     flat = {sample.id for sample in samples[:6]}
     asked = []
 
-    def collect(run, batches, step, seconds, stop):
-        drawn = next(batches)
+    def collect(run, session, step, drawn):
         asked.append([d.view.sample.id for d in drawn])
         return [group_of(d.view.sample) for d in drawn]
 
     def group_of(sample):
-        turn = SimpleNamespace(text="", offsets=[(0, 0)], ids=torch.tensor([1]))
+        turn = SimpleNamespace(text="", offsets=[(0, 0)], ids=torch.tensor([1]), observations=[])
         return Group(SimpleNamespace(sample=sample), None, [turn, turn])
 
-    def score(groups, config):
+    def pay(groups, config):
         for group in groups:
             group.rewards = {"accuracy": [0.0, float(group.view.sample.id not in flat)]}
             group.advantages = credit(group, config)
 
     monkeypatch.setattr(train, "collect", collect)
-    monkeypatch.setattr(train, "score", score)
-    monkeypatch.setattr(train, "readable_view", lambda some, *_: SimpleNamespace(view=SimpleNamespace(sample=some[0])))
+    monkeypatch.setattr(train, "pay", pay)
+    reader = session(lambda candidates, _: SimpleNamespace(view=SimpleNamespace(sample=candidates[0])))
     for first in (samples[:3] + samples[8:10], samples[8:10]):
         groups = list(map(group_of, first))
-        score(groups, config)
+        pay(groups, config)
         asked.clear()
-        count = train.redraw(run, epochs([DataSet(samples)]), groups, 0, {}, None)
+        count = train.redraw(run, reader, epochs([DataSet(samples)]), 0, groups)
         assert count == sum(map(len, asked)) and len(asked) <= 2
         assert [g.view.sample.id for g in groups[-2:]] == [s.id for s in samples[8:10]]  # those with variance stay
         assert len({i for ids in asked for i in ids} | {s.id for s in first}) == len(first) + count  # nobody twice
@@ -647,12 +656,12 @@ def test_groups_without_variance_are_redrawn_within_a_bound(samples, config, mon
             assert first == samples[8:10]
     flat |= {sample.id for sample in samples}
     groups = list(map(group_of, samples[:2]))
-    score(groups, config)
+    pay(groups, config)
     asked.clear()
-    assert train.redraw(run, epochs([DataSet(samples)]), groups, 0, {}, None) == 4 and len(asked) == 2
+    assert train.redraw(run, reader, epochs([DataSet(samples)]), 0, groups) == 4 and len(asked) == 2
     left = groups[0]
-    assert not train.group_rows(left, run.config)[1].any()  # no part in the loss
-    assert train.group_rows(left, replace(run.config, max_redraws=0))[1].all()
+    assert not MicroBatch.of([left], run.config).mask.any()  # no part in the loss
+    assert MicroBatch.of([left], replace(run.config, max_redraws=0)).mask.all()
 
 
 def flat_group(sample) -> SimpleNamespace:
@@ -663,53 +672,53 @@ def test_two_processes_redraw_different_samples(samples, config, monkeypatch):
     """Each knows what the other has; none of that is drawn, nor by both the same."""
     asked = []
 
-    def collect(run, batches, step, seconds, stop):
-        asked.append({sample.id for sample in next(batches)})
+    def collect(run, session, step, drawn):
+        asked.append({sample.id for sample in drawn})
         raise StopIteration  # seen enough
 
     monkeypatch.setattr(train, "collect", collect)
-    monkeypatch.setattr(train, "readable_view", lambda some, *_: some[0])
+    reader = session(lambda candidates, _: candidates[0])
     all_names = [(sample.video, sample.id) for sample in samples[:6]]
     monkeypatch.setattr(train, "gather_object", lambda names: all_names)
     for rank in (0, 1):
         groups = [flat_group(sample) for sample in samples[3 * rank :][:3]]
         alone = SimpleNamespace(process_index=rank, num_processes=2, device="cpu", reduce=lambda found, how: found)
-        run = SimpleNamespace(config=replace(config, max_redraws=1), accelerator=alone, unreadable={})
+        run = SimpleNamespace(config=replace(config, max_redraws=1), accelerator=alone)
         with pytest.raises(StopIteration):
-            train.redraw(run, epochs([DataSet(samples)]), groups, 0, {}, None)
+            train.redraw(run, reader, epochs([DataSet(samples)]), 0, groups)
     one, other = asked
     assert len(one) == len(other) == 3 and not one & other and not (one | other) & {id for _, id in all_names}
 
 
 def test_redraws_follow_the_weights_of_a_mixture_and_have_spares(samples, config, monkeypatch):
-    drawn, ids = [], [sample.id for sample in samples[:2]]
+    redrawn, ids = [], [sample.id for sample in samples[:2]]
 
-    def collect(run, batches, step, seconds, stop):
-        drawn.extend(candidates[0] for candidates in next(batches))
+    def collect(run, session, step, drawn):
+        redrawn.extend(candidates[0] for candidates in drawn)
         raise StopIteration
 
-    def readable_view(some, config, unreadable):
-        assert set(ids) <= {sample.id for sample in some}  # should it come to that
-        return some
+    def view(candidates, config):
+        assert set(ids) <= {sample.id for sample in candidates}  # should it come to that
+        return candidates
 
     monkeypatch.setattr(train, "collect", collect)
-    monkeypatch.setattr(train, "readable_view", readable_view)
+    reader = session(view)
     groups = [flat_group(samples[0])]
-    run = SimpleNamespace(config=replace(config, max_redraws=1), accelerator=Accelerator(cpu=True), unreadable={})
+    run = SimpleNamespace(config=replace(config, max_redraws=1), accelerator=Accelerator(cpu=True))
     sets = [DataSet(samples[:2], weight=4), DataSet(samples[2:], weight=1 / len(samples[2:]))]
     for step in range(60):
         with pytest.raises(StopIteration):
-            train.redraw(run, epochs(sets), groups, step, {}, None)
-    often = sum(sample.id == samples[1].id for sample in drawn)  # 4 of 5 that are left
-    assert samples[0] not in drawn and 40 < often < 58
+            train.redraw(run, reader, epochs(sets), step, groups)
+    often = sum(sample.id == samples[1].id for sample in redrawn)  # 4 of 5 that are left
+    assert samples[0] not in redrawn and 40 < often < 58
 
 
 def test_a_step_stopped_while_it_redraws_counts_once(small_recipe, tmp_path, monkeypatch):
     def stopped(*_):
-        raise train.Stopped(15)
+        raise Stopped(15)
 
     monkeypatch.setattr(train, "redraw", stopped)
-    with pytest.raises(train.Stopped):
+    with pytest.raises(Stopped):
         train.main(["--config", str(small_recipe), "--max_redraws", "1"])
     progress = json.loads((tmp_path / "run" / "state" / "step.json").read_text())
     assert progress == {"step": 0, "drawn": 0, "failures": 0}
@@ -719,13 +728,13 @@ ONE_FLAT = """
 import os
 import train
 
-def score(groups, config):
+def pay(groups, config):
     for group in groups:
         varied = float(os.environ["RANK"])
         group.rewards = dict.fromkeys(("format", "accuracy", "tool"), [varied] + [0.0] * (config.group_size - 1))
         group.advantages = train.credit(group, config)
 
-train.score = score
+train.pay = pay
 main = train.main
 """
 

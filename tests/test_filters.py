@@ -24,7 +24,7 @@ from harness.chat import ChatError, Reply, RequestError
 from infer import Agent
 from policy import load
 from rollout import answer_clips, zoom_clips
-from train import score
+from train import pay
 
 ROOT = Path(__file__).resolve().parents[1]
 REAL = ROOT.parent / "shared" / "realdata"
@@ -130,7 +130,7 @@ def test_responses_are_scored_as_in_training(agent, samples, monkeypatch):
     monkeypatch.setattr(filters, "roll_out", lambda *a, **k: groups.extend(roll_out(*a, **k)) or groups)
     views, _ = view_all(samples[:3], agent.config)
     rows = measure_responses(agent, views)
-    score(groups, replace(agent.config, zoom_reward=False))
+    pay(groups, replace(agent.config, zoom_reward=False))
     assert [row["accuracies"] for row in rows] == [group.rewards["accuracy"] for group in groups]
     assert [row["ious"] for row in rows] == [group.rewards["iou"] for group in groups]
     assert all(row["delta"] == iou_delta(row["ious"]) for row in rows)

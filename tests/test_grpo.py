@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from grpo import NORMALISE, grpo_loss, loss_count, mean_stats
+from grpo import NORMALISE, grpo_loss, loss_count
 
 settings.register_profile("exact", derandomize=True, deadline=None, max_examples=100)
 settings.load_profile("exact")
@@ -17,6 +17,12 @@ CLIPS = [(None, None), (0.2, 0.2), (0.2, 0.27), (0.2, 0.28), (None, 0.2), (0.2, 
 MAX_TOKENS = 10
 KINDS, SEEDS = st.sampled_from(NORMALISE), st.integers(0, 2**32 - 1)
 STATS = ("tokens", "ratio", "clipped_low", "clipped_high", "approx_kl", "penalty", "advantage")
+
+
+def mean_stats(stats: dict[str, torch.Tensor]) -> dict[str, float]:
+    """Averages over real tokens from the (added up) sums of `grpo_loss`; "tokens" stays the number of tokens."""
+    tokens = float(stats["tokens"])
+    return {name: float(value) if name == "tokens" else float(value) / max(tokens, 1) for name, value in stats.items()}
 
 
 def random_batch(n=6, t=5, seed=0, spread=0.3):

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from test_train import TWO_SHARDED, assert_same_run, call
+from runs import TWO_SHARDED, assert_same_run, call
 
 import config as configuration
 import policy
@@ -17,9 +17,9 @@ from annotations import trajectories
 from annotations.rows import DataError
 from annotations.trajectories import Example
 from episodes import ClipEnvironment, messages, replay
+from harness.run import Stopped, StopSignal
 from policy import load
 from rollout import view_video
-from train import Stopped, StopSignal
 
 TWO_WHOLE = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "sft.py")
 AGENT = ["--template", "world_zoomer", "--max_frames", "20", "--zoom_budget", "256"]

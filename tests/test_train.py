@@ -23,69 +23,32 @@ import pytest
 import torch
 from accelerate import Accelerator
 from conftest import read_metrics
+from runs import TWO, TWO_SHARDED, assert_same_run, call, environment, weights
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 
 import config as configuration
+import grpo
+import rewards
 import train
 from advantage import SEGMENTS, RewardError, segment_ids
 from annotations.rows import DataError
 from annotations.samples import DataSet, Epochs, load_training, write_samples
-from policy import Vocabulary, load
+from grpo import objective
+from harness.batches import Reading, draw, generator, view_batches
+from harness.log import keep_metrics
+from harness.run import Stopped, TrainingError, program
+from kl import Reference
+from policy import ModelError, Vocabulary, load
 from rollout import Group, Response, read_turn
-from train import (
-    MicroBatch,
-    TrainingError,
-    draw,
-    generator,
-    keep_metrics,
-    learning_rate,
-    main,
-    micro_batches,
-    objective,
-    prepare,
-    score,
-    update,
-)
+from train import MicroBatch, learning_rate, load_run, main, pay, policy_step, set_old_logp, update
 
 ROOT = Path(__file__).resolve().parents[1]
-TIMES = ("seconds/", "visual_tokens_per_second", "text_tokens_per_second")
 
 
 @pytest.fixture
 def parsed(recipe):
     return lambda *arguments: configuration.parse(["--config", str(recipe), *arguments])
-
-
-# accelerate launch --cpu starts several processes with MPI only; torch's launcher needs nothing else.
-TWO = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "train.py"]
-TWO_SHARDED = ["-m", "accelerate.commands.launch", "--config_file", "recipes/accelerate_fsdp2.yaml"]
-TWO_SHARDED += ["--num_processes", "2", "--main_process_port", "0", "tests/fsdp2_on_cpu.py"]
-
-
-def environment() -> dict[str, str]:
-    return os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
-
-
-def call(*arguments: object, script: Sequence[str] = ("train.py",)) -> subprocess.CompletedProcess:
-    command = [sys.executable, *script, *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=600)
-
-
-def without_times(rows: list[dict]) -> list[dict]:
-    return [{name: value for name, value in row.items() if not name.startswith(TIMES)} for row in rows]
-
-
-def weights(out: Path) -> dict[str, torch.Tensor]:
-    return Qwen2_5_VLForConditionalGeneration.from_pretrained(out / "checkpoint").state_dict()
-
-
-def assert_same_run(a: Path, b: Path, tolerance: float = 0.0) -> None:
-    for one, two in zip(without_times(read_metrics(a)), without_times(read_metrics(b)), strict=True):
-        assert one == pytest.approx(two, abs=max(tolerance, 1e-12), rel=tolerance)
-    theirs = weights(b)
-    for name, weight in weights(a).items():
-        torch.testing.assert_close(weight, theirs[name], atol=tolerance, rtol=0)
 
 
 # ---------------------------------------------------------------- a whole run
@@ -145,16 +108,22 @@ def test_the_configuration_of_a_run_reads_back(finished):
 # ---------------------------------------------------------------- gradients and their independence
 
 
+def micro_batches(groups, config) -> list[MicroBatch]:
+    size = config.prompts_per_pass
+    return [MicroBatch.of(groups[k : k + size], config) for k in range(0, len(groups), size)]
+
+
 def rolled_out(parsed, samples, *arguments):
     """A prepared run and the groups of its first step, scored."""
     config = parsed(*arguments)
-    run = prepare(config, Accelerator(cpu=True))
-    batches = train.view_batches(run, Epochs([DataSet(samples)], partial(generator, config.seed)), 0)
+    run = load_run(config, Accelerator(cpu=True))
+    epochs = Epochs([DataSet(samples)], partial(generator, config.seed))
+    batches = view_batches(config, run.accelerator, epochs, Reading(), 0)
     views = [drawn.view for drawn in next(batches)]
     batches.close()
     groups = train.roll_out(run.model, views, config, run.vocabulary, 0)
     train.zoom_pass(run.model, groups, config, run.vocabulary)
-    score(groups, config)
+    pay(groups, config)
     return run, groups
 
 
@@ -164,7 +133,7 @@ def gradients(run, groups, config) -> dict[str, torch.Tensor]:
     run.config = config
     step = run.optimizer.step
     run.optimizer.step = lambda: kept.update({n: p.grad.clone() for n, p in run.model.named_parameters()})
-    update(run, micro_batches(groups, config))
+    policy_step(run, micro_batches(groups, config))
     run.optimizer.step = step
     return kept
 
@@ -188,21 +157,21 @@ def test_several_updates_use_the_log_probabilities_of_the_sampling_policy(parsed
     ratios, old = [], []
 
     def noted(run, batches):
-        totals = update(run, batches)
+        totals = policy_step(run, batches)
         ratios.append(totals["ratio"] / totals["tokens"])
         old.append(batches[0].old_logp)
         return totals
 
-    monkeypatch.setattr(train, "update", noted)
+    monkeypatch.setattr(train, "policy_step", noted)
     start = {name: p.clone() for name, p in run.model.named_parameters()}
-    train.update_on_rollout(run, groups)
+    update(run, groups)
     assert len(ratios) == 4 and ratios[0] == pytest.approx(1, abs=1e-6)
     assert all(abs(ratio - 1) > 1e-5 for ratio in ratios[1:])
     with torch.no_grad():
         for name, p in run.model.named_parameters():
             p.copy_(start[name])
     batches = [batch for group in groups for batch in micro_batches([group], run.config)]
-    train.set_old_logp(run, batches)
+    set_old_logp(run, batches)
     for batch, given in zip(batches, old, strict=True):
         torch.testing.assert_close(batch.old_logp, given, atol=1e-5, rtol=0)
 
@@ -309,19 +278,14 @@ def test_every_choice_is_tried():
 
 
 @pytest.mark.parametrize(("estimate", "clamp"), [("exact", 0), ("k1", 0), ("k2", 0), ("k3", 0), ("k3", 0.5)])
-def test_the_penalty_is_beta_times_the_estimate_that_is_asked_for(monkeypatch, estimate, clamp):
+def test_the_penalty_is_beta_times_the_estimate_that_is_asked_for(estimate, clamp):
     g = torch.Generator().manual_seed(0)
     hidden_p, hidden_q, lm_head, lm_head_q = (torch.randn(n, 4, generator=g) for n in (6, 6, 9, 9))
-    monkeypatch.setattr(train, "reference_hidden", lambda run, batch: hidden_q)
-    run = SimpleNamespace(
-        config=configuration.Config(kl=estimate, kl_clamp=clamp, beta=0.1),
-        kl_weights=torch.full((9,), 0.1),
-        time_tokens=torch.tensor([3]),
-        reference=SimpleNamespace(lm_head=SimpleNamespace(weight=lm_head_q)),
-    )
+    config = configuration.Config(kl=estimate, kl_clamp=clamp, beta=0.1)
+    reference = Reference(hidden_q, lm_head_q, torch.full((9,), 0.1), torch.tensor([3]))
     ids = torch.randint(0, 9, (1, 2, 3), generator=g)
-    batch = MicroBatch(["a"], [], ids, torch.ones_like(ids, dtype=torch.bool), torch.zeros(1, 2, 3))
-    _, stats = objective(run, batch, torch.tensor(2.0), hidden_p, lm_head)
+    batch = MicroBatch(["a"], [], ids, torch.ones_like(ids, dtype=torch.bool), torch.zeros(1, 2, 3), [[[], []]])
+    _, stats = objective(batch, reference, torch.tensor(2.0), config, hidden_p, lm_head)
     logp, logq = torch.log_softmax(hidden_p @ lm_head.t(), -1), torch.log_softmax(hidden_q @ lm_head_q.t(), -1)
     a = (logp - logq)[torch.arange(6), ids.flatten()]  # log(p / q) of the sampled tokens
     values = {"exact": (logp.exp() * (logp - logq)).sum(-1), "k1": a, "k2": a**2 / 2, "k3": (-a).exp() - 1 + a}
@@ -354,15 +318,14 @@ def test_learning_rate_warms_up_and_falls(parsed):
 # ---------------------------------------------------------------- the order of prompts
 
 
-class FakeRun:
-    def __init__(self, config, rank=0, processes=1):
-        self.config = config
-        self.accelerator = type("Ranked", (), {"process_index": rank, "num_processes": processes})
+def ranked(rank: int, processes: int) -> SimpleNamespace:
+    """What one process knows of the others."""
+    return SimpleNamespace(process_index=rank, num_processes=processes)
 
 
 def drawn_ids(config, samples, step, processes=1, sets=None) -> list[list[str]]:
     epochs = Epochs(sets or [DataSet(samples)], partial(generator, config.seed))
-    return [[c[0].id for c in draw(FakeRun(config, rank, processes), epochs, step)] for rank in range(processes)]
+    return [[c[0].id for c in draw(config, ranked(rank, processes), epochs, step)] for rank in range(processes)]
 
 
 def test_every_sample_comes_once_per_epoch(parsed, samples):
@@ -431,10 +394,10 @@ def test_rewards_of_spans_are_those_that_are_named(parsed, samples, talker):
         "tg": [1.0, 0.8 * 2 / 7 + 0.2 * (1 - 2.5 / 20), 0.2 * (1 - 12.5 / 20), 0.0],
     }
     for name, values in expected.items():
-        score([group], longvtg(parsed, "--grounding", name))
+        pay([group], longvtg(parsed, "--grounding", name))
         assert list(group.rewards) == ["format", "accuracy", name]
         assert group.rewards[name] == pytest.approx(values), name
-    score([group], longvtg(parsed, "--grounding", "tg", "--alpha", "0.5"))
+    pay([group], longvtg(parsed, "--grounding", "tg", "--alpha", "0.5"))
     assert group.rewards["tg"][2] == pytest.approx(0.5 * (1 - 12.5 / 20))
 
 
@@ -450,10 +413,10 @@ def test_rewards_of_spans_are_those_that_are_named(parsed, samples, talker):
 def test_a_facet_that_does_not_apply_takes_no_part(parsed, samples, talker, options, answer, spans, facets):
     config = longvtg(parsed, "--grounding", "tg")
     group = bare_group(talker, replace(samples[0], options=options, answer=answer, evidence=spans), REPLIES)
-    score([group], config)
+    pay([group], config)
     assert list(group.rewards) == facets
     total = torch.tensor([group.rewards[name] for name in facets]).sum(0)
-    found = train.credit(group, config)
+    found = group.advantages
     wanted = (total - total.mean()) / total.std(unbiased=False)
     torch.testing.assert_close(found[:, 0], wanted, atol=1e-6, rtol=0)
     assert found.std(0)[0] > 0.5
@@ -463,8 +426,8 @@ def test_eq_5_credits_any_reward_of_spans_to_the_tokens_that_write_them(parsed, 
     """All responses of the group are right and well-formed, so that only spans earn anything."""
     group = bare_group(talker, replace(samples[0], answer="B", evidence=((2.0, 6.0),)), [REPLIES[0], REPLIES[2]])
     config = longvtg(parsed, "--grounding", "giou", "--tokenadv", "paper")
-    score([group], config)
-    found = train.credit(group, config)
+    pay([group], config)
+    found = group.advantages
     glue = SEGMENTS.index("glue")
     for g, response in enumerate(group.responses):
         segments = segment_ids(response.text, response.offsets)
@@ -529,7 +492,7 @@ def test_mistakes_end_with_one_line_and_code_1(recipe, arguments, expected):
 def test_expected_errors_become_one_line(recipe, monkeypatch, arguments, expected):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(SystemExit) as stop:
-        train.run_main(lambda: main(["--config", str(recipe), *arguments]))
+        program(lambda: main(["--config", str(recipe), *arguments]), ModelError)
     assert str(stop.value).startswith(expected)
 
 
@@ -622,19 +585,19 @@ def test_responses_that_say_nothing_are_no_exception(recipe, tmp_path, tokenizer
 
 
 def test_a_reward_that_is_not_finite_stops_the_run(recipe, monkeypatch):
-    monkeypatch.setattr(train.rewards, "iou_reward", lambda *_: math.nan)
+    monkeypatch.setattr(rewards, "iou_reward", lambda *_: math.nan)
     with pytest.raises(RewardError, match=r"sample train-\d+-\d: iou: rewards must be finite"):
         main(["--config", str(recipe)])
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(recipe, tmp_path, monkeypatch):
-    loss = train.grpo_loss
+    loss = grpo.grpo_loss
 
-    def broken(*arguments):
-        value, stats = loss(*arguments)
+    def broken(**arguments):
+        value, stats = loss(**arguments)
         return value * math.inf, stats
 
-    monkeypatch.setattr(train, "grpo_loss", broken)
+    monkeypatch.setattr(grpo, "grpo_loss", broken)
     with pytest.raises(TrainingError, match=r"the loss of samples train-\d+-\d, train-\d+-\d is (inf|-inf|nan)"):
         main(["--config", str(recipe)])
     assert not (tmp_path / "run" / "checkpoint").exists()
@@ -701,7 +664,7 @@ def test_a_stop_during_a_step_repeats_that_step(recipe, tmp_path, monkeypatch):
         return roll_out(*arguments)
 
     monkeypatch.setattr(train, "roll_out", interrupted)
-    with pytest.raises(train.Stopped):
+    with pytest.raises(Stopped):
         main(["--config", str(recipe)])
     assert json.loads((tmp_path / "run" / "state" / "step.json").read_text())["step"] == 0
     assert read_metrics(tmp_path / "run") == []

@@ -1,0 +1,131 @@
+"""Processes, signals, and one ending for all programs."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, LoggerType, set_seed
+
+from config import Config, ConfigError
+
+log = logging.getLogger("zoomgrpo")
+
+
+class TrainingError(Exception):
+    """Training cannot go on: the message names the sample or file."""
+
+
+class Stopped(Exception):
+    """The run was told to stop by a signal, and has written a checkpoint."""
+
+    def __init__(self, number: int):
+        super().__init__()
+        self.number = number
+
+
+class StopSignal:
+    """While entered, Ctrl-C and SIGTERM only take note; `check` then stops all processes together.
+
+    A second Ctrl-C ends the run at once, without a checkpoint.
+    """
+
+    def __init__(self, accelerator: Accelerator):
+        self.accelerator = accelerator
+        self.received = 0
+        self.previous: dict[int, object] = {}
+
+    def __enter__(self) -> StopSignal:
+        self.previous = {number: signal.signal(number, self.note) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *exc) -> None:
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
+    def note(self, number: int, frame: object) -> None:
+        if self.received and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.received = number
+        log.warning("%s: stopping soon, with a checkpoint", signal.Signals(number).name)
+
+    def check(self) -> None:
+        """Raise Stopped if any process was told to stop; all processes must call this at the same point."""
+        flag = torch.tensor([self.received], device=self.accelerator.device)
+        number = int(self.accelerator.gather(flag).max())
+        if number:
+            raise Stopped(number)
+
+
+# ---------------------------------------------------------------- processes
+
+
+def training_accelerator(config: Config) -> Accelerator:
+    """This process among those of a training run, seeded. Raises ConfigError for a tracker unheard of, or prompts that
+    do not share out.
+    """
+    if config.tracker not in ("none", *map(str, LoggerType)):
+        known = ", ".join(map(str, LoggerType))
+        raise ConfigError(f"there is no tracker {config.tracker!r}; there are none, {known}")
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    accelerator = Accelerator(
+        mixed_precision=config.mixed_precision,
+        log_with=None if config.tracker == "none" else config.tracker,
+        project_dir=config.out,
+        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
+    )
+    if config.prompts_per_step % (accelerator.num_processes * config.updates_per_rollout):
+        raise ConfigError(
+            f"prompts_per_step = {config.prompts_per_step} must be a multiple of {accelerator.num_processes} processes "
+            f"x updates_per_rollout = {config.updates_per_rollout}"
+        )
+    set_seed(config.seed)
+    return accelerator
+
+
+def patient_accelerator(config: Config) -> Accelerator:
+    """This process among those of a program whose processes wait for the slowest one as long as it takes, not ten
+    minutes.
+    """
+    patience = InitProcessGroupKwargs(timeout=timedelta(weeks=4))
+    return Accelerator(mixed_precision=config.mixed_precision, kwargs_handlers=[patience])
+
+
+def share(tasks: Sequence[Any], accelerator: Accelerator) -> list[int]:
+    """The numbers of the tasks that this process does: all those about every n-th `video`."""
+    number = {video: k for k, video in enumerate(dict.fromkeys(task.video for task in tasks))}
+    rank, n = accelerator.process_index, accelerator.num_processes
+    return [i for i, task in enumerate(tasks) if number[task.video] % n == rank]
+
+
+def finish(accelerator: Accelerator) -> None:
+    """The end of a program of several processes; one that left right after a gather could deadlock, since Gloo's
+    thread still gives the gathered tensors back.
+    """
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+
+
+# ---------------------------------------------------------------- the end
+
+
+def program(main: Callable[[], None], *expected: type[Exception]) -> None:
+    """Call `main`; expected errors become one line and exit code 1, signals 128 + their number."""
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    try:
+        main()
+    except (ConfigError, TrainingError, *expected) as error:
+        sys.exit(f"error: {error}")
+    except Stopped as stop:
+        print(f"stopped by {signal.Signals(stop.number).name}, with a checkpoint; --resume continues", file=sys.stderr)
+        sys.exit(128 + stop.number)
+    except KeyboardInterrupt:
+        print("stopped at once; what was finished is kept", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
