@@ -54,7 +54,7 @@ def examples(rows, config, vocabulary, model64, tmp_path) -> list[Example]:
 def batch_loss(model, some: list[Example]) -> torch.Tensor:
     ids, mask, weight = sft.padded(some)
     hidden = policy.group_hidden(model, [e.prompt for e in some], ids, mask, [[e.observations] for e in some])
-    return sft.loss_of(hidden, model.lm_head.weight, ids[mask], weight[mask])
+    return sft.negative_log_likelihood(hidden, model.lm_head.weight, ids[mask], weight[mask])
 
 
 def in_a_row(example: Example) -> tuple[policy.Prompt, torch.Tensor]:
