@@ -14,7 +14,7 @@
 | `unique.jsonl`    | question   | whether it is kept: no scene of five before and after has all clues, or the answer  |
 
 and a line that something is wrong with says why, as "skipped" or "reason". `train.jsonl` has the kept questions as
-records of annotations/formats.py, with the scene as evidence; `statistics.txt` and `.png` show durations and shares of
+records of annotations/records.py, with the scene as evidence; `statistics.txt` and `.png` show durations and shares of
 the video, as Figure 3 does.
 
 Questions and verdicts are asked for (harness/chat.py) of an endpoint, a checkpoint (`--model`), or the ground truth. A

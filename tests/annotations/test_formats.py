@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from rowfiles import RECORD, write_json, write_rows
 
-from annotations import formats
+from annotations import records
 from annotations.formats import FORMATS, looks_like
 from annotations.rows import DataError, Sample
 from annotations.samples import read_samples, read_with_report
@@ -339,7 +339,7 @@ CHANGES = [
 @pytest.mark.parametrize("changes", CHANGES, ids=str)
 def test_usual_records_are_read_quickly_as_they_are_read_carefully(tmp_path, monkeypatch, changes):
     path = write_rows(tmp_path / "x.jsonl", [{**USUAL, **changes}])
-    assert formats.usual_record(USUAL) is not None
+    assert records.usual_record(USUAL) is not None
 
     def outcome():
         try:
@@ -348,7 +348,7 @@ def test_usual_records_are_read_quickly_as_they_are_read_carefully(tmp_path, mon
             return str(error)
 
     quick = outcome()
-    monkeypatch.setattr(formats, "usual_record", lambda fields: None)
+    monkeypatch.setattr(records, "usual_record", lambda fields: None)
     assert outcome() == quick
 
 
