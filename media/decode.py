@@ -251,20 +251,22 @@ def _damage(source: Source, tick: int) -> VideoError:
 
 def _answer_playing(source: Source, ticks: list[int], emit: Emit, stop: threading.Event) -> None:
     """Emit the frames shown at the sorted ticks while the file is decoded from its beginning."""
-    times, before, k = source.table.times, None, 0
+    times, before, k, number = source.table.times, None, 0, -1
     for number, output in enumerate(play(source, source.table.first, source.table.joints)):
         if source.table.guessed and (number >= len(times) or output.frame.dts not in (None, times[number])):
             raise IrregularError
         after = bisect_left(ticks, times[min(number, len(times) - 1)], k)
         if after > k:
-            if before is None or not before.is_sound or not output.is_next:
+            if before is None or not (before.is_sound and before.is_next and output.is_next):
                 raise _damage(source, ticks[k])
             emit(before.frame, times[number - 1], ticks[k:after])
             k = after
         if k == len(ticks) or stop.is_set():
             return
         before = output if before is None or before.is_sound or not source.table.counted else before
-    if before is None or not before.is_sound:
+    if number + 1 < len(times):  # there are fewer frames than packets
+        raise IrregularError
+    if before is None or not (before.is_sound and before.is_next):
         raise _damage(source, ticks[k])
     emit(before.frame, times[-1], ticks[k:])
 

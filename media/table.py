@@ -63,7 +63,7 @@ class _Entry(NamedTuple):
 
 class Output(NamedTuple):
     """A frame of the decoder; whether no damage can have reached it; whether none can be lost between it and the output
-    before."""
+    before, which would also put its time in doubt."""
 
     frame: av.VideoFrame
     is_sound: bool
@@ -288,7 +288,8 @@ class _Damage:
             if place >= 0 and self.keys[place] == number:
                 self.seen.add(number)
             is_sound = not self._spoilt_between(since, number)
-            yield Output(frame, is_sound, not self._spoilt_between(min(self.shown, number), self.fed))
+            since = number if self.shown < 0 else min(self.shown, number)
+            yield Output(frame, is_sound, not self._spoilt_between(since, self.fed))
             self.shown = number
 
     def _spoilt_between(self, first: int, last: int) -> bool:

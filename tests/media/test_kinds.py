@@ -86,6 +86,22 @@ def test_a_last_frame_that_lasts_is_not_truncation(tmp_path, suffix):
         probe(path)
 
 
+def test_no_picture_is_shown_before_its_time_where_frames_are_lost(folder, tmp_path):
+    """AVI whose last packets hold nothing that can be decoded: there are fewer frames than packets."""
+    whole = get(folder, "mpeg4.avi")
+    data = bytearray(whole.read_bytes())
+    for packet in read_packets(whole)[40:]:
+        data[packet.pos : packet.pos + packet.size] = bytes(packet.size)
+    path = tmp_path / "lost.avi"
+    path.write_bytes(data)
+    for t in [k / 25 for k in range(60)]:
+        try:
+            frames, (at,) = decode(path, [t])
+        except VideoError:
+            continue
+        assert at <= t + 1e-6 and torch.equal(frames, decode(whole, [at])[0])
+
+
 # ---------------------------------------------------------------- names, streams, causes
 
 
