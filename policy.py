@@ -303,19 +303,26 @@ def text_piece(ids: Tensor, start: int) -> Prompt:
     return Prompt(ids, (start + torch.arange(len(ids))).expand(3, -1), [], start + len(ids))
 
 
-def _fed(prompt: Prompt, ids: Tensor, observations: Sequence[Observation]) -> tuple[list[Prompt], Tensor]:
-    """What is computed of a response with these ids [T], in pieces, and where in it the token before each id is: int64
-    [T], -1 for the prompt's last one. Nothing is predicted from the last id, so it is not computed, nor what the
-    response was shown after it.
+def _response_pieces(prompt: Prompt, ids: Tensor, observations: Sequence[Observation]) -> tuple[list[Prompt], Tensor]:
+    """What is computed of a response with these ids [T], in pieces, and the place, in these, of the token that predicts
+    each id: int64 [T], -1 for the prompt's last one.
+
+    Five tokens a to e, with x and y shown after three of them. Nothing is predicted from e, so it is not computed, nor
+    would be what is shown after it:
+
+        computed     a  b  c  x  y  d
+                     0  1  2  3  4  5
+        ids          a  b  c  d  e
+        places      -1  0  1  4  5
     """
-    pieces, before = [], torch.arange(-1, len(ids) - 1)
-    said, position = 0, prompt.next_position
-    for shown in observations:
-        if shown.after < len(ids):
-            pieces += [text_piece(ids[said : shown.after], position), shown.prompt]
-            before[shown.after :] += len(shown.prompt)
-            said, position = shown.after, shown.prompt.next_position
-    return [*pieces, text_piece(ids[said:-1], position)], before
+    pieces, places = [], torch.arange(-1, len(ids) - 1)
+    first, position = 0, prompt.next_position
+    for observation in observations:
+        if observation.after < len(ids):
+            pieces += [text_piece(ids[first : observation.after], position), observation.prompt]
+            places[observation.after :] += len(observation.prompt)
+            first, position = observation.after, observation.prompt.next_position
+    return [*pieces, text_piece(ids[first:-1], position)], places
 
 
 def group_hidden(
@@ -333,20 +340,20 @@ def group_hidden(
     token: the state after the prompt, or after the observation).
     """
     rows, real = responses.cpu(), mask.cpu()
-    fed, lengths, before = [], [], []
+    computed, lengths, places = [], [], []
     offset = sum(map(len, prompts))
     for b, (prompt, last) in enumerate(zip(prompts, last_tokens(prompts), strict=True)):
         lengths.append([])
         for g in range(mask.shape[1]):
-            shown = () if observations is None else observations[b][g]
-            pieces, places = _fed(prompt, rows[b, g][real[b, g]], shown)
-            fed += pieces
-            before.append(torch.where(places < 0, last, offset + places))
+            between = () if observations is None else observations[b][g]
+            pieces, inside = _response_pieces(prompt, rows[b, g][real[b, g]], between)
+            computed += pieces
+            places.append(torch.where(inside < 0, last, offset + inside))
             lengths[-1].append(sum(map(len, pieces)))
             offset += lengths[-1][-1]
-    embeds, positions = embed_prompts(model, prompts, fed)
+    embeds, positions = embed_prompts(model, prompts, computed)
     hidden = row_hidden(model, embeds, positions, Tree(tuple(map(len, prompts)), tuple(map(tuple, lengths))))
-    return hidden[torch.cat(before).to(hidden.device)]
+    return hidden[torch.cat(places).to(hidden.device)]
 
 
 class Policy(nn.Module):

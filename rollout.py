@@ -26,7 +26,7 @@ from advantage import token_offsets
 from annotations.rows import Sample
 from annotations.samples import warn_of_misfit
 from config import Config
-from engine.sampling import Sampler, sample, stops_at
+from engine.sampling import Sampler, generate, stops_at
 from policy import (
     Observation,
     Prompt,
@@ -311,8 +311,17 @@ def roll_out_batch(
         return response_seed(config.seed, step, views[row // size].sample.id, row % size, *turn)
 
     stop = stops_at(vocabulary.tokenizer, [text.CALL_END]) if environments else None
-    sampling = (config.max_tokens, vocabulary.eos, vocabulary.banned, config.temperature)
-    sampler = Sampler(model, prompts, size, *sampling, None if step is None else seed, stop, keep_hidden)
+    sampler = Sampler(
+        model,
+        prompts,
+        size,
+        config.max_tokens,
+        vocabulary,
+        temperature=config.temperature,
+        seed=None if step is None else seed,
+        stop=stop,
+        keep_hidden=keep_hidden,
+    )
     while ended := sampler.sample():
         observed = {}
         for sampled in ended:
@@ -411,11 +420,11 @@ def answer_clips(
     write up to 32 tokens (the answer may then be None).
     """
     prompts, candidates = [], []
-    for sample_, clip, think in jobs:
-        words = text.zoom_text(config.template, sample_.question, list(sample_.options), think)
+    for sample, clip, think in jobs:
+        words = text.zoom_text(config.template, sample.question, list(sample.options), think)
         chat = chat_text(words, config)
         if config.zoom_answer == "letters":
-            ids, letters = vocabulary.forced_letter(chat, len(sample_.options))
+            ids, letters = vocabulary.forced_letter(chat, len(sample.options))
         else:
             ids, letters = vocabulary.ids(chat), []
         prompts.append(build_prompt(ids, [Video.from_frames(clip.frames, clip.step)], model.config))
@@ -425,14 +434,13 @@ def answer_clips(
         part = slice(start, start + config.zoom_batch)
         batch = prompts[part]
         if config.zoom_answer == "decode":
-            states: list[Tensor] = []
-            ids, mask = sample(model, batch, 1, 32, vocabulary.eos, vocabulary.banned, states=states)
-            for b, (sample_, clip, _) in enumerate(jobs[part]):
-                reply = read_turn(ids[b, 0][mask[b, 0]].cpu(), vocabulary)
+            replies = generate(model, batch, 1, 32, vocabulary, keep_hidden=True)
+            for (sample, clip, _), prompt, sampled in zip(jobs[part], batch, replies, strict=True):
+                reply = read_turn(sampled.ids, vocabulary)
                 reply.answer = reply.answer or text.parse_answer(reply.text, bare=True)
-                reply.hidden = torch.stack([state[b, 0] for state in states[: len(reply.ids)]])
-                shares = letter_probabilities(model, reply, len(sample_.options), vocabulary)
-                zooms.append(Zoom(clip, reply.answer, shares, reply.text, len(batch[b]), len(reply.ids)))
+                reply.hidden = sampled.hidden
+                shares = letter_probabilities(model, reply, len(sample.options), vocabulary)
+                zooms.append(Zoom(clip, reply.answer, shares, reply.text, len(prompt), len(reply.ids)))
             continue
         logits = kl.logits(*kl.aligned(last_hidden(model, batch), model.lm_head.weight))
         for (_, clip, _), prompt, letters, row in zip(jobs[part], batch, candidates[part], logits, strict=True):

@@ -60,11 +60,11 @@ from transformers import AutoModelForImageTextToText, Qwen2_5_VLConfig  # noqa: 
 from benchmarks.kl import processor  # noqa: E402
 from benchmarks.memory import GIB, Parameters, cache_bytes_per_token, head_size, shape  # noqa: E402
 from engine.qwen2_5_vl import encode_clips  # noqa: E402
-from engine.sampling import sample  # noqa: E402
+from engine.sampling import generate  # noqa: E402
 from grpo import grpo_loss  # noqa: E402
 from kl import CHUNK as KL_CHUNK  # noqa: E402
 from kl import aligned, chunked_weighted_kl, logits  # noqa: E402
-from policy import Policy, Prompt, Video, build_prompt, group_hidden, last_hidden  # noqa: E402
+from policy import Policy, Prompt, Video, Vocabulary, build_prompt, group_hidden, last_hidden  # noqa: E402
 from video import normalise_patches  # noqa: E402
 
 PHASES = ("rollout", "reference", "update", "zoom")
@@ -186,12 +186,18 @@ class Engine:
         return loss
 
 
+def endless(banned: Sequence[int] = ()) -> Vocabulary:
+    """A vocabulary in which no token ends a response, so that all are as long as they may be."""
+    return Vocabulary(None, (), tuple(banned))
+
+
 class Ours(Engine):
     def roll_out(self, problem: Problem, greedy: bool = False) -> Tensor:
         """Ids [B, G, R]."""
         batch, group, length = problem.responses.shape
-        seeds = None if greedy else [[b * group + g for g in range(group)] for b in range(batch)]
-        return sample(self.model, problem.prompts, group, length, eos=(-1,), banned=(), seeds=seeds)[0]
+        seed = None if greedy else lambda row, _: row
+        turns = generate(self.model, problem.prompts, group, length, endless(), seed=seed)
+        return torch.stack([turn.ids for turn in turns]).view(batch, group, length)
 
     @torch.no_grad()
     def reference_states(self, problem: Problem) -> list[Tensor]:

@@ -33,7 +33,7 @@ sys.path = [str(ROOT), str(ROOT / "tests"), *(p for p in sys.path if Path(p or "
 
 from plain_episodes import PlainEpisodes  # noqa: E402
 
-from benchmarks.engine import ORDINARY, engines  # noqa: E402
+from benchmarks.engine import ORDINARY, endless, engines  # noqa: E402
 from engine.sampling import Sampler  # noqa: E402
 from policy import Policy, Prompt, Video, build_prompt  # noqa: E402
 
@@ -61,7 +61,7 @@ def play(kind: type, model, prompts: list[Prompt], turns: int):
     """Episodes of so many turns: the engine, and what the update needs (sampled ids [B, G, T], observations)."""
     generator = torch.Generator().manual_seed(1)
     shown = [clip(model.config.video_token_id, generator) for _ in range(turns - 1)]
-    episodes = kind(model, prompts, GROUP, WRITTEN, (), (), 1.0, lambda row, number: 1000 * row + number)
+    episodes = kind(model, prompts, GROUP, WRITTEN, endless(), seed=lambda row, number: 1000 * row + number)
     ids = [[] for _ in range(PROMPTS * GROUP)]
     observations = [[[] for _ in range(GROUP)] for _ in range(PROMPTS)]
     while said := episodes.sample():

@@ -24,6 +24,7 @@ from engine.attention import GroupCache, Stretch, Tree, TreeAttention
 
 HALF, SINGLE = torch.bfloat16, torch.float32
 HEADS = [(28, 4, 128), (7, 1, 64), (4, 2, 32)]  # heads, key heads, size: of 7B, 20m and tiny
+VISION = (4, 5)  # ids that are never sampled
 SUSPECT, FAILED = "suspect:", "FAILED"
 
 
@@ -342,8 +343,9 @@ def play(model: torch.nn.Module, pace: tuple[int, int, bool], turns: int) -> lis
     shown = [engine.random_prompt(config, 64, generator, text=(3, 5)) for _ in range(12)]
     said: list[tuple[list, list, list]] = [([], [], []) for _ in range(3 * group)]
     with mock.patch.object(sampling, "decoding_pace", lambda _: sampling.Pace(*pace)):
+        vocabulary = policy.Vocabulary(None, tuple(range(16, 116)), VISION)
         episodes = sampling.Sampler(
-            model, prompts, group, 48, range(16, 116), (4, 5), 1.0, lambda b, n: 100 * b + n, keep_hidden=True
+            model, prompts, group, 48, vocabulary, seed=lambda b, n: 100 * b + n, keep_hidden=True
         )
         while found := episodes.sample():
             going = {}
@@ -456,11 +458,18 @@ def rewarded(ours: Ours, steps: int, autocast: bool) -> list[float]:
     for k in range(steps):
         problem = make_problem(ours.model.config, 64, 8, 24, seed=k, batch=2, per_pass=2)
         with torch.autocast(ours.device.type, HALF, enabled=autocast):
-            seeds = [[100 * k + 10 * b + g for g in range(8)] for b in range(2)]
-            ids, _ = sampling.sample(ours.model, problem.prompts, 8, 24, (-1,), (4, 5), 1.0, seeds)  # no vision tokens
-            reward = (ids % 2 == 0).float().mean(-1).cpu()  # [B, G]
+            turns = sampling.generate(
+                ours.model,
+                problem.prompts,
+                8,
+                24,
+                engine.endless(VISION),
+                seed=lambda row, _, k=k: 100 * k + 10 * (row // 8) + row % 8,
+            )
+            ids = torch.stack([turn.ids for turn in turns]).view(2, 8, 24)
+            reward = (ids % 2 == 0).float().mean(-1)  # [B, G]
             advantages = (reward - reward.mean(1, keepdim=True)) / (reward.std(1, keepdim=True) + 1e-6)
-            problem.responses, problem.advantages = ids.cpu(), advantages[..., None].expand(ids.shape)
+            problem.responses, problem.advantages = ids, advantages[..., None].expand(ids.shape)
             ours.backward(problem, ours.reference_states(problem))
         optimizer.step()
         optimizer.zero_grad()

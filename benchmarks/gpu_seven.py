@@ -180,7 +180,7 @@ def kl_phase(s: Seven) -> None:
 
 def begin(s: Seven, prompts: list, length: int, capture: bool) -> sampling.Sampler:
     with mock.patch.object(sampling, "decoding_pace", lambda _: sampling.Pace(16, 64, capture and s.at.cuda)):
-        return sampling.Sampler(s.model, prompts, s.group, length, (-1,), (), 1.0, lambda b, n: b)
+        return sampling.Sampler(s.model, prompts, s.group, length, engine.endless(), seed=lambda b, n: b)
 
 
 def decoding(s: Seven, count: int, length: int, capture: bool) -> None:

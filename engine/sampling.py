@@ -21,7 +21,17 @@ from transformers import PreTrainedTokenizerBase, Qwen2_5_VLForConditionalGenera
 
 import kl
 from engine.attention import GroupCache, Stretch, Tree
-from policy import Observation, Prompt, Video, build_prompt, embed_prompts, last_tokens, row_hidden, text_piece
+from policy import (
+    Observation,
+    Prompt,
+    Video,
+    Vocabulary,
+    build_prompt,
+    embed_prompts,
+    last_tokens,
+    row_hidden,
+    text_piece,
+)
 
 
 def choose_tokens(logits: Tensor, uniform: Tensor | None, temperature: float, banned: Tensor) -> Tensor:
@@ -111,14 +121,48 @@ class Graphs:
 
 @dataclass
 class Sampled:
-    """What a response has said until it stopped: `row` is b * G + g, `number` counts its turns from 0, `ids` int64 [t]
-    on the CPU, `hidden` [t, H] what each was chosen from, if it was to be kept.
+    """A turn of a response: `row` is b * G + g, `number` counts its turns from 0, `ids` int64 [T] on the CPU, `hidden`
+    [T, H] what each was chosen from, if that is kept.
     """
 
     row: int
     number: int
     ids: Tensor
     hidden: Tensor | None = None
+
+
+@dataclass
+class Rows:
+    """What the device knows of all n = B * G rows, in tensors that are written in place: a step can be captured.
+
+    `ids` int64 [n, T]: the turn's tokens, of which `count` int64 [n] are there; `ended` bool [n]. `start` int64 [n]:
+    the position of the turn's first token; `held` int64 [n]: how many tokens the response had before it, observations
+    included. `uniform` float64 [n, T]: the turn's random numbers; None decodes greedily. `hidden` [n, T, H]: what each
+    token was chosen from, if that is kept.
+
+    So the last token of a row stands at the position start + count - 1, and has held + count - 1 tokens before it
+    beside the prompt's. A row that has ended repeats its last token.
+    """
+
+    ids: Tensor
+    count: Tensor
+    ended: Tensor
+    start: Tensor
+    held: Tensor
+    uniform: Tensor | None
+    hidden: Tensor | None
+
+
+@dataclass
+class Progress:
+    """What the host knows of a row: how many tokens its prompt has, the number of its turn, and how many of its tokens
+    are of earlier turns; how many of this turn's have been `checked` for a stop string.
+    """
+
+    prompt: int
+    number: int = 0
+    earlier: int = 0
+    checked: int = 0
 
 
 class Sampler:
@@ -128,10 +172,8 @@ class Sampler:
         while turns := sampler.sample():
             sampler.observe({turn.row: (ids, clips), ...})  # for those that go on
 
-    The state of all B * G rows is in tensors that are written in place: a row's `ids` [max_tokens] in this turn, of
-    which `count` are there, and whether it has `ended`. What `_step` computes follows from them: a row's last token
-    stands at the position `start` + `count` - 1, and has `held` + `count` - 1 tokens before it beside the prompt's; a
-    row that has ended says its last token again. `rows` [b, g] are those that are still computed.
+    A response that has ended leaves the batch. `computed` [b, g] are the rows that are still in it, `index` the same on
+    the device; `active` those in a turn, `paused` those that have just ended one.
     """
 
     @torch.no_grad()
@@ -141,43 +183,45 @@ class Sampler:
         prompts: Sequence[Prompt],
         group_size: int,
         max_tokens: int,
-        eos: Sequence[int],
-        banned: Sequence[int],
+        vocabulary: Vocabulary,
+        *,
         temperature: float = 1.0,
         seed: Callable[[int, int], int] | None = None,
         stop: Callable[[list[int]], bool] | None = None,
         keep_hidden: bool = False,
     ):
-        """Compute the prompts, once each, and the first token of each response; arguments are those of `sample`.
+        """Compute the prompts, once each, and the first token of each response.
 
-        max_tokens: of a turn; seed(row, number of the turn): None decodes greedily.
+        A turn has up to `max_tokens`; it ends with, and includes, its first end token, or the first token after which
+        `stop` (see `stops_at`) says so of its ids. seed(row, number of the turn): one per turn, so that a response does
+        not depend on the batch it is in; None decodes greedily. `keep_hidden`: what each token was chosen from.
         """
-        self.model, self.max_tokens, self.temperature, self.stop = model, max_tokens, temperature, stop
-        self.seed, self.pace = seed, decoding_pace(model)
+        self.model, self.max_tokens, self.temperature = model, max_tokens, temperature
+        self.seed, self.stop, self.pace = seed, stop, decoding_pace(model)
         embeds, positions = embed_prompts(model, prompts)
         device, count = embeds.device, len(prompts) * group_size
-        self.eos = torch.tensor(eos, device=device, dtype=torch.long)
-        self.banned = torch.tensor(banned, device=device, dtype=torch.long)
-        self.ids = torch.zeros(count, max_tokens, dtype=torch.long, device=device)
-        self.count, self.held = (torch.zeros(count, dtype=torch.long, device=device) for _ in range(2))
-        self.ended = torch.zeros(count, dtype=torch.bool, device=device)
-        starts = [prompt.next_position for prompt in prompts for _ in range(group_size)]
-        self.start = torch.tensor(starts, device=device)
-        self.stems = [len(prompt) for prompt in prompts for _ in range(group_size)]
-        self.rows = torch.arange(count).view(len(prompts), group_size)
-        self.index = self.rows.flatten().to(device)
-        self.speaking, self.listening = set(range(count)), set()  # in a turn; having just ended one
-        self.number = [0] * count  # of the turn
-        self.said = [0] * count  # tokens, in earlier turns
-        self.heard = [0] * count  # tokens of this turn that `stop` has seen
-        self.uniform = None if seed is None else torch.stack(list(map(self._draws, range(count)))).to(device)
+        self.eos = torch.tensor(vocabulary.eos, device=device, dtype=torch.long)
+        self.banned = torch.tensor(vocabulary.banned, device=device, dtype=torch.long)
+        self.progress = [Progress(len(prompt)) for prompt in prompts for _ in range(group_size)]
+        self.active, self.paused = set(range(count)), set()
+        self.computed = torch.arange(count).view(len(prompts), group_size)
+        self.index = self.computed.flatten().to(device)
 
         tree = Tree(tuple(map(len, prompts)))
         self.cache = GroupCache(tree, group_size, self._rounded(max_tokens))
         self.graphs = Graphs() if self.pace.capture else None
         with _evaluation_mode(model):
             hidden = row_hidden(model, embeds, positions, tree, self.cache)[last_tokens(prompts)]
-        self.states = hidden.new_zeros(count, max_tokens, hidden.shape[-1]) if keep_hidden else None
+        starts = [prompt.next_position for prompt in prompts for _ in range(group_size)]
+        self.rows = Rows(
+            ids=torch.zeros(count, max_tokens, dtype=torch.long, device=device),
+            count=torch.zeros(count, dtype=torch.long, device=device),
+            ended=torch.zeros(count, dtype=torch.bool, device=device),
+            start=torch.tensor(starts, device=device),
+            held=torch.zeros(count, dtype=torch.long, device=device),
+            uniform=None if seed is None else torch.stack(list(map(self._draws, range(count)))).to(device),
+            hidden=hidden.new_zeros(count, max_tokens, hidden.shape[-1]) if keep_hidden else None,
+        )
         _, self.lm_head = kl.aligned(hidden, model.lm_head.weight)  # cast once, not for every token
         self._choose(hidden.repeat_interleave(group_size, 0), self.index)
 
@@ -186,17 +230,17 @@ class Sampler:
         """Decode until at least one turn has ended; returns those that have, [] if none was left. A response that is
         shown nothing before the next call is over.
         """
-        self.listening.clear()
+        self.paused.clear()
         with _evaluation_mode(self.model):
-            while self.speaking:
-                count, held = self.count.tolist(), self.held.tolist()
+            while self.active:
+                count, held = self.rows.count.tolist(), self.rows.held.tolist()
                 turns = self._ended(count)
                 if turns:
-                    self.listening.update(turn.row for turn in turns)
+                    self.paused.update(turn.row for turn in turns)
                     return turns
                 self._leave()
-                steps = min(self.pace.check, self.max_tokens - min(count[row] for row in self.speaking))
-                furthest = max(held[row] + count[row] for row in self.speaking) + steps - 1
+                steps = min(self.pace.check, self.max_tokens - min(count[row] for row in self.active))
+                furthest = max(held[row] + count[row] for row in self.active) + steps - 1
                 window = min(self._rounded(furthest), self.cache.capacity)
                 for _ in range(steps):
                     if self.graphs is None:
@@ -215,47 +259,48 @@ class Sampler:
         """
         if not observations:
             return {}
-        for row in observations.keys() - self.listening:
+        for row in observations.keys() - self.paused:
             raise ValueError(f"row {row} cannot be shown anything: its turn has not just ended")
-        rows, shown, pieces, stretches = sorted(observations), {}, [], []
-        count, start, held = (x.tolist() for x in (self.count, self.start, self.held))
+        rows, observed, pieces, stretches = sorted(observations), {}, [], []
+        count, start, held = (x.tolist() for x in (self.rows.count, self.rows.start, self.rows.held))
         for row in rows:
             ids, videos = observations[row]
             position = start[row] + count[row]
             prompt = build_prompt(ids, videos, self.model.config, position)
-            shown[row] = Observation(self.said[row] + count[row], prompt)
+            observed[row] = Observation(self.progress[row].earlier + count[row], prompt)
             # The turn's last token has been chosen, but not computed.
-            last = text_piece(self.ids[row, count[row] - 1 : count[row]].cpu(), position - 1)
+            last = text_piece(self.rows.ids[row, count[row] - 1 : count[row]].cpu(), position - 1)
             pieces += [last, prompt]
-            ((b, g),) = (self.rows == row).nonzero().tolist()
-            stretches.append(Stretch(b, g, self.stems[row], held[row] + count[row] - 1, 1 + len(prompt)))
-        self._begin(shown, {row: s.start + s.length for row, s in zip(rows, stretches, strict=True)})
+            ((b, g),) = (self.computed == row).nonzero().tolist()
+            stretches.append(Stretch(b, g, self.progress[row].prompt, held[row] + count[row] - 1, 1 + len(prompt)))
+        self._begin(observed, {row: s.start + s.length for row, s in zip(rows, stretches, strict=True)})
         embeds, positions = embed_prompts(self.model, pieces)
         with _evaluation_mode(self.model):
             hidden = row_hidden(self.model, embeds, positions, stretches, self.cache)
         ends = [end - 1 for end in itertools.accumulate(s.length for s in stretches)]
         self._choose(hidden[ends], torch.tensor(rows, device=self.index.device))
-        return shown
+        return observed
 
-    def _begin(self, shown: dict[int, Observation], held: dict[int, int]) -> None:
+    def _begin(self, observed: dict[int, Observation], held: dict[int, int]) -> None:
         """The next turn of these rows, after what they are shown; `held`: tokens that they have then."""
         capacity = max(held.values()) + self.max_tokens
         if capacity > self.cache.capacity:  # by a quarter at least, so that it is not done for each row
             self.cache.reserve(self._rounded(max(capacity, self.cache.capacity * 5 // 4)))
             if self.graphs is not None:
                 self.graphs.clear()
-        for row, observation in shown.items():
-            self.number[row], self.said[row], self.heard[row] = self.number[row] + 1, observation.after, 0
-            self.start[row], self.held[row] = observation.prompt.next_position, held[row]
-            self.count[row], self.ended[row] = 0, False
-            if self.uniform is not None:
-                self.uniform[row] = self._draws(row)
-        self.speaking.update(shown)
-        self.listening.difference_update(shown)
+        for row, observation in observed.items():
+            progress = self.progress[row]
+            progress.number, progress.earlier, progress.checked = progress.number + 1, observation.after, 0
+            self.rows.start[row], self.rows.held[row] = observation.prompt.next_position, held[row]
+            self.rows.count[row], self.rows.ended[row] = 0, False
+            if self.rows.uniform is not None:
+                self.rows.uniform[row] = self._draws(row)
+        self.active.update(observed)
+        self.paused.difference_update(observed)
 
     def _draws(self, row: int) -> Tensor:
         """A row's random numbers for a turn, [max_tokens]."""
-        generator = torch.Generator().manual_seed(self.seed(row, self.number[row]))
+        generator = torch.Generator().manual_seed(self.seed(row, self.progress[row].number))
         return torch.rand(self.max_tokens, generator=generator).double()
 
     def _rounded(self, length: int) -> int:
@@ -263,92 +308,92 @@ class Sampler:
         return -(-length // self.pace.window) * self.pace.window
 
     def _step(self, window: int) -> None:
-        """The next token of every row."""
-        rows, fed = self.index, self.count[self.index] - 1
-        self.cache.place((self.held[rows] + fed).view(self.rows.shape), window)
-        embeds = self.model.get_input_embeddings()(self.ids[rows, fed])
-        positions = (self.start[rows] + fed).expand(3, -1)
-        self._choose(row_hidden(self.model, embeds, positions, None, self.cache), rows)
+        """The next token of every row that is computed."""
+        rows, index = self.rows, self.index
+        last = rows.count[index] - 1  # the token that is fed
+        self.cache.place((rows.held[index] + last).view(self.computed.shape), window)
+        embeds = self.model.get_input_embeddings()(rows.ids[index, last])
+        positions = (rows.start[index] + last).expand(3, -1)
+        self._choose(row_hidden(self.model, embeds, positions, None, self.cache), index)
 
-    def _choose(self, hidden: Tensor, rows: Tensor) -> None:
-        """Write the token that follows these states [n, H] of these rows [n]."""
-        ended = self.ended[rows]
-        place = self.count[rows] - ended.long()
-        uniform = None if self.uniform is None else self.uniform[rows, place]
+    def _choose(self, hidden: Tensor, index: Tensor) -> None:
+        """Write the token that follows these states [m, H] of the rows `index` [m]."""
+        rows = self.rows
+        ended = rows.ended[index]
+        place = rows.count[index] - ended.long()
+        uniform = None if rows.uniform is None else rows.uniform[index, place]
         logits = kl.logits(hidden.to(self.lm_head.dtype), self.lm_head)
         chosen = choose_tokens(logits, uniform, self.temperature, self.banned)
-        self.ids[rows, place] = torch.where(ended, self.ids[rows, place], chosen)
-        if self.states is not None:
-            self.states[rows, place] = torch.where(ended[:, None], self.states[rows, place], hidden)
-        self.count[rows] = place + 1
-        self.ended[rows] = ended | (chosen[:, None] == self.eos).any(1) | (place + 1 == self.max_tokens)
+        rows.ids[index, place] = torch.where(ended, rows.ids[index, place], chosen)
+        if rows.hidden is not None:
+            rows.hidden[index, place] = torch.where(ended[:, None], rows.hidden[index, place], hidden)
+        rows.count[index] = place + 1
+        rows.ended[index] = ended | (chosen[:, None] == self.eos).any(1) | (place + 1 == self.max_tokens)
 
     def _ended(self, count: list[int]) -> list[Sampled]:
-        """The turns that have ended, after cutting off what was said beyond a stop string; corrects `count`."""
-        ended = self.ended.tolist()
+        """The turns that have ended, after cutting off what was written beyond a stop string; corrects `count`."""
+        rows = self.rows
+        ended = rows.ended.tolist()
         if self.stop is not None:
-            ids = self.ids[:, : max(count)].tolist()
-            for row in self.speaking:
-                for n in range(self.heard[row] + 1, count[row] + 1):
+            ids = rows.ids[:, : max(count)].tolist()
+            for row in self.active:
+                for n in range(self.progress[row].checked + 1, count[row] + 1):
                     if self.stop(ids[row][:n]):
                         count[row], ended[row] = n, True
                         break
-                self.heard[row] = count[row]
-            self.count.copy_(torch.tensor(count))
-            self.ended.copy_(torch.tensor(ended))
-        rows = [row for row in sorted(self.speaking) if ended[row]]
-        self.speaking.difference_update(rows)
-        hidden = [None if self.states is None else self.states[row, : count[row]].clone() for row in rows]
-        ids = [self.ids[row, : count[row]].to("cpu", copy=True) for row in rows]
-        numbers = [self.number[row] for row in rows]
-        return [Sampled(*turn) for turn in zip(rows, numbers, ids, hidden, strict=True)]
+                self.progress[row].checked = count[row]
+            rows.count.copy_(torch.tensor(count))
+            rows.ended.copy_(torch.tensor(ended))
+        turns = []
+        for row in (row for row in sorted(self.active) if ended[row]):
+            ids = rows.ids[row, : count[row]].to("cpu", copy=True)
+            hidden = None if rows.hidden is None else rows.hidden[row, : count[row]].clone()
+            turns.append(Sampled(row, self.progress[row].number, ids, hidden))
+        self.active.difference_update(turn.row for turn in turns)
+        return turns
 
     def _leave(self) -> None:
         """Stop computing rows that have ended, if that makes the batch smaller by a quarter: of each prompt, the same
         number stays.
         """
-        going = torch.tensor([[row in self.speaking for row in group] for group in self.rows.tolist()])
+        going = torch.tensor([[row in self.active for row in group] for group in self.computed.tolist()])
         prompts = going.any(1).nonzero().flatten()
         widest = int(going.sum(1).max())
         if len(prompts) * widest > 0.75 * going.numel():
             return
         left = (~going)[prompts].int().argsort(dim=1, stable=True)[:, :widest]  # those that go on come first
         self.cache.keep(prompts.to(self.index.device), left.to(self.index.device))
-        self.rows = self.rows[prompts].gather(1, left)
-        self.index = self.rows.flatten().to(self.index.device)
+        self.computed = self.computed[prompts].gather(1, left)
+        self.index = self.computed.flatten().to(self.index.device)
         if self.graphs is not None:
             self.graphs.clear()
 
 
-def sample(
+def generate(
     model: Qwen2_5_VLForConditionalGeneration,
     prompts: Sequence[Prompt],
     group_size: int,
     max_tokens: int,
-    eos: Sequence[int],
-    banned: Sequence[int],
+    vocabulary: Vocabulary,
+    *,
     temperature: float = 1.0,
-    seeds: Sequence[Sequence[int]] | None = None,
+    seed: Callable[[int, int], int] | None = None,
     stop: Callable[[list[int]], bool] | None = None,
-    states: list[Tensor] | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Sample G responses per prompt; all prompts and responses are decoded together, the prompt's cache is shared by
-    its group, and responses that have ended leave the batch.
-
-    seeds [B][G]: one per response, so that a response does not depend on the batch it is in; None decodes greedily.
-    `banned` ids are never sampled (vision tokens). A response ends with, and includes, its first `eos` token, or the
-    first token after which `stop` (see `stops_at`) says so of its ids. `states`: a list that gets, for each of the T
-    steps, the hidden states [B, G, H] that its tokens were chosen from (where `mask` is True). Returns ids int64
-    [B, G, T] and mask bool [B, G, T].
-    """
-    shape = (len(prompts), group_size, -1)
-    seed = None if seeds is None else lambda row, _: seeds[row // group_size][row % group_size]
-    keep = states is not None
-    sampler = Sampler(model, prompts, group_size, max_tokens, eos, banned, temperature, seed, stop, keep)
-    while sampler.sample():
-        pass  # none goes on
-    longest = int(sampler.count.max())
-    mask = torch.arange(longest, device=sampler.ids.device) < sampler.count[:, None]
-    if states is not None:
-        states += [state.view(shape) for state in sampler.states[:, :longest].unbind(1)]
-    return sampler.ids[:, :longest].masked_fill(~mask, 0).view(shape), mask.view(shape)
+    keep_hidden: bool = False,
+) -> list[Sampled]:
+    """G responses of one turn to each of B prompts, in the order of their rows b * G + g; arguments as of `Sampler`."""
+    sampler = Sampler(
+        model,
+        prompts,
+        group_size,
+        max_tokens,
+        vocabulary,
+        temperature=temperature,
+        seed=seed,
+        stop=stop,
+        keep_hidden=keep_hidden,
+    )
+    turns: list[Sampled] = []
+    while ended := sampler.sample():
+        turns += ended
+    return sorted(turns, key=lambda turn: turn.row)

@@ -20,7 +20,7 @@ def whole_weights(policy: nn.Module) -> Iterator[None]:
     """
     sharded = [module for module in policy.modules() if isinstance(module, FSDPModule)]
     if sharded:
-        policy([], None, None, None)  # FSDP2 takes the module that is called first for the root
+        prime_root(policy)
     for module in sharded:
         module.set_reshard_after_forward(False, recurse=False)
         module.unshard()
@@ -30,6 +30,13 @@ def whole_weights(policy: nn.Module) -> Iterator[None]:
         for module in sharded:
             module.reshard()
             module.set_reshard_after_forward(module is not policy, recurse=False)  # the root's stay for the backward
+
+
+def prime_root(policy: nn.Module) -> None:
+    """Make FSDP2 take the policy for the root of its modules: it takes the one that is called first. Nothing is
+    computed.
+    """
+    policy(prompts=[], responses=None, mask=None, objective=None)
 
 
 def stream_layers(model: Qwen2_5_VLForConditionalGeneration) -> None:

@@ -42,7 +42,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from engine.sampling import sample
+from engine.sampling import generate
 from harness.journal import JournalError
 from policy import Video, Vocabulary, build_prompt, load
 from video import Clip
@@ -340,9 +340,9 @@ class Local:
         ids = self.vocabulary.ids(f"{text}<|im_start|>assistant\n")
         prompt = build_prompt(ids, [Video.from_frames(clip.frames, clip.step) for clip in clips], self.model.config)
         with self.lock:
-            said, mask = sample(self.model, [prompt], 1, self.max_tokens, self.vocabulary.eos, self.vocabulary.banned)
-        said = said[0, 0][mask[0, 0]]
-        return Reply(self.vocabulary.tokenizer.decode(said, skip_special_tokens=True), len(prompt), len(said))
+            (sampled,) = generate(self.model, [prompt], 1, self.max_tokens, self.vocabulary)
+        words = self.vocabulary.tokenizer.decode(sampled.ids, skip_special_tokens=True)
+        return Reply(words, len(prompt), len(sampled.ids))
 
 
 # ---------------------------------------------------------------- replies that are kept

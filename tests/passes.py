@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
+
 import torch
 
-from policy import Prompt, Video
+from engine.sampling import Sampled
+from policy import Prompt, Video, Vocabulary
 from video import normalise_patches
 
 CLIP = "<|vision_start|><|video_pad|><|vision_end|>"
@@ -48,6 +52,14 @@ def separate_logp(model, prompt: Prompt, response: torch.Tensor, after: torch.Te
     return predicted.gather(-1, response[:, None])[:, 0]
 
 
-def ends(vocabulary) -> tuple[int, ...]:
+def ending_often(vocabulary: Vocabulary) -> Vocabulary:
     """One token in twelve ends a response, so that these have different lengths."""
-    return (*vocabulary.eos, *range(20, len(vocabulary.tokenizer), 12))
+    return replace(vocabulary, eos=(*vocabulary.eos, *range(20, len(vocabulary.tokenizer), 12)))
+
+
+def padded(turns: Sequence[Sampled], batch: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids [B, G, T] of one turn of each response, padded with zeros, and their mask."""
+    lengths = torch.tensor([len(turn.ids) for turn in turns])
+    ids = torch.nn.utils.rnn.pad_sequence([turn.ids for turn in turns], batch_first=True)
+    mask = torch.arange(ids.shape[1]) < lengths[:, None]
+    return ids.unflatten(0, (batch, -1)), mask.unflatten(0, (batch, -1))

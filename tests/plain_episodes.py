@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from engine.sampling import Sampled, sample
-from policy import Observation, Prompt, Video, build_prompt
+from engine.sampling import Sampled, generate
+from policy import Observation, Prompt, Video, Vocabulary, build_prompt
 
 
 class PlainEpisodes:
@@ -21,15 +21,15 @@ class PlainEpisodes:
         prompts: Sequence[Prompt],
         group_size: int,
         max_tokens: int,
-        eos: Sequence[int],
-        banned: Sequence[int],
+        vocabulary: Vocabulary,
+        *,
         temperature: float = 1.0,
         seed: Callable[[int, int], int] | None = None,
         stop: Callable[[list[int]], bool] | None = None,
         keep_hidden: bool = False,
     ):
         self.model, self.seed, self.stop, self.keep_hidden = model, seed, stop, keep_hidden
-        self.sampling = (max_tokens, eos, banned, temperature)
+        self.max_tokens, self.vocabulary, self.temperature = max_tokens, vocabulary, temperature
         self.histories = [prompt for prompt in prompts for _ in range(group_size)]
         self.numbers, self.sampled = [0] * len(self.histories), [0] * len(self.histories)
         self.waiting = list(range(len(self.histories)))
@@ -40,17 +40,22 @@ class PlainEpisodes:
         if not rows:
             return []
         histories = [self.histories[row] for row in rows]
-        seeds = None if self.seed is None else [[self.seed(row, self.numbers[row])] for row in rows]
-        states: list[torch.Tensor] = []
-        ids, mask = sample(self.model, histories, 1, *self.sampling, seeds, self.stop, states)
-        turns = []
-        for b, row in enumerate(rows):
-            said = ids[b, 0][mask[b, 0]].cpu()
-            hidden = torch.stack([state[b, 0] for state in states[: len(said)]]) if self.keep_hidden else None
-            turns.append(Sampled(row, self.numbers[row], said, hidden))
-            self.computed += len(histories[b]) + len(said) - 1
-            self.histories[row] = extended(histories[b], said)
-            self.sampled[row] += len(said)
+        turns = generate(
+            self.model,
+            histories,
+            1,
+            self.max_tokens,
+            self.vocabulary,
+            temperature=self.temperature,
+            seed=None if self.seed is None else lambda b, _: self.seed(rows[b], self.numbers[rows[b]]),
+            stop=self.stop,
+            keep_hidden=self.keep_hidden,
+        )
+        for row, history, turn in zip(rows, histories, turns, strict=True):
+            turn.row, turn.number = row, self.numbers[row]
+            self.computed += len(history) + len(turn.ids) - 1
+            self.histories[row] = extended(history, turn.ids)
+            self.sampled[row] += len(turn.ids)
         return turns
 
     def observe(self, observations: dict[int, tuple[Sequence[int], Sequence[Video]]]) -> dict[int, Observation]:

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import copy
 import itertools
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import loud_model
-from passes import CLIP, ends, random_video, separate_logp
+from passes import CLIP, ending_often, padded, random_video, separate_logp
 from transformers import AutoTokenizer
 
 from engine.attention import Tree
 from engine.qwen2_5_vl import BANNED_TOKENS, encode_clips
-from engine.sampling import Pace, Sampler, choose_tokens, sample, stops_at
+from engine.sampling import Pace, Sampled, Sampler, choose_tokens, generate, stops_at
 from policy import (
     Observation,
     Policy,
@@ -32,8 +32,12 @@ REALDATA = Path(__file__).resolve().parents[3] / "shared" / "realdata"
 
 
 def decode(model, vocabulary, prompts, G=3, T=24, temperature=1.0, seeds=True):
-    rows = [[100 * b + g for g in range(G)] for b in range(len(prompts))] if seeds else None
-    return sample(model, prompts, G, T, ends(vocabulary), vocabulary.banned, temperature, rows)
+    return padded(turns_of(model, vocabulary, prompts, G, T, seeds, temperature=temperature), len(prompts))
+
+
+def turns_of(model, vocabulary, prompts, G=3, T=24, seeds=True, **options) -> list[Sampled]:
+    seed = (lambda row, _: 100 * (row // G) + row % G) if seeds else None
+    return generate(model, prompts, G, T, ending_often(vocabulary), seed=seed, **options)
 
 
 def test_decoding_agrees_with_a_full_pass(model64, vocabulary, scene):
@@ -63,46 +67,42 @@ def test_the_pace_changes_nothing(model64, vocabulary, scene, monkeypatch, exact
     """As on a GPU, but for the capture: rounded windows, looked at from time to time, a stop string seen too late."""
     prompts, _, _ = scene
     stop = stops_at(vocabulary.tokenizer, ["e", "1"]) if stops else None
-    seeds = [[100 * b + g for g in range(3)] for b in range(2)]
 
     def run():
-        states: list[torch.Tensor] = []
-        eos, banned = ends(vocabulary), vocabulary.banned
-        ids, mask = sample(model64, prompts, 3, 24, eos, banned, 1.0, seeds, stop, states)
-        return ids, mask, torch.stack(states, dim=2)
+        turns = turns_of(model64, vocabulary, prompts, stop=stop, keep_hidden=True)
+        return *padded(turns, 2), torch.cat([turn.hidden for turn in turns])
 
     ids, mask, states = run()
     assert mask.sum(-1).unique().numel() > 2
     monkeypatch.setattr("engine.sampling.decoding_pace", lambda _: pace)
     again = run()
     assert torch.equal(again[0], ids) and torch.equal(again[1], mask)
-    torch.testing.assert_close(again[2][mask], states[mask], atol=1e-9, rtol=1e-9)
-    torch.testing.assert_close(states[mask], group_hidden(model64, prompts, ids, mask), atol=1e-9, rtol=1e-9)
+    torch.testing.assert_close(again[2], states, atol=1e-9, rtol=1e-9)
+    torch.testing.assert_close(states, group_hidden(model64, prompts, ids, mask), atol=1e-9, rtol=1e-9)
 
 
 def test_a_step_asks_nothing_of_the_host(tokenizer, vocabulary, scene):
     """With tensors that have a shape but no data, what needs a value on the host, has a shape that depends on one, or
     takes a tensor from the host raises: none of it could be captured.
     """
-    eos, banned = ends(vocabulary), vocabulary.banned
     seed = partial(max, 7)
-    episodes = Sampler(loud_model(tokenizer), scene[0], 3, 24, eos, banned, 1.0, seed, keep_hidden=True)
+    sampler = Sampler(loud_model(tokenizer), scene[0], 3, 24, ending_often(vocabulary), seed=seed, keep_hidden=True)
 
     def empty(x):
         if isinstance(x, list):
             return [empty(y) for y in x]
         return x.to("meta") if isinstance(x, torch.Tensor) else x
 
-    for place in (episodes, episodes.cache):
+    for place in (sampler, sampler.cache, sampler.rows):
         vars(place).update({name: empty(x) for name, x in vars(place).items()})
-    episodes.cache.layers = {layer: empty(tensors) for layer, tensors in episodes.cache.layers.items()}
-    episodes.model.to("meta")
+    sampler.cache.layers = {layer: empty(tensors) for layer, tensors in sampler.cache.layers.items()}
+    sampler.model.to("meta")
     with torch.no_grad():
-        episodes._step(8)
+        sampler._step(8)
     with pytest.raises(RuntimeError, match="meta"):  # the power of this test
-        int(episodes.count[0])
+        int(sampler.rows.count[0])
     with pytest.raises(RuntimeError, match="meta"):
-        episodes.ids[0] + torch.arange(24)
+        sampler.rows.ids[0] + torch.arange(24)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU: CUDA graphs are captured on one only")
@@ -125,14 +125,13 @@ def test_a_response_does_not_depend_on_its_batch(model64, vocabulary, scene):
     ids, mask = decode(model64, vocabulary, prompts)
     for b in range(2):
         for g in range(3):
-            alone, real = sample(
-                model64, [prompts[b]], 1, 24, ends(vocabulary), vocabulary.banned, 1.0, [[100 * b + g]]
-            )
-            assert torch.equal(alone[0, 0][real[0, 0]], ids[b, g][mask[b, g]])
+            seed = 100 * b + g
+            (alone,) = generate(model64, [prompts[b]], 1, 24, ending_often(vocabulary), seed=lambda *_, seed=seed: seed)
+            assert torch.equal(alone.ids, ids[b, g][mask[b, g]])
 
 
 def test_sampling_works_while_the_model_is_in_training_mode_with_checkpointing(model64, vocabulary, scene):
-    """transformers drops the cache in that mode; `sample` leaves it for as long as it needs the cache."""
+    """transformers drops the cache in that mode; `Sampler` leaves it for as long as it needs the cache."""
     prompts, _, _ = scene
     model = copy.deepcopy(model64)
     Policy(model).checkpoint_activations()
@@ -148,15 +147,12 @@ def test_a_response_ends_with_its_first_end_token(vocabulary, tokenizer):
         model.lm_head.weight.mul_(0.01)
     prompt = build_prompt(vocabulary.ids("red"), [], model.config)
     eos = (*vocabulary.eos, *range(20, 20 + len(tokenizer) // 4))
-    ids, mask = sample(model, [prompt], 64, 12, eos, vocabulary.banned, 1.0, [list(range(64))])
-    lengths = set()
-    for row, real in zip(ids[0], mask[0], strict=True):
-        n = int(real.sum())
-        assert real.tolist() == [True] * n + [False] * (len(real) - n)  # a prefix
-        ends = [int(token) in eos for token in row[:n]]
-        assert not any(ends[:-1]) and (ends[-1] or n == 12)
-        lengths.add(n)
-    assert len(lengths) > 4
+    turns = generate(model, [prompt], 64, 12, replace(vocabulary, eos=eos), seed=lambda row, _: row)
+    assert [(turn.row, turn.number) for turn in turns] == [(row, 0) for row in range(64)]
+    for turn in turns:
+        ends = [int(token) in eos for token in turn.ids]
+        assert not any(ends[:-1]) and (ends[-1] or len(ends) == 12)
+    assert len({len(turn.ids) for turn in turns}) > 4
 
 
 def test_a_response_stops_where_its_text_says_so(model64, vocabulary, scene):
@@ -167,8 +163,7 @@ def test_a_response_stops_where_its_text_says_so(model64, vocabulary, scene):
     stops = sorted({words[k : k + 2] for k in range(len(words) - 1)})[:10]
     for string in stops:
         stop = stops_at(vocabulary.tokenizer, [string, "never said"])
-        seeds = [[100 * b + g for g in range(3)] for b in range(2)]
-        cut, real = sample(model64, prompts, 3, 24, ends(vocabulary), vocabulary.banned, 1.0, seeds, stop)
+        cut, real = padded(turns_of(model64, vocabulary, prompts, stop=stop), 2)
         for b in range(2):
             for g in range(3):
                 whole, n = ids[b, g][mask[b, g]], int(real[b, g].sum())
@@ -190,12 +185,11 @@ def test_a_call_ends_where_the_released_tokenizer_fuses_its_end():
 
 def test_the_states_are_those_the_tokens_were_chosen_from(model64, vocabulary, scene):
     prompts, _, _ = scene
-    states: list[torch.Tensor] = []
-    seeds = [[100 * b + g for g in range(3)] for b in range(2)]
-    ids, mask = sample(model64, prompts, 3, 24, ends(vocabulary), vocabulary.banned, 1.0, seeds, states=states)
+    turns = turns_of(model64, vocabulary, prompts, keep_hidden=True)
+    ids, mask = padded(turns, 2)
     assert mask.sum(-1).unique().numel() > 2  # some end sooner, and leave
-    hidden = torch.stack(states, dim=2)  # [B, G, T, H]
-    torch.testing.assert_close(hidden[mask], group_hidden(model64, prompts, ids, mask), atol=1e-4, rtol=1e-4)
+    hidden = torch.cat([turn.hidden for turn in turns])
+    torch.testing.assert_close(hidden, group_hidden(model64, prompts, ids, mask), atol=1e-4, rtol=1e-4)
 
 
 def test_banned_tokens_never_appear(vocabulary, tokenizer):
@@ -203,7 +197,8 @@ def test_banned_tokens_never_appear(vocabulary, tokenizer):
     with torch.no_grad():
         model.lm_head.weight.mul_(0.01)  # nearly uniform: each banned token would come about every 300 tokens
     prompt = build_prompt(vocabulary.ids("red"), [], model.config)
-    ids, mask = sample(model, [prompt], 200, 30, (), vocabulary.banned, 1.0, [list(range(200))])
+    turns = generate(model, [prompt], 200, 30, replace(vocabulary, eos=()), seed=lambda row, _: row)
+    ids, mask = padded(turns, 1)
     assert mask.all() and ids.shape == (1, 200, 30)
     counts = torch.bincount(ids.flatten(), minlength=len(tokenizer))
     assert counts[list(vocabulary.banned)].sum() == 0
@@ -254,19 +249,18 @@ CLIPS = [random_video(5, 4, 56, 28, 0.5), random_video(6, 2, 28, 84, 2.0)]
 def play(model, vocabulary, prompts, names, max_tokens=12) -> list[Episode]:
     """Episodes of up to four turns; the rows' names [B][G] decide their seeds and what they are shown."""
     flat = [name for row in names for name in row]
-    episodes = Sampler(
+    sampler = Sampler(
         model,
         prompts,
         len(names[0]),
         max_tokens,
-        ends(vocabulary),
-        vocabulary.banned,
+        ending_often(vocabulary),
         seed=lambda row, number: 10 * flat[row] + number,
         stop=stops_at(vocabulary.tokenizer, ["9"]),
         keep_hidden=True,
     )
     record, ended = [Episode() for _ in flat], itertools.count()
-    while turns := episodes.sample():
+    while turns := sampler.sample():
         shown = {}
         for turn in turns:
             assert turn.number == len(record[turn.row].turns)
@@ -276,7 +270,7 @@ def play(model, vocabulary, prompts, names, max_tokens=12) -> list[Episode]:
             answer = shown_to(flat[turn.row], turn.number, vocabulary, CLIPS)
             if answer is not None:
                 shown[turn.row] = answer
-        for row, observation in episodes.observe(shown).items():
+        for row, observation in sampler.observe(shown).items():
             record[row].observations.append(observation)
     return record
 
@@ -418,26 +412,26 @@ def test_a_clip_that_several_rows_are_shown_is_encoded_once(model64, vocabulary,
         "policy.encode_clips", lambda tower, patches, g: grids.append(g) or encode_clips(tower, patches, g)
     )
     prompt = build_prompt(vocabulary.ids("red"), [], model64.config)
-    episodes = Sampler(model64, [prompt], 3, 1, (), vocabulary.banned)
-    assert len(episodes.sample()) == 3
-    episodes.observe({row: (vocabulary.ids(f"{CLIP} a"), [CLIPS[0]]) for row in range(3)})
+    sampler = Sampler(model64, [prompt], 3, 1, replace(vocabulary, eos=()))
+    assert len(sampler.sample()) == 3
+    sampler.observe({row: (vocabulary.ids(f"{CLIP} a"), [CLIPS[0]]) for row in range(3)})
     assert grids == [[CLIPS[0].grid]]
-    assert [turn.number for turn in episodes.sample()] == [1, 1, 1]
+    assert [turn.number for turn in sampler.sample()] == [1, 1, 1]
 
 
 def test_only_a_row_whose_turn_has_just_ended_is_shown_something(model64, vocabulary):
     prompt = build_prompt(vocabulary.ids("red"), [], model64.config)
-    episodes = Sampler(model64, [prompt], 2, 1, (), vocabulary.banned)
+    sampler = Sampler(model64, [prompt], 2, 1, replace(vocabulary, eos=()))
     with pytest.raises(ValueError, match="row 0 cannot be shown anything: its turn has not just ended"):
-        episodes.observe({0: (vocabulary.ids("a"), [])})
-    assert len(episodes.sample()) == 2
+        sampler.observe({0: (vocabulary.ids("a"), [])})
+    assert len(sampler.sample()) == 2
     with pytest.raises(ValueError, match=r"1 <\|video_pad\|> for 0 clips"):
-        episodes.observe({0: (vocabulary.ids("a"), []), 1: (vocabulary.ids(CLIP), [])})
-    assert episodes.observe({0: (vocabulary.ids("a"), [])})[0].after == 1  # what was refused left no trace
-    assert [(turn.row, turn.number) for turn in episodes.sample()] == [(0, 1)]  # row 1 is over
+        sampler.observe({0: (vocabulary.ids("a"), []), 1: (vocabulary.ids(CLIP), [])})
+    assert sampler.observe({0: (vocabulary.ids("a"), [])})[0].after == 1  # what was refused left no trace
+    assert [(turn.row, turn.number) for turn in sampler.sample()] == [(0, 1)]  # row 1 is over
     with pytest.raises(ValueError, match="row 1 "):
-        episodes.observe({1: (vocabulary.ids("a"), [])})
-    assert episodes.sample() == []
+        sampler.observe({1: (vocabulary.ids("a"), [])})
+    assert sampler.sample() == []
 
 
 def test_what_an_episode_is_shown_after_its_last_token_is_not_computed(model64, scene, played):

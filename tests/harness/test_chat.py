@@ -17,7 +17,7 @@ from conftest import completion
 from PIL import Image
 
 import policy
-from engine import sampling
+from engine.sampling import generate
 from harness import chat
 from harness.chat import Cached, ChatError, Endpoint, Local, Message, Reply, RequestError, Shown, Usage
 from harness.journal import JournalError
@@ -280,10 +280,10 @@ def test_a_checkpoint_is_asked_in_its_own_format(talker):
     vocabulary = Vocabulary.of(tokenizer)
     clips = [Video.from_frames(c.frames, c.step) for c in (first, second)]
     prompt = policy.build_prompt(vocabulary.ids(text), clips, model.config)
-    ids, mask = sampling.sample(model, [prompt], 1, 12, vocabulary.eos, vocabulary.banned)
-    expected = tokenizer.decode(ids[0, 0][mask[0, 0]], skip_special_tokens=True)
+    (sampled,) = generate(model, [prompt], 1, 12, vocabulary)
+    expected = tokenizer.decode(sampled.ids, skip_special_tokens=True)
     reply = local.reply(dialogue)
-    assert expected and reply == Reply(expected, len(prompt), int(mask.sum())) and local.reply(dialogue) == reply
+    assert expected and reply == Reply(expected, len(prompt), len(sampled.ids)) and local.reply(dialogue) == reply
 
 
 # ---------------------------------------------------------------- replies that are kept
