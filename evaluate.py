@@ -245,7 +245,7 @@ def save_and_print(
 
 @contextlib.contextmanager
 def before_and_after(run: Any, test: Sequence[Sample]) -> Iterator[None]:
-    """Evaluate a `train.Run`'s policy before and after what happens within, print and save both; nothing without
+    """Evaluate a `setup.Run`'s policy before and after what happens within, print and save both; nothing without
     samples. A resumed run finds the rows before training in its folder.
     """
     if not test:

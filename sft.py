@@ -38,10 +38,11 @@ from harness.checkpoints import claim_folder
 from harness.log import start_tracker
 from harness.run import TrainingError, finish, program, training_accelerator
 from harness.session import Session
+from harness.setup import Run, load_run
 from media.file import VideoError
 from media.prefetch import prefetch
 from policy import ModelError
-from train import Run, load_run, optimiser_step
+from train import optimiser_step
 from world import lessons
 
 RECIPE = configuration.RECIPES / "cpu_world_sft.yaml"

@@ -30,10 +30,8 @@ from itertools import islice
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor
-from torch.distributed.fsdp import MixedPrecisionPolicy
 
 import config as configuration
 import evaluate
@@ -42,7 +40,7 @@ from advantage import RewardError, credit
 from annotations.rows import DataError, Sample
 from annotations.samples import DataSet, Epochs, load_test, load_training
 from config import Config
-from engine.sharding import stream_layers, whole_weights
+from engine.sharding import whole_weights
 from episodes import clip_failures, environments
 from grpo import loss_count, objective
 from harness.batches import SPARE, Drawn, generator, view_batches
@@ -50,40 +48,19 @@ from harness.checkpoints import claim_folder
 from harness.log import start_tracker, step_figures
 from harness.run import TrainingError, finish, program, training_accelerator
 from harness.session import Session
+from harness.setup import Run, load_run
 from kl import Reference
 from policy import (
     ModelError,
     Observation,
-    Policy,
     Prompt,
-    Vocabulary,
     group_hidden,
     keep_tokens,
-    load,
 )
 from report.curves import plot_curves
 from report.episodes import episode_record, episodes_page
 from rewards import facets, paid_facets
 from rollout import Group, roll_out, zoom_pass
-
-
-@dataclass
-class Run:
-    """What the steps of one run share."""
-
-    config: Config
-    accelerator: Accelerator
-    policy: torch.nn.Module  # Policy, wrapped by accelerate
-    reference: torch.nn.Module | None  # frozen
-    vocabulary: Vocabulary
-    optimizer: torch.optim.Optimizer
-    scheduler: torch.optim.lr_scheduler.LRScheduler
-    kl_weights: Tensor  # [V]
-    time_tokens: Tensor  # ids
-
-    @property
-    def model(self) -> torch.nn.Module:
-        return self.accelerator.unwrap_model(self.policy).model
 
 
 def train(run: Run, sets: Sequence[DataSet]) -> list[Group]:
@@ -95,7 +72,9 @@ def train(run: Run, sets: Sequence[DataSet]) -> list[Group]:
     with Session(run, partial(view_batches, config, accelerator, epochs), headline) as session:
         for step in session.steps():  # resume, signals, checkpoints
             groups = collect(run, session, step, session.next_batch())  # coarse pass, zoom pass
-            pay(groups, config)  # rewards; Eq. 1, 4, 5: advantages
+            for group in groups:
+                group.rewards = facets(group, config)  # what each response is paid
+                group.advantages = credit(group, config)  # Eq. 1, 4, 5: and so each of its tokens
             redrawn = redraw(run, session, epochs, step, groups)  # VideoZoomer section 3.3
             with session.phase("update"):
                 totals = update(run, groups) | {"redrawn": float(redrawn)}  # Eq. 2
@@ -127,13 +106,6 @@ def collect(run: Run, session: Session, step: int, drawn: Sequence[Drawn]) -> li
     return groups
 
 
-def pay(groups: Sequence[Group], config: Config) -> None:
-    """Each response's rewards, facet by facet, and each of its tokens' advantages."""
-    for group in groups:
-        group.rewards = facets(group, config)  # Zoom-Zero section 4.2, LongVTG-R1 Eq. 1 and 7, VideoZoomer section 3.3
-        group.advantages = credit(group, config)  # Zoom-Zero Eq. 1, 4 and 5
-
-
 def redraw(run: Run, session: Session, epochs: Epochs, step: int, groups: list[Group]) -> int:
     """Replace groups without variance, which teach nothing, by those of other samples, `max_redraws` times at most.
 
@@ -161,8 +133,9 @@ def redraw(run: Run, session: Session, epochs: Epochs, step: int, groups: list[G
             candidates = [[*own[k % len(own) :: len(flat)], *shuffled] for k in range(len(flat))]
             drawn = [session.reading.view(samples, config) for samples in candidates]
         fresh = collect(run, session, step, drawn)
-        pay(fresh, config)
         for k, group in zip(flat, fresh, strict=True):
+            group.rewards = facets(group, config)
+            group.advantages = credit(group, config)
             groups[k] = group
         count += len(flat)
     return count
@@ -310,52 +283,6 @@ def set_old_logp(run: Run, batches: Sequence[MicroBatch]) -> None:
 
 
 # ---------------------------------------------------------------- the run
-
-
-def learning_rate(config: Config, update_number: int) -> float:
-    """Factor on the learning rate: linear warm-up, then a cosine to 0 or constant."""
-    if update_number < config.warmup:
-        return (update_number + 1) / config.warmup
-    if config.schedule == "constant":
-        return 1.0
-    total = config.steps * config.updates_per_rollout
-    progress = (update_number - config.warmup) / max(1, total - config.warmup)
-    return 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
-
-
-def load_run(config: Config, accelerator: Accelerator) -> Run:
-    """Load policy and reference, and hand them to accelerate. Raises ModelError."""
-    reference = None
-    if config.kl != "none" or config.zoom_judge == "reference":
-        # Read as half precision, not cast afterwards: that would round the rotary frequencies too.
-        reference, _ = load(config.model, torch.bfloat16 if config.mixed_precision == "bf16" else torch.float32)
-        reference.requires_grad_(False).eval().to(accelerator.device)
-        if config.reference_device == "cpu":
-            stream_layers(reference)
-    model, tokenizer = load(config.model)
-    vocabulary = Vocabulary.of(tokenizer)
-    model.model.visual.requires_grad_(config.train_vision)
-    policy = Policy(model).train()  # there is no dropout; this only switches checkpointing on
-    if config.gradient_checkpointing:
-        policy.checkpoint_activations()
-    trainable = [p for p in policy.parameters() if p.requires_grad]
-    # Otherwise a step on a GPU holds the square roots of all second moments, 4 bytes per parameter.
-    fused = True if accelerator.device.type == "cuda" else None
-    optimizer = torch.optim.AdamW(trainable, lr=config.lr, weight_decay=config.weight_decay, fused=fused)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, partial(learning_rate, config))
-    if accelerator.is_fsdp2 and config.mixed_precision == "bf16":
-        # accelerate's choice would round the loss, its statistics and the sums of gradients to bfloat16.
-        accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy(
-            param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False
-        )
-    policy, optimizer = accelerator.prepare(policy, optimizer)
-    accelerator.register_for_checkpointing(scheduler)
-
-    time_tokens = kl.time_token_ids(tokenizer).to(accelerator.device)
-    weights = torch.full((model.lm_head.weight.shape[0],), config.beta, device=accelerator.device)
-    if config.beta_time >= 0:
-        weights[time_tokens] = config.beta_time  # LongVTG-R1 Eq. 5
-    return Run(config, accelerator, policy, reference, vocabulary, optimizer, scheduler, weights, time_tokens)
 
 
 def check_rewards(config: Config) -> None:

@@ -52,7 +52,7 @@ def claim_folder(config: Config, accelerator: Accelerator) -> None:
 def save_checkpoint(run: Any, progress: Mapping[str, int]) -> None:
     """Write `checkpoint/` (for from_pretrained) and `state/` (for --resume); each appears whole or not at all.
 
-    run: `train.Run`. progress: what `resume` returns, such as the number of steps done.
+    run: `setup.Run`. progress: what `resume` returns, such as the number of steps done.
     """
     out, accelerator = Path(run.config.out), run.accelerator
     if accelerator.is_main_process:

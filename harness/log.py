@@ -42,7 +42,7 @@ def keep_metrics(path: Path, done: int, accelerator: Accelerator) -> None:
 
 
 def log_step(run: Any, step: int, metrics: Mapping[str, float]) -> None:
-    """One line of metrics.jsonl, and the tracker. run: `train.Run`."""
+    """One line of metrics.jsonl, and the tracker. run: `setup.Run`."""
     run.accelerator.log(dict(metrics), step=step)
     if run.accelerator.is_main_process:
         with open(Path(run.config.out) / "metrics.jsonl", "a") as file:

@@ -23,7 +23,7 @@ class Session:
     Signals are noted, and end the run with a checkpoint at the next border between phases: a step that was begun is
     repeated by --resume, which leaves the same metrics and weights.
 
-    run: `train.Run`. batches: from the first step, an iterator of what each step gets. headline: which metrics the
+    run: `setup.Run`. batches: from the first step, an iterator of what each step gets. headline: which metrics the
     progress bar shows, {its name there: the metric's}.
     """
 

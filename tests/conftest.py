@@ -25,10 +25,12 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLRMSNorm
 
 import config as configuration
 import prompts
+from advantage import credit
 from annotations.rows import Sample
 from annotations.samples import read_samples
 from episodes import environments
 from policy import Policy, Video, Vocabulary, build_prompt
+from rewards import facets
 from rollout import Group, roll_out
 from world import benchmark, lessons, tiny
 
@@ -232,6 +234,13 @@ def recipe(tmp_path, talker, small_world) -> Path:
 def roll_out_episodes(model, views, config, vocabulary, step: int | None) -> list[Group]:
     """Groups of episodes in the environment that the template has."""
     return roll_out(model, views, config, vocabulary, step, environments(views, config))
+
+
+def pay(groups, config) -> None:
+    """Rewards and advantages, as the loop has them."""
+    for group in groups:
+        group.rewards = facets(group, config)
+        group.advantages = credit(group, config)
 
 
 def read_metrics(out: Path) -> list[dict]:

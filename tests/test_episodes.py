@@ -17,7 +17,7 @@ import pytest
 import torch
 import yaml
 from accelerate import Accelerator
-from conftest import ROOT, read_metrics, roll_out_episodes
+from conftest import ROOT, pay, read_metrics, roll_out_episodes
 from plain_episodes import PlainEpisodes
 from runs import TWO_SHARDED
 from runs import call as in_processes
@@ -36,11 +36,12 @@ from engine.flops import forward_flops, weights
 from episodes import ClipEnvironment, lay_out, messages, replay
 from harness.batches import generator
 from harness.run import Stopped
+from harness.setup import load_run
 from media.decode import VideoInfo
 from media.file import VideoError
 from policy import Policy, Prompt, Video, Vocabulary, build_prompt, load
 from rollout import Group, Response, Turn, coarse_plan, coarse_prompt, read_turn, view_video
-from train import MicroBatch, pay
+from train import MicroBatch
 from video import decode
 from world import benchmark, lessons, tiny
 
@@ -561,7 +562,7 @@ def test_a_run_trains_on_episodes(small_recipe, small_world, tmp_path):
 def test_what_is_shown_is_never_a_target(small_recipe, samples, monkeypatch):
     """States from which no sampled token follows may be NaN: loss, KL, statistics and gradients stay as they are."""
     config = configuration.parse(["--config", str(small_recipe), "--beta", "0.05", "--max_grad_norm", "1e9"])
-    run = train.load_run(config, Accelerator(cpu=True))
+    run = load_run(config, Accelerator(cpu=True))
     groups = roll_out_episodes(run.model, views_of(samples, config, 2), config, run.vocabulary, 3)
     assert any(episode.observations for group in groups for episode in group.responses)
     for group in groups:
@@ -636,17 +637,20 @@ def test_groups_without_variance_are_redrawn_within_a_bound(samples, config, mon
         turn = SimpleNamespace(text="", offsets=[(0, 0)], ids=torch.tensor([1]), observations=[])
         return Group(SimpleNamespace(sample=sample), None, [turn, turn])
 
-    def pay(groups, config):
+    def facets(group, config):
+        return {"accuracy": [0.0, float(group.view.sample.id not in flat)]}
+
+    def score(groups):
         for group in groups:
-            group.rewards = {"accuracy": [0.0, float(group.view.sample.id not in flat)]}
+            group.rewards = facets(group, config)
             group.advantages = credit(group, config)
 
     monkeypatch.setattr(train, "collect", collect)
-    monkeypatch.setattr(train, "pay", pay)
+    monkeypatch.setattr(train, "facets", facets)
     reader = session(lambda candidates, _: SimpleNamespace(view=SimpleNamespace(sample=candidates[0])))
     for first in (samples[:3] + samples[8:10], samples[8:10]):
         groups = list(map(group_of, first))
-        pay(groups, config)
+        score(groups)
         asked.clear()
         count = train.redraw(run, reader, epochs([DataSet(samples)]), 0, groups)
         assert count == sum(map(len, asked)) and len(asked) <= 2
@@ -656,7 +660,7 @@ def test_groups_without_variance_are_redrawn_within_a_bound(samples, config, mon
             assert first == samples[8:10]
     flat |= {sample.id for sample in samples}
     groups = list(map(group_of, samples[:2]))
-    pay(groups, config)
+    score(groups)
     asked.clear()
     assert train.redraw(run, reader, epochs([DataSet(samples)]), 0, groups) == 4 and len(asked) == 2
     left = groups[0]
@@ -728,13 +732,11 @@ ONE_FLAT = """
 import os
 import train
 
-def pay(groups, config):
-    for group in groups:
-        varied = float(os.environ["RANK"])
-        group.rewards = dict.fromkeys(("format", "accuracy", "tool"), [varied] + [0.0] * (config.group_size - 1))
-        group.advantages = train.credit(group, config)
+def facets(group, config):
+    varied = float(os.environ["RANK"])
+    return dict.fromkeys(("format", "accuracy", "tool"), [varied] + [0.0] * (config.group_size - 1))
 
-train.pay = pay
+train.facets = facets
 main = train.main
 """
 

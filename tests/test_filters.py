@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import run_in_two_processes
+from conftest import pay, run_in_two_processes
 
 import config as configuration
 import filters
@@ -24,7 +24,6 @@ from harness.chat import ChatError, Reply, RequestError
 from infer import Agent
 from policy import load
 from rollout import answer_clips, zoom_clips
-from train import pay
 
 ROOT = Path(__file__).resolve().parents[1]
 REAL = ROOT.parent / "shared" / "realdata"

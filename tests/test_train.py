@@ -22,13 +22,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import read_metrics
+from conftest import pay, read_metrics
 from runs import TWO, TWO_SHARDED, assert_same_run, call, environment, weights
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 
 import config as configuration
 import grpo
+import harness.setup
 import rewards
 import train
 from advantage import SEGMENTS, RewardError, segment_ids
@@ -38,10 +39,11 @@ from grpo import objective
 from harness.batches import Reading, draw, generator, view_batches
 from harness.log import keep_metrics
 from harness.run import Stopped, TrainingError, program
+from harness.setup import learning_rate, load_run
 from kl import Reference
 from policy import ModelError, Vocabulary, load
 from rollout import Group, Response, read_turn
-from train import MicroBatch, learning_rate, load_run, main, pay, policy_step, set_old_logp, update
+from train import MicroBatch, main, policy_step, set_old_logp, update
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -509,7 +511,7 @@ def test_expected_errors_become_one_line(recipe, monkeypatch, arguments, expecte
     ],
 )
 def test_broken_annotations_are_named_before_a_model_is_built(recipe, tmp_path, monkeypatch, content, expected):
-    monkeypatch.setattr(train, "load", lambda *_: pytest.fail("a model was built"))
+    monkeypatch.setattr(harness.setup, "load", lambda *_: pytest.fail("a model was built"))
     path = tmp_path / "broken.jsonl"
     path.write_text(content)
     for name in ("train_data", "test_data"):

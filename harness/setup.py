@@ -1,0 +1,82 @@
+"""What the steps of a training run share: policy and reference, optimiser and learning rate."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from torch.distributed.fsdp import MixedPrecisionPolicy
+
+import kl
+from config import Config
+from engine.sharding import stream_layers
+from policy import Policy, Vocabulary, load
+
+
+@dataclass
+class Run:
+    """What the steps of one run share."""
+
+    config: Config
+    accelerator: Accelerator
+    policy: torch.nn.Module  # Policy, wrapped by accelerate
+    reference: torch.nn.Module | None  # frozen
+    vocabulary: Vocabulary
+    optimizer: torch.optim.Optimizer
+    scheduler: torch.optim.lr_scheduler.LRScheduler
+    kl_weights: Tensor  # [V]
+    time_tokens: Tensor  # ids
+
+    @property
+    def model(self) -> torch.nn.Module:
+        return self.accelerator.unwrap_model(self.policy).model
+
+
+def learning_rate(config: Config, update_number: int) -> float:
+    """Factor on the learning rate: linear warm-up, then a cosine to 0 or constant."""
+    if update_number < config.warmup:
+        return (update_number + 1) / config.warmup
+    if config.schedule == "constant":
+        return 1.0
+    total = config.steps * config.updates_per_rollout
+    progress = (update_number - config.warmup) / max(1, total - config.warmup)
+    return 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+
+
+def load_run(config: Config, accelerator: Accelerator) -> Run:
+    """Load policy and reference, and hand them to accelerate. Raises ModelError."""
+    reference = None
+    if config.kl != "none" or config.zoom_judge == "reference":
+        # Read as half precision, not cast afterwards: that would round the rotary frequencies too.
+        reference, _ = load(config.model, torch.bfloat16 if config.mixed_precision == "bf16" else torch.float32)
+        reference.requires_grad_(False).eval().to(accelerator.device)
+        if config.reference_device == "cpu":
+            stream_layers(reference)
+    model, tokenizer = load(config.model)
+    vocabulary = Vocabulary.of(tokenizer)
+    model.model.visual.requires_grad_(config.train_vision)
+    policy = Policy(model).train()  # there is no dropout; this only switches checkpointing on
+    if config.gradient_checkpointing:
+        policy.checkpoint_activations()
+    trainable = [p for p in policy.parameters() if p.requires_grad]
+    # Otherwise a step on a GPU holds the square roots of all second moments, 4 bytes per parameter.
+    fused = True if accelerator.device.type == "cuda" else None
+    optimizer = torch.optim.AdamW(trainable, lr=config.lr, weight_decay=config.weight_decay, fused=fused)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, partial(learning_rate, config))
+    if accelerator.is_fsdp2 and config.mixed_precision == "bf16":
+        # accelerate's choice would round the loss, its statistics and the sums of gradients to bfloat16.
+        accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy(
+            param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False
+        )
+    policy, optimizer = accelerator.prepare(policy, optimizer)
+    accelerator.register_for_checkpointing(scheduler)
+
+    time_tokens = kl.time_token_ids(tokenizer).to(accelerator.device)
+    weights = torch.full((model.lm_head.weight.shape[0],), config.beta, device=accelerator.device)
+    if config.beta_time >= 0:
+        weights[time_tokens] = config.beta_time  # LongVTG-R1 Eq. 5
+    return Run(config, accelerator, policy, reference, vocabulary, optimizer, scheduler, weights, time_tokens)
