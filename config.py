@@ -25,6 +25,7 @@ from pathlib import Path
 import yaml
 
 from prompts import TEMPLATES
+from rewards import GROUNDING
 
 RECIPES = Path(__file__).resolve().parent / "recipes"
 DEFAULT_RECIPE = RECIPES / "cpu_world.yaml"
@@ -199,7 +200,7 @@ class Config:
     grounding: str = reward(
         "iou",
         "Reward of the spans: IoU (Zoom-Zero), GIoU, or `tg`, IoU and centre distance (LongVTG-R1 Eq. 7).",
-        ("iou", "giou", "tg"),
+        GROUNDING,
     )
     alpha: float = reward(0.8, "Share of IoU in `tg`; the rest is the centre distance.", least=0, most=1)
     accuracy_weight: float = reward(1.0, "Weight of R_acc where rewards are summed (tokenadv = off).", least=0)

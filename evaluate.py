@@ -43,11 +43,12 @@ import config as configuration
 from annotations.rows import DataError, Sample
 from annotations.samples import check_samples, check_videos, load_samples
 from config import Config
+from engine.loading import load
 from engine.sharding import whole_weights
 from episodes import environments
 from harness.run import finish, patient_accelerator, program, share
 from media.file import VideoError
-from policy import ModelError, Vocabulary, load
+from policy import ModelError, Vocabulary
 from prompts import TEMPLATES
 from report import ReportError, tables
 from report.calibration import calibration

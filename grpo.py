@@ -55,10 +55,10 @@ def grpo_loss(
     """The loss of a (micro-)batch of responses, and its statistics.
 
     logp, old_logp, advantages: [N, T], of the sampled tokens under the policy, under the policy that sampled them, and
-    from `advantage.token_advantages`. mask: bool [N, T], True on sampled tokens; everything else has no influence,
-    whatever it holds. kl: [N, T] penalty per token, already multiplied by beta, or None. clip_low, clip_high: the ratio
-    is clipped to [1 - clip_low, 1 + clip_high]; None leaves that side open. count: the whole batch's `loss_count`; None
-    means this is all. bonus: [N, T] what is added to the objective per token, the entropy times its weight, or None.
+    from `advantage.credit`. mask: bool [N, T], True on sampled tokens; what else there is has no influence. kl: [N, T]
+    penalty per token, already multiplied by beta, or None. clip_low, clip_high: the ratio is clipped to [1 - clip_low,
+    1 + clip_high]; None leaves that side open. count: the whole batch's `loss_count`; None means this is all. bonus:
+    [N, T] what is added to the objective per token, the entropy times its weight, or None.
 
     Returns the loss (scalar) and sums over real tokens, to be added over micro-batches and processes.
     Source: Zoom-Zero Eq. 2, LongVTG-R1 Eq. 2.
@@ -83,12 +83,9 @@ def grpo_loss(
     if bonus is not None:  # VideoZoomer's released scripts: + 0.001 H
         per_token = per_token - real(bonus)
 
-    if normalise == "sequence":
-        # Eq. 2: 1/G sum_i 1/|o_i| sum_t
-        lengths = mask.sum(-1, keepdim=True).clamp(min=1)  # [N, 1]
-        loss = (per_token / lengths).sum() / count
-    else:
-        loss = per_token.sum() / count
+    # Eq. 2: 1/G sum_i 1/|o_i| sum_t
+    lengths = mask.sum(-1, keepdim=True).clamp(min=1) if normalise == "sequence" else 1  # [N, 1]
+    loss = (per_token / lengths).sum() / count
 
     with torch.no_grad():
         sums = {

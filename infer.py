@@ -61,6 +61,7 @@ import prompts
 from annotations.rows import DataError, Sample, control
 from annotations.samples import check_videos, load_samples
 from config import Config, ConfigError, suiting_recipe
+from engine.confidence import letter_probabilities, span_probability
 from engine.flops import forward_flops, patch_grids
 from episodes import environments
 from harness import journal
@@ -74,17 +75,7 @@ from report import ReportError, tables
 from report.answer import answer_page, answer_record, answer_text, play_source
 from report.results import from_file, priced_row, read_results, to_file
 from rewards import interval_iou, merge
-from rollout import (
-    Spans,
-    View,
-    answer_clips,
-    letter_probabilities,
-    roll_out,
-    span_probability,
-    view_video,
-    visible_spans,
-    zoom_clips,
-)
+from rollout import Spans, View, answer_clips, roll_out, view_video, visible_spans, zoom_clips
 from video import Budget, Clip, load_clips, plan_clip
 from world import benchmark
 

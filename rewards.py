@@ -157,14 +157,6 @@ def _has_letter(sample: Any) -> bool:
     return bool(sample.options) and sample.answer is not None
 
 
-def _has_evidence(sample: Any) -> bool:
-    return bool(sample.evidence)
-
-
-def _grounds_by(name: str) -> Callable[[Any], bool]:
-    return lambda config: config.grounding == name and not config.multi_turn
-
-
 @dataclass(frozen=True)
 class Facet:
     """A reward as training pays it. Adding one is an entry in FACETS.
@@ -180,6 +172,16 @@ class Facet:
     paid: Callable[[Any], bool] = lambda config: True
 
 
+def _grounding(name: str, reward: Callable[[Spans | None, Spans, float, Any], float]) -> Facet:
+    """One of the rewards of claimed spans that `grounding` chooses from."""
+    return Facet(
+        lambda r, sample, seconds, config: reward(r.spans, list(sample.evidence), seconds, config),
+        credited_as="iou",
+        applies=lambda sample: bool(sample.evidence),
+        paid=lambda config: config.grounding == name and not config.multi_turn,
+    )
+
+
 FACETS = {
     "format": Facet(
         lambda r, sample, _, config: format_reward([t.text for t in r.turns], config.template, bool(sample.options)),
@@ -190,24 +192,9 @@ FACETS = {
         credited_as="accuracy",
         applies=_has_letter,
     ),
-    "iou": Facet(
-        lambda r, sample, *_: iou_reward(r.spans, list(sample.evidence)),
-        credited_as="iou",
-        applies=_has_evidence,
-        paid=_grounds_by("iou"),
-    ),
-    "giou": Facet(
-        lambda r, sample, *_: giou_reward(r.spans, list(sample.evidence)),
-        credited_as="iou",
-        applies=_has_evidence,
-        paid=_grounds_by("giou"),
-    ),
-    "tg": Facet(
-        lambda r, sample, seconds, config: temporal_reward(r.spans, list(sample.evidence), seconds, config.alpha),
-        credited_as="iou",
-        applies=_has_evidence,
-        paid=_grounds_by("tg"),
-    ),
+    "iou": _grounding("iou", lambda spans, gt, *_: iou_reward(spans, gt)),
+    "giou": _grounding("giou", lambda spans, gt, *_: giou_reward(spans, gt)),
+    "tg": _grounding("tg", lambda spans, gt, seconds, config: temporal_reward(spans, gt, seconds, config.alpha)),
     "zoom": Facet(
         lambda r, sample, *_: zoom_reward(r.zoom.answer if r.zoom else None, sample.answer),
         credited_as="zoom",
@@ -221,6 +208,9 @@ FACETS = {
         paid=lambda config: config.multi_turn,
     ),
 }
+
+
+GROUNDING = tuple(name for name, facet in FACETS.items() if facet.credited_as == "iou")
 
 
 def paid_facets(config: Any) -> list[str]:

@@ -44,9 +44,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import config as configuration
-import policy
 from annotations.rows import DataError, Report, Row, read_rows
 from annotations.samples import video_path
+from engine.loading import load
 from harness.run import program
 from media.decode import probe
 from media.file import VideoError
@@ -127,7 +127,7 @@ def merge_shots(shots: Sequence[Shot], probabilities: Sequence[float], threshold
 
 def load_tower(path: str) -> nn.Module:
     """The policy whose vision tower looks at shots, on the GPU if there is one. Raises ModelError."""
-    model, _ = policy.load(path)
+    model, _ = load(path)
     return model.eval().requires_grad_(False).to("cuda" if torch.cuda.is_available() else "cpu")
 
 

@@ -33,7 +33,8 @@ sys.path.insert(0, str(ROOT))
 import config as configuration  # noqa: E402
 from annotations.samples import load_samples  # noqa: E402
 from benchmarks.main_job import finished_run, spread  # noqa: E402
-from policy import Policy, Vocabulary, load  # noqa: E402
+from engine.loading import load  # noqa: E402
+from policy import Policy, Vocabulary  # noqa: E402
 from world import lessons  # noqa: E402
 
 RECIPE = ["--config", "recipes/cpu_longvtg.yaml"]

@@ -42,9 +42,10 @@ import numpy as np
 import torch
 from PIL import Image
 
+from engine.loading import load
 from engine.sampling import generate
 from harness.journal import JournalError
-from policy import Video, Vocabulary, build_prompt, load
+from policy import Video, Vocabulary, build_prompt
 from video import Clip
 
 ADDRESS, KEY = "OPENAI_BASE_URL", "OPENAI_API_KEY"  # environment variables, as other clients name them

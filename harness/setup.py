@@ -13,8 +13,9 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 
 import kl
 from config import Config
+from engine.loading import load
 from engine.sharding import stream_layers
-from policy import Policy, Vocabulary, load
+from policy import Policy, Vocabulary
 
 
 @dataclass

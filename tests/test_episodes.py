@@ -33,13 +33,14 @@ from advantage import credit
 from annotations.samples import DataSet, Epochs
 from config import Config, ConfigError
 from engine.flops import forward_flops, weights
+from engine.loading import load
 from episodes import ClipEnvironment, lay_out, messages, replay
 from harness.batches import generator
 from harness.run import Stopped
 from harness.setup import load_run
 from media.decode import VideoInfo
 from media.file import VideoError
-from policy import Policy, Prompt, Video, Vocabulary, build_prompt, load
+from policy import Policy, Prompt, Video, Vocabulary, build_prompt
 from rollout import Group, Response, Turn, coarse_plan, coarse_prompt, read_turn, view_video
 from train import MicroBatch
 from video import decode

@@ -21,8 +21,8 @@ import config as configuration
 import evaluate
 from annotations.rows import DataError
 from annotations.samples import read_samples, write_samples
+from engine.loading import load
 from evaluate import main, save_and_print, share, unanswered
-from policy import load
 from report.results import row_of
 from report.scores import by_kind, chance_iou, overall
 from report.tables import aligned, clue_table, official_scores, official_text, table

@@ -18,11 +18,11 @@ import filters
 from annotations.rows import DataError
 from annotations.samples import read_samples, write_samples
 from config import ConfigError
+from engine.loading import load
 from evaluate import view_all
 from filters import FILTERS, iou_delta, measure_clues, measure_responses, verdict
 from harness.chat import ChatError, Reply, RequestError
 from infer import Agent
-from policy import load
 from rollout import answer_clips, zoom_clips
 
 ROOT = Path(__file__).resolve().parents[1]

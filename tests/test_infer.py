@@ -39,6 +39,7 @@ from annotations.rows import DataError, Sample
 from annotations.samples import write_samples
 from config import ConfigError
 from engine import attention
+from engine.confidence import letter_probabilities, span_probability
 from engine.flops import forward_flops
 from infer import RELEASED, STRATEGIES, Agent, Look, Settings, load_agent, to_video_time
 from media.decode import VideoInfo
@@ -49,16 +50,7 @@ from report.answer import answer_page, answer_record, play_source
 from report.html import clock
 from report.results import read_results, row_of
 from report.tables import cost, cost_text
-from rollout import (
-    answer_clips,
-    coarse_prompt,
-    letter_probabilities,
-    read_turn,
-    roll_out,
-    span_probability,
-    view_video,
-    zoom_clips,
-)
+from rollout import answer_clips, coarse_prompt, read_turn, roll_out, view_video, zoom_clips
 from video import Budget, Clip, plan_clip
 
 ROOT = Path(__file__).resolve().parents[1]

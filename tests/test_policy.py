@@ -17,6 +17,7 @@ from passes import CLIP, random_video, separate_logp
 from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 
 from engine.attention import Tree
+from engine.loading import load
 from engine.qwen2_5_vl import encode_clips
 from policy import (
     ModelError,
@@ -29,7 +30,6 @@ from policy import (
     group_hidden,
     keep_tokens,
     last_hidden,
-    load,
     mrope_positions,
     row_hidden,
 )

@@ -16,8 +16,8 @@ import prompts as text
 import rollout
 from annotations.rows import DataError
 from annotations.samples import check_samples
+from engine.loading import load
 from media.decode import VideoInfo
-from policy import load
 from rollout import (
     Group,
     Response,

@@ -16,9 +16,9 @@ import sft
 from annotations import trajectories
 from annotations.rows import DataError
 from annotations.trajectories import Example
+from engine.loading import load
 from episodes import ClipEnvironment, messages, replay
 from harness.run import Stopped, StopSignal
-from policy import load
 from rollout import view_video
 
 TWO_WHOLE = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "sft.py")

@@ -35,13 +35,14 @@ import train
 from advantage import SEGMENTS, RewardError, segment_ids
 from annotations.rows import DataError
 from annotations.samples import DataSet, Epochs, load_training, write_samples
+from engine.loading import load
 from grpo import objective
 from harness.batches import Reading, draw, generator, view_batches
 from harness.log import keep_metrics
 from harness.run import Stopped, TrainingError, program
 from harness.setup import learning_rate, load_run
 from kl import Reference
-from policy import ModelError, Vocabulary, load
+from policy import ModelError, Vocabulary
 from rollout import Group, Response, read_turn
 from train import MicroBatch, main, policy_step, set_old_logp, update
 

@@ -40,7 +40,8 @@ import prompts as text
 from annotations.rows import Sample
 from annotations.samples import load_samples
 from config import Config, ConfigError
-from policy import Policy, Prompt, Video, Vocabulary, build_prompt, load
+from engine.loading import load
+from policy import Policy, Prompt, Video, Vocabulary, build_prompt
 from report.tables import table
 from rollout import chat_text, coarse_prompt, view_video, zoom_clips
 from world import benchmark, tiny

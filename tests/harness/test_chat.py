@@ -17,6 +17,7 @@ from conftest import completion
 from PIL import Image
 
 import policy
+from engine.loading import load
 from engine.sampling import generate
 from harness import chat
 from harness.chat import Cached, ChatError, Endpoint, Local, Message, Reply, RequestError, Shown, Usage
@@ -276,7 +277,7 @@ def test_a_checkpoint_is_asked_in_its_own_format(talker):
     text += (
         f"<|im_start|>assistant\nB<|im_end|>\n<|im_start|>user\nAnd here {video}?<|im_end|>\n<|im_start|>assistant\n"
     )
-    model, tokenizer = policy.load(str(talker))
+    model, tokenizer = load(str(talker))
     vocabulary = Vocabulary.of(tokenizer)
     clips = [Video.from_frames(c.frames, c.step) for c in (first, second)]
     prompt = policy.build_prompt(vocabulary.ids(text), clips, model.config)

@@ -14,7 +14,8 @@ import prompts
 import sft
 from annotations.samples import read_samples
 from config import Config, ConfigError
-from policy import Policy, Vocabulary, load
+from engine.loading import load
+from policy import Policy, Vocabulary
 from world import benchmark, lessons, tiny
 
 ROOT = Path(__file__).resolve().parents[2]
