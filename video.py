@@ -22,6 +22,7 @@ import math
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -414,7 +415,13 @@ def patchify_uint8(frames: Tensor) -> tuple[Tensor, tuple[int, int, int]]:
     return torch.from_numpy(x.reshape(t * h * w, 3 * 2 * PATCH * PATCH)), (t, h, w)
 
 
+@lru_cache
+def _mean_and_deviation(device: torch.device) -> Tensor:
+    """CLIP's, for each value of a patch, [2, 1176]; copied to a device once, since the host waits for such a copy."""
+    return torch.tensor([MEAN, STD], device=device).repeat_interleave(2 * PATCH * PATCH, dim=1)
+
+
 def normalise_patches(patches: Tensor) -> Tensor:
     """Patches uint8 [..., 1176] -> float32 with CLIP's mean and deviation, on the device of the patches."""
-    mean, std = (torch.tensor(x, device=patches.device).repeat_interleave(2 * PATCH * PATCH) for x in (MEAN, STD))
+    mean, std = _mean_and_deviation(patches.device)
     return patches.to(torch.float32, copy=True).div_(255).sub_(mean).div_(std)

@@ -123,31 +123,30 @@ def encode_clips(visual: nn.Module, patches: Tensor, grids: Sequence[tuple[int, 
     Same weights and same result as `visual(patches, grids)` of transformers. Temporal grids do not see each other, so
     any split into clips gives the same tokens.
     """
-    config = visual.config
+    config, device = visual.config, patches.device
     window = config.window_size // config.patch_size // config.spatial_merge_size
     layouts = {True: window_layout(grids, None), False: window_layout(grids, window)}
+    # In one copy: at each, the host waits until the device has done all that it was asked before.
+    indices = torch.stack([*_patch_positions(grids).T, *(layout.order for layout in layouts.values())]).to(device)
+    positions, orders = indices[:2].T, dict(zip(layouts, indices[2:], strict=True))
 
     d = config.hidden_size // config.num_heads
-    frequency = 10000.0 ** -(torch.arange(0, d // 2, 2, device=patches.device, dtype=torch.float) / (d // 2))
-    angle = (
-        (_patch_positions(grids).to(patches.device)[..., None] * frequency).flatten(1).repeat(1, 2)[:, None]
-    )  # [N, 1, d]
-    raw_cos, raw_sin = cos, sin = angle.cos(), angle.sin()
+    frequency = 10000.0 ** -(torch.arange(0, d // 2, 2, device=device, dtype=torch.float) / (d // 2))
+    angle = (positions[..., None] * frequency).flatten(1).repeat(1, 2)[:, None]  # [N, 1, d]
+    rotation = {full: (angle.cos()[order], angle.sin()[order]) for full, order in orders.items()}
 
     # The convolution over 2 x 14 x 14 pixels without overlap, as the matrix product that it is.
     kernel = visual.patch_embed.proj.weight.flatten(1)
     x = F.linear(patches.to(kernel.dtype), kernel)
-    current = torch.arange(len(x))
+    current = torch.arange(len(x), device=device)
     for i, block in enumerate(visual.blocks):
-        layout = layouts[i in config.fullatt_block_indexes]
-        if not torch.equal(layout.order, current):  # equal where a grid is one window
-            back = torch.argsort(current)
-            x = x[back[layout.order].to(x.device)]
-            order = layout.order.to(x.device)
-            cos, sin = raw_cos[order], raw_sin[order]
-            current = layout.order
+        full = i in config.fullatt_block_indexes
+        if current is not orders[full]:
+            x = x[torch.argsort(current)[orders[full]]]
+            current = orders[full]
+        cos, sin, groups = *rotation[full], layouts[full].groups
         if visual.gradient_checkpointing and torch.is_grad_enabled():
-            x = checkpoint(_vision_block, block, x, cos, sin, layout.groups, use_reentrant=False)
+            x = checkpoint(_vision_block, block, x, cos, sin, groups, use_reentrant=False)
         else:
-            x = _vision_block(block, x, cos, sin, layout.groups)
-    return visual.merger(x[torch.argsort(current).to(x.device)])
+            x = _vision_block(block, x, cos, sin, groups)
+    return visual.merger(x[torch.argsort(current)])

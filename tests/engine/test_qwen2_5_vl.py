@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 from passes import random_video
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from engine.qwen2_5_vl import encode_clips, window_layout
 from video import normalise_patches
@@ -59,3 +60,23 @@ def test_every_patch_is_in_exactly_one_window():
     layout = window_layout([(2, 10, 6), (1, 2, 18)], 4)
     assert layout.order.sort().values.tolist() == list(range(2 * 60 + 36))
     assert sum(n * length for n, length in layout.groups) == len(layout.order)
+
+
+class Copies(TorchDispatchMode):
+    """Counts copies from the host to the device, here one without data: at each, the host waits for a GPU."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if function is torch.ops.aten._to_copy.default and args[0].device.type == "cpu":
+            self.count += result.device.type == "meta"
+        return result
+
+
+def test_the_host_copies_to_the_device_once(model64):
+    tower = copy.deepcopy(model64.model.visual).to("meta")
+    tower.config.fullatt_block_indexes = [1]  # both orders are used
+    with Copies() as copies:
+        tokens = encode_clips(tower, torch.empty(3 * 60, 1176, device="meta"), [(3, 10, 6)])
+    assert tokens.shape == (45, tower.config.out_hidden_size) and copies.count == 1
