@@ -484,6 +484,8 @@ def check(given: argparse.Namespace, settings: Settings) -> None:
 
 def check_question(strategy: str, config: Config, options: Sequence[str], where: str) -> None:
     """Raise ConfigError for a question without options where letters are needed, and for more options than letters."""
+    if strategy not in STRATEGIES:
+        raise ConfigError(f"{where}: there is no strategy {strategy!r}; there are {', '.join(STRATEGIES)}")
     if not options and strategy in NEED_OPTIONS:
         raise ConfigError(f"{where}: {strategy} ends with the letter of an option; give --options, or use one-stage")
     if strategy != "agent" and config.multi_turn:

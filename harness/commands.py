@@ -6,13 +6,14 @@ Nothing here takes long to import, so that `--help` is answered at once: a progr
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import config
 
-STRATEGIES = ("one-stage", "coarse-to-fine", "divide-and-conquer", "ground-then-answer", "repeated-zoom", "agent")
 FILTERS = ("stage2", "plm_video", "qvhighlights")
 ENDPOINT = "address of a chat endpoint [that of OPENAI_BASE_URL]; its key is in OPENAI_API_KEY"
 
@@ -33,11 +34,17 @@ class Settings:
     stable: float = 0.9  # IoU from which two spans count as the same
 
 
+def strategies() -> list[str]:
+    """The names in the table of infer.py's docstring, read without importing it."""
+    text = (Path(config.__file__).parent / "infer.py").read_text(encoding="utf-8")
+    return re.findall(r"^\| ([a-z-]+) +\| (?!source)", text, re.MULTILINE)
+
+
 def infer(add: Add) -> None:
     add("--video", help="a video file of your own; without it, the data set --test_data is answered")
     add("--question", help="what is asked about it")
     add("--options", nargs="+", default=[], help="the answers to choose from, without letters; none: spans only")
-    add("--strategy", choices=STRATEGIES, help="[coarse-to-fine, or one-stage without --options]")
+    add("--strategy", help=f"{', '.join(strategies())} [coarse-to-fine, or one-stage without --options]")
     add("--model", help="checkpoint folder or hub name [the recipe's, or without --config the built-in policy]")
     add("--ground_model", help="ground-then-answer: the checkpoint that finds the spans, if it is another one")
     add("--out", help="page [the video's name with .html] or result file [runs/infer/STRATEGY.jsonl]")

@@ -58,7 +58,7 @@ sys.exit(f"imported: {{slow}}" if slow else 0)
 
 
 def test_names_and_defaults_agree_with_what_they_stand_for():
-    assert tuple(infer.STRATEGIES) == commands.STRATEGIES
+    assert list(infer.STRATEGIES) == commands.strategies()
     assert tuple(filters.FILTERS) == commands.FILTERS
     curate = commands.extra("curate", "What it does.").parse_args([])
     assert curate.timeout == chat.Endpoint.timeout
