@@ -63,9 +63,8 @@ from media.decode import probe
 from media.file import VideoError
 from media.frames import FrameCache
 from policy import ModelError
-from prompts import LETTERS
+from prompts import LETTERS, Spans
 from report.plots import plot_statistics, round_edges
-from rollout import Spans
 from scenes import SceneError
 from video import Budget, load_clip, plan_clip
 from world import films
@@ -482,14 +481,14 @@ def stage_text(shots: Sequence[dict], found: Sequence[dict], questions: Sequence
     n_cuts = sum(len(row["shots"]) for row in usable(shots))
     n_scenes = sum(len(row["scenes"]) for row in usable(found))
     kept = sum(row["kept"] for row in unique)
-    lines = [f"videos     {len(shots)}, {n_cuts} shots", *reasons(row["skipped"] for row in shots)]
-    lines += [f"scenes     {n_scenes} in {len(usable(found))} videos", *reasons(row["skipped"] for row in found)]
-    lines += [f"questions  {len(unique)}", *reasons(row["skipped"] for row in questions)]
-    lines += [f"unique     {kept}", *reasons(row["reason"] for row in unique)]
+    lines = [f"videos     {len(shots)}, {n_cuts} shots", *reason_counts(row["skipped"] for row in shots)]
+    lines += [f"scenes     {n_scenes} in {len(usable(found))} videos", *reason_counts(row["skipped"] for row in found)]
+    lines += [f"questions  {len(unique)}", *reason_counts(row["skipped"] for row in questions)]
+    lines += [f"unique     {kept}", *reason_counts(row["reason"] for row in unique)]
     return "\n".join(lines)
 
 
-def reasons(texts) -> list[str]:
+def reason_counts(texts) -> list[str]:
     """A line per kind of reason, what stands before its colon, the most frequent first."""
     kinds = Counter(text.split(":")[0] for text in texts if text)
     return [f"  {count} x {kind}" for kind, count in kinds.most_common()]

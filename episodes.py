@@ -21,7 +21,7 @@ from collections.abc import Sequence
 
 import torch
 
-import prompts as text
+import prompts
 from config import Config
 from media.file import VideoError
 from media.frames import FrameCache
@@ -62,7 +62,7 @@ class ClipEnvironment:
             except VideoError as error:
                 last.reply.error, refused = error, "That part of the video cannot be read."
         times = last.reply.clip.times if last.reply.clip else []
-        last.reply.text = text.observation_text(self.config.template, times, refused, *self.left(episode))
+        last.reply.text = prompts.observation_text(self.config.template, times, refused, *self.left(episode))
 
     def refusal(self, call: ToolCall, episode: Response) -> str:
         """Why this readable call of the last turn is illegal, as a sentence; "" if it is not."""
@@ -120,12 +120,12 @@ def messages(episode: Response, view: View, config: Config) -> list[dict]:
     """
 
     def message(role: str, words: str, clips: Sequence[Sequence[float]] = (), step: float = 1.0) -> dict:
-        words = {"role": role, "text": words.replace(text.VIDEO, "<video>")}
+        words = {"role": role, "text": words.replace(prompts.VIDEO, "<video>")}
         videos = [{"video": view.sample.video, "times": [round(t, 6) for t in times], "step": step} for times in clips]
         return words | ({"videos": videos} if videos else {})
 
     words = coarse_words(view, config)
-    prompt = words + text.VIDEO if config.question_first else text.VIDEO + words
+    prompt = words + prompts.VIDEO if config.question_first else prompts.VIDEO + words
     history = [message("user", prompt, [view.clip.times], view.clip.step)]
     for turn in episode.turns:
         history.append(message("assistant", turn.text))

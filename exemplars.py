@@ -47,14 +47,14 @@ from transformers.utils.logging import disable_progress_bar
 
 import config as configuration
 import evaluate
-import prompts as text
+import prompts
 from annotations import trajectories
 from annotations.rows import DataError, Sample
 from annotations.samples import check_samples, check_videos, load_samples
 from config import Config, ConfigError
 from engine.qwen2_5_vl import BANNED_TOKENS, EOS_TOKENS
 from episodes import ClipEnvironment, environments, messages
-from filters import finished, identity, save
+from filters import finished_rows, identity, save_whole
 from harness import journal
 from harness.chat import Cached, Chat, ChatError, Message, RequestError, Shown, connect
 from harness.run import patient_accelerator, program, share
@@ -123,7 +123,7 @@ def dialogue(episode: Response, scene: ClipEnvironment) -> list[Message]:
         for words, video in zip(rest, shown, strict=True):
             timed = len(video["times"]) > 1  # a single frame has its time before it
             for time, frame in itertools.islice(frames, len(video["times"])):
-                parts += [f"{text.time_text(time)}s", frame] if timed else [frame]
+                parts += [f"{prompts.time_text(time)}s", frame] if timed else [frame]
             parts.append(words)
         said.append(Message(message["role"], tuple(part for part in parts if part)))
     return said
@@ -181,7 +181,7 @@ def reflect(expert: Expert, scene: ClipEnvironment, attempts: Sequence[Response]
     return Response(), 0, "no attempt failed"
 
 
-def as_row(episode: Response, n_failed: int, reason: str | None, view: View, config: Config, learn: bool) -> dict:
+def episode_row(episode: Response, n_failed: int, reason: str | None, view: View, config: Config, learn: bool) -> dict:
     """A line of the journal about a sample; the first `n_failed` turns are the policy's own."""
     about = identity(view.sample, config)
     history = messages(episode, view, config) if episode.turns else []
@@ -222,7 +222,7 @@ def play_all(
                 reason = play(expert, scene, episode)
             else:
                 episode, n, reason = reflect(expert, scene, attempts)
-            return as_row(episode, n, reason, view, config, given.learn_failures)
+            return episode_row(episode, n, reason, view, config, given.learn_failures)
 
         with ThreadPoolExecutor(given.workers) as pool:
             yield from pool.map(line, views, groups)
@@ -249,7 +249,7 @@ def run(given: argparse.Namespace, config: Config) -> None:
         made_with |= {name: getattr(config, name) for name in ("model", "seed", "group_size", "temperature")}
         made_with["learn_failures"] = given.learn_failures
     path, training = out / "episodes.jsonl", out / "train.jsonl"
-    done = finished(path, samples, made_with, config, accelerator)
+    done = finished_rows(path, samples, made_with, config, accelerator)
     rest = [sample for sample in samples if sample.id not in done]
     if rest:
         rest = check_videos(rest, given.skip_missing)
@@ -258,11 +258,11 @@ def run(given: argparse.Namespace, config: Config) -> None:
         shown = {"desc": f"{path}: {len(done)} done", "disable": None if accelerator.is_main_process else True}
         for row in tqdm(play_all(mine, expert, given, config, model), total=len(mine), unit="episode", **shown):
             journal.append(path, {**row, "made_with": made_with})
-    done = finished(path, samples, made_with, config, accelerator)
+    done = finished_rows(path, samples, made_with, config, accelerator)
     if accelerator.is_main_process:
         rows = [done[sample.id] for sample in samples if sample.id in done]
         kept = [{"id": row["id"], "messages": row["messages"]} for row in rows if row["kept"]]
-        print(summary(rows))
+        print(exemplar_summary(rows))
         if not kept:
             raise DataError(f"{training}: not written, since no episode is kept; {path} has the reasons")
         if given.what == "reflect":
@@ -272,7 +272,7 @@ def run(given: argparse.Namespace, config: Config) -> None:
             print(f"{len(kept)} reflections, {begun} of them with turns of the policy")
             print(f"{n} of them are {n / len(together):.3f} of {len(together)} trajectories")
             kept = together
-        save(training, partial(trajectories.save, rows=kept))
+        save_whole(training, partial(trajectories.save_rows, rows=kept))
         print(f"{training}: what is to be learned; {path}: a line per question")
 
 
@@ -300,7 +300,7 @@ def load_expert(given: argparse.Namespace, out: Path, config: Config) -> Expert:
     return Dialogue(Cached(connect(given.endpoint, given.judge_model, config.max_tokens), out / "replies"))
 
 
-def summary(rows: Sequence[Mapping]) -> str:
+def exemplar_summary(rows: Sequence[Mapping]) -> str:
     """How many episodes are kept and why others are not, as text."""
     kept = [row for row in rows if row["kept"]]
     lines = [("", "episodes", "calls"), ("played", str(len(rows)), ""), ("kept", str(len(kept)), "")]
@@ -319,7 +319,7 @@ def main(arguments: list[str] | None = None) -> None:
     if given.what is None:
         raise ConfigError("play or reflect?")
     if not config.multi_turn:
-        known = ", ".join(text.multi_turn_templates())
+        known = ", ".join(prompts.multi_turn_templates())
         raise ConfigError(f"template = {config.template} has no episodes; there are {known}")
     if given.workers < 1 or not 0 < given.share < 1:
         raise ConfigError(f"--workers {given.workers} must be positive, --share {given.share} between 0 and 1")

@@ -84,16 +84,16 @@ def iou_delta(ious: Sequence[float]) -> float:
 
 def stage2_paper(row: Mapping, threshold: float) -> str | None:
     """Why a sample has nothing to teach, or None (Zoom-Zero, Appendix A)."""
-    return reasons(row, row["delta"] > threshold - ROUNDING, f"delta < {threshold:g}")
+    return rule_reasons(row, row["delta"] > threshold - ROUNDING, f"delta < {threshold:g}")
 
 
 def stage2_released(row: Mapping, threshold: float) -> str | None:
     """The same in the released code, where spans that all overlap the evidence are enough."""
     signal = row["delta"] > threshold + ROUNDING or min(row["ious"]) > 0
-    return reasons(row, signal, f"delta <= {threshold:g} and an IoU of 0")
+    return rule_reasons(row, signal, f"delta <= {threshold:g} and an IoU of 0")
 
 
-def reasons(row: Mapping, signal: bool, otherwise: str) -> str | None:
+def rule_reasons(row: Mapping, signal: bool, otherwise: str) -> str | None:
     """All that speaks against a sample: only correct answers, and no signal in the spans."""
     found = ["all correct"] if min(row["accuracies"], default=0) == 1 else []
     found += [] if signal else [otherwise]
@@ -279,7 +279,7 @@ def identity(sample: Sample, config: Config) -> dict:
     return {"id": sample.id, "video": video, "question": sample.question}
 
 
-def finished(
+def finished_rows(
     path: Path, samples: Sequence[Sample], made_with: dict, config: Config, accelerator: Accelerator
 ) -> dict[str, dict]:
     """The journal's lines by sample, for every process; DataError if they are not about these samples, made in this
@@ -302,14 +302,14 @@ def verdict(row: Mapping, chosen: Filter, rule: str, threshold: float | None) ->
     return {**row, "kept": reason is None, "reason": reason}
 
 
-def save(path: Path, write: Callable[[Path], object]) -> None:
+def save_whole(path: Path, write: Callable[[Path], object]) -> None:
     """Write a file that appears whole or not at all."""
     part = path.with_suffix(".part")
     write(part)
     part.replace(path)
 
 
-def summary(samples: Sequence[Sample], rows: Sequence[Mapping]) -> str:
+def filter_summary(samples: Sequence[Sample], rows: Sequence[Mapping]) -> str:
     """How many samples are kept and why others are not, with the means of Zoom-Zero's Table 7, as text."""
     kept = [sample for sample, row in zip(samples, rows, strict=True) if row["kept"]]
     lines = [("", "samples", "video, s", "evidence, s")]
@@ -336,7 +336,7 @@ def run(given: argparse.Namespace, rule: str, threshold: float | None, config: C
         settings["model"] = f"{given.judge_model} at an endpoint"
     made_with = {"filter": given.filter, **(settings if chosen.asks else {})}
     path, training = out / "verdicts.jsonl", out / "train.jsonl"
-    done = finished(path, samples, made_with, config, accelerator)
+    done = finished_rows(path, samples, made_with, config, accelerator)
     rest = [sample for sample in samples if sample.id not in done]
     if chosen.asks and rest:
         there = {sample.id for sample in check_videos(rest, given.skip_missing)}
@@ -347,17 +347,18 @@ def run(given: argparse.Namespace, rule: str, threshold: float | None, config: C
         else partial(load_agent, config, accelerator.device)
     )
     measure_all(chosen, samples, done, path, made_with, config, accelerator, load)
-    done = finished(path, samples, made_with, config, accelerator)
+    done = finished_rows(path, samples, made_with, config, accelerator)
     if accelerator.is_main_process:
         rows = [verdict(done[sample.id], chosen, rule, threshold) for sample in samples]
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        save(path, lambda part: part.write_text(lines, encoding="utf-8"))
+        save_whole(path, lambda part: part.write_text(lines, encoding="utf-8"))
         training.unlink(missing_ok=True)
-        print(f"{given.filter}, {rule}:\n{summary(samples, rows)}")
+        print(f"{given.filter}, {rule}:\n{filter_summary(samples, rows)}")
         kept = [sample for sample, row in zip(samples, rows, strict=True) if row["kept"]]
         if not kept:
             raise DataError(f"{training}: not written, since no sample is kept; {path} has the reasons")
-        save(training, partial(write_samples, samples=[replace(s, video=identity(s, config)["video"]) for s in kept]))
+        kept = [replace(sample, video=identity(sample, config)["video"]) for sample in kept]
+        save_whole(training, partial(write_samples, samples=kept))
         print(f"{training}: the kept samples; {path}: a line for each")
 
 

@@ -71,11 +71,12 @@ from media.decode import VideoInfo, probe
 from media.file import VideoError
 from media.frames import FrameCache
 from policy import ModelError, Video, Vocabulary
+from prompts import Spans
 from report import ReportError, tables
 from report.answer import answer_page, answer_record, answer_text, play_source
 from report.results import from_file, priced_row, read_results, to_file
 from rewards import interval_iou, merge
-from rollout import Spans, View, answer_clips, roll_out, view_video, visible_spans, zoom_clips
+from rollout import View, answer_clips, roll_out, view_video, visible_spans, zoom_clips
 from video import Budget, Clip, load_clips, plan_clip
 from world import benchmark
 

@@ -212,7 +212,7 @@ class _ChunkedKL(torch.autograd.Function):
         return grad_hidden, grad_head, *[None] * 7  # autograd casts them to the inputs' types
 
 
-def aligned(hidden: Tensor, lm_head: Tensor) -> tuple[Tensor, Tensor]:
+def same_dtype(hidden: Tensor, lm_head: Tensor) -> tuple[Tensor, Tensor]:
     """Both in autocast's dtype, or without autocast in the wider one; a sharded projection as a whole."""
     if isinstance(lm_head, DTensor):
         mesh = lm_head.device_mesh
@@ -228,7 +228,7 @@ def aligned(hidden: Tensor, lm_head: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def logits(hidden: Tensor, lm_head: Tensor) -> Tensor:
-    """hidden [N, H] and projection [V, H] of one type (see `aligned`) -> [N, V] in float32 or better."""
+    """hidden [N, H] and projection [V, H] of one type (see `same_dtype`) -> [N, V] in float32 or better."""
     return _product(_operand(hidden), _operand(lm_head).t()).to(_inner(hidden.dtype))  # autocast on a CPU rounds it
 
 
@@ -254,10 +254,10 @@ def chunked_weighted_kl(
     Gradients go to hidden_p and lm_head through kl, logp and entropy. Memory beyond inputs and gradients is about five
     times chunk * V floats.
     """
-    hidden_p, lm_head_p = aligned(hidden_p, lm_head)
+    hidden_p, lm_head_p = same_dtype(hidden_p, lm_head)
     is_time = None
     if hidden_q is not None:
-        hidden_q, lm_head_q = aligned(hidden_q.detach(), (lm_head if lm_head_q is None else lm_head_q).detach())
+        hidden_q, lm_head_q = same_dtype(hidden_q.detach(), (lm_head if lm_head_q is None else lm_head_q).detach())
         weights = weights.to(_inner(hidden_p.dtype))  # [V]
         is_time = torch.zeros_like(weights)  # [V]
         if time_tokens is not None:

@@ -28,6 +28,7 @@ from typing import NamedTuple
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 Span = tuple[float, float]  # (start, end) in seconds, start <= end
+Spans = list[Span]
 
 
 class ToolCall(NamedTuple):

@@ -15,9 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from prompts import LETTERS, Span, format_ok, parse_tool_call
-
-Spans = list[Span]
+from prompts import LETTERS, Span, Spans, format_ok, parse_tool_call
 
 
 def format_reward(turns: Sequence[str], template: str, has_options: bool = True) -> float:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 import kl
-import prompts as text
+import prompts
 from advantage import token_offsets
 from annotations.rows import Sample
 from annotations.samples import warn_of_misfit
@@ -37,10 +37,8 @@ from policy import (
     keep_tokens,
     last_hidden,
 )
-from prompts import ToolCall
+from prompts import Spans, ToolCall
 from video import Budget, Clip, ClipPlan, FrameCache, VideoError, VideoInfo, load_clip, load_clips, plan_clip, probe
-
-Spans = list[tuple[float, float]]
 
 
 @dataclass
@@ -108,9 +106,9 @@ class Turn:
     @classmethod
     def of(cls, words: str, may_call: bool, ids: Tensor, offsets: list[tuple[int, int]], finished: bool = True) -> Turn:
         """A turn with this text. In an environment it `may_call`, which is no answer, and it claims no spans."""
-        call = text.parse_tool_call(words) if may_call else None
-        answer = text.parse_answer(words) if call is None else None
-        return cls(ids, words, offsets, finished, call, answer, None if may_call else text.parse_spans(words))
+        call = prompts.parse_tool_call(words) if may_call else None
+        answer = prompts.parse_answer(words) if call is None else None
+        return cls(ids, words, offsets, finished, call, answer, None if may_call else prompts.parse_spans(words))
 
 
 @dataclass
@@ -245,14 +243,14 @@ def coarse_plan(info: VideoInfo, config: Config) -> ClipPlan:
     return plan_clip(info, None, fps, Budget(config.budget, config.v_min, config.v_max, config.paired_frames))
 
 
-def chat_text(words: str, config: Config) -> str:
+def user_chat(words: str, config: Config) -> str:
     """One video and these words as the user's turn, as configured."""
-    return text.chat_text(words, system=config.system_prompt or None, text_first=config.question_first)
+    return prompts.chat_text(words, system=config.system_prompt or None, text_first=config.question_first)
 
 
-def episode_limits(config: Config) -> text.Limits:
+def episode_limits(config: Config) -> prompts.Limits:
     """The limits of an episode of several turns, as configured."""
-    return text.Limits(config.max_turns, config.max_calls, config.frames_per_call, config.total_frames)
+    return prompts.Limits(config.max_turns, config.max_calls, config.frames_per_call, config.total_frames)
 
 
 def coarse_words(view: View, config: Config) -> str:
@@ -260,12 +258,12 @@ def coarse_words(view: View, config: Config) -> str:
     duration = view.info.duration if config.state_duration else None
     question, options = view.sample.question, list(view.sample.options)
     event = view.sample.meta.get("wording") != "question"
-    return text.coarse_text(config.template, question, options, duration, episode_limits(config), event)
+    return prompts.coarse_text(config.template, question, options, duration, episode_limits(config), event)
 
 
 def coarse_prompt(view: View, config: Config, vocabulary: Vocabulary, model_config) -> Prompt:
     """The prompt of the coarse pass."""
-    chat = chat_text(coarse_words(view, config), config)
+    chat = user_chat(coarse_words(view, config), config)
     return build_prompt(vocabulary.ids(chat), [view.video], model_config)
 
 
@@ -300,19 +298,19 @@ def roll_out_batch(
     keep_hidden: bool,
 ) -> list[Group]:
     """`roll_out` of views that are decoded together."""
-    prompts = [coarse_prompt(view, config, vocabulary, model.config) for view in views]
+    coarse_prompts = [coarse_prompt(view, config, vocabulary, model.config) for view in views]
     size = 1 if step is None else config.group_size
-    groups = [Group(v, p, [Response() for _ in range(size)]) for v, p in zip(views, prompts, strict=True)]
+    groups = [Group(v, p, [Response() for _ in range(size)]) for v, p in zip(views, coarse_prompts, strict=True)]
     responses = [response for group in groups for response in group.responses]
 
     def seed(row: int, number: int) -> int:
         turn = [number] if environments else []
         return response_seed(config.seed, step, views[row // size].sample.id, row % size, *turn)
 
-    stop = stops_at(vocabulary.tokenizer, [text.CALL_END]) if environments else None
+    stop = stops_at(vocabulary.tokenizer, [prompts.CALL_END]) if environments else None
     sampler = Sampler(
         model,
-        prompts,
+        coarse_prompts,
         size,
         config.max_tokens,
         vocabulary,
@@ -345,13 +343,13 @@ def read_turn(ids: Tensor, vocabulary: Vocabulary, may_call: bool = False) -> Tu
     """Sampled ids [T] as a turn, which may be a call; nothing is tokenised again."""
     words, offsets = token_offsets(vocabulary.tokenizer, ids.tolist())
     return Turn.of(
-        words, may_call, ids, offsets, int(ids[-1]) in vocabulary.eos or (may_call and text.CALL_END in words)
+        words, may_call, ids, offsets, int(ids[-1]) in vocabulary.eos or (may_call and prompts.CALL_END in words)
     )
 
 
 def observation_ids(turn: Turn, vocabulary: Vocabulary) -> list[int]:
     """What stands between a turn and the next one, with one <|video_pad|> per frame."""
-    return vocabulary.ids(text.next_turn(turn.reply.text, int(turn.ids[-1]) == vocabulary.eos[0]))
+    return vocabulary.ids(prompts.next_turn(turn.reply.text, int(turn.ids[-1]) == vocabulary.eos[0]))
 
 
 # ---------------------------------------------------------------- the zoom pass
@@ -391,7 +389,7 @@ def zoom_pass(model, groups: Sequence[Group], config: Config, vocabulary: Vocabu
             spans = visible_spans(response.spans, group.view.info.duration)
             if not spans and config.invalid_span == "zero":
                 continue
-            think = text.parse_think(response.text) if config.zoom_sees_think else None
+            think = prompts.parse_think(response.text) if config.zoom_sees_think else None
             wanted.setdefault((tuple(spans), think), []).append(response)
         try:
             clips = zoom_clips(group.view, [list(spans) for spans, _ in wanted], config)
@@ -416,32 +414,32 @@ def answer_clips(
     `zoom_answer = letters` compares the letters after a forced `<answer>` in one forward pass; `decode` lets the model
     write up to 32 tokens (the answer may then be None).
     """
-    prompts, candidates = [], []
+    zoom_prompts, candidates = [], []
     for sample, clip, think in jobs:
-        words = text.zoom_text(config.template, sample.question, list(sample.options), think)
-        chat = chat_text(words, config)
+        words = prompts.zoom_text(config.template, sample.question, list(sample.options), think)
+        chat = user_chat(words, config)
         if config.zoom_answer == "letters":
             ids, letters = vocabulary.forced_letter(chat, len(sample.options))
         else:
             ids, letters = vocabulary.ids(chat), []
-        prompts.append(build_prompt(ids, [Video.from_frames(clip.frames, clip.step)], model.config))
+        zoom_prompts.append(build_prompt(ids, [Video.from_frames(clip.frames, clip.step)], model.config))
         candidates.append(letters)
     zooms: list[Zoom] = []
     for start in range(0, len(jobs), config.zoom_batch):
         part = slice(start, start + config.zoom_batch)
-        batch = prompts[part]
+        batch = zoom_prompts[part]
         if config.zoom_answer == "decode":
             replies = generate(model, batch, 1, 32, vocabulary, keep_hidden=True)
             for (sample, clip, _), prompt, sampled in zip(jobs[part], batch, replies, strict=True):
                 reply = read_turn(sampled.ids, vocabulary)
-                reply.answer = reply.answer or text.parse_answer(reply.text, bare=True)
+                reply.answer = reply.answer or prompts.parse_answer(reply.text, bare=True)
                 reply.hidden = sampled.hidden
                 shares = letter_probabilities(model, reply, len(sample.options), vocabulary)
                 zooms.append(Zoom(clip, reply.answer, shares, reply.text, len(prompt), len(reply.ids)))
             continue
-        logits = kl.logits(*kl.aligned(last_hidden(model, batch), model.lm_head.weight))
+        logits = kl.logits(*kl.same_dtype(last_hidden(model, batch), model.lm_head.weight))
         for (_, clip, _), prompt, letters, row in zip(jobs[part], batch, candidates[part], logits, strict=True):
-            best = text.LETTERS[int(row[letters].argmax())]
-            shares = dict(zip(text.LETTERS, row.softmax(-1)[letters].tolist(), strict=False))
+            best = prompts.LETTERS[int(row[letters].argmax())]
+            shares = dict(zip(prompts.LETTERS, row.softmax(-1)[letters].tolist(), strict=False))
             zooms.append(Zoom(clip, best, shares, best, len(prompt), 1))
     return zooms

@@ -36,6 +36,7 @@ from media.decode import probe as probe
 from media.file import CLOCK, VideoError
 from media.frames import FrameCache
 from media.source import Source
+from prompts import Span
 
 TOKEN = 28  # pixels along a side of a visual token, which is 2 x 2 patches
 PATCH = 14  # pixels along a side of a patch
@@ -43,8 +44,6 @@ MAX_ASPECT = 200  # Qwen's limit for the longer side over the shorter one
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
 SERIAL = 32768  # elements from which torch splits an operation between threads
-
-Span = tuple[float, float]
 
 
 # ---------------------------------------------------------------- how many frames, at which size

@@ -100,10 +100,12 @@ def stream(report: Report, video_root: str | Path | None) -> Iterator[Sample]:
         hint = "dialogues, for sft.py" if guess == "dialogues" else f"{guess}: choose --data_format {guess}"
         raise DataError(f"{error}; it looks like {hint}") from error
     if not report.kept:
-        raise DataError(f"{path}: none of the {len(report.dropped)} rows can be used: {'; '.join(reasons(report))}")
+        raise DataError(
+            f"{path}: none of the {len(report.dropped)} rows can be used: {'; '.join(dropped_reasons(report))}"
+        )
 
 
-def reasons(report: Report) -> list[str]:
+def dropped_reasons(report: Report) -> list[str]:
     left = [f"{count} x {reason}" for reason, count in report.left_out.items()]
     return [*by_reason(report.dropped), *left]
 
@@ -116,8 +118,8 @@ def review(report: Report) -> None:
             f"{report.path}: {dropped} of {total} rows cannot be used, more than {MAX_DROPPED:.0%}: "
             f"{'; '.join(by_reason(report.dropped))}; mend these rows or remove them"
         )
-    if reasons(report):
-        log.warning("%s: %d rows dropped: %s", report.path, dropped, "; ".join(reasons(report)))
+    if dropped_reasons(report):
+        log.warning("%s: %d rows dropped: %s", report.path, dropped, "; ".join(dropped_reasons(report)))
     if report.out_of_reach:
         counts = f"{len(report.out_of_reach)} of {report.with_evidence}"
         log.warning("%s: no span can hit the evidence of %s questions: %s", report.path, counts, unreached(report))
@@ -485,7 +487,7 @@ def check_samples(samples: Sequence[Sample], needed: Sequence[str], path: str) -
 # ---------------------------------------------------------------- summary
 
 
-def summary(samples: list[Sample], report: Report) -> str:
+def samples_summary(samples: list[Sample], report: Report) -> str:
     """A few lines on what is in a file: rows, answers, spans, durations, kinds, and the rules that were applied."""
     lengths = [end - start for s in samples for start, end in s.evidence]
     durations = [s.duration for s in samples if s.duration is not None]
@@ -493,7 +495,7 @@ def summary(samples: list[Sample], report: Report) -> str:
         f"{report.format}: {report.path}",
         f"rows kept           {report.kept}",
         f"rows dropped        {len(report.dropped)}",
-        *(f"  {line}" for line in reasons(report)),
+        *(f"  {line}" for line in dropped_reasons(report)),
         f"videos              {len({s.video for s in samples})}",
         f"with an answer      {sum(s.answer is not None for s in samples)}",
         f"options             {counts(len(s.options) for s in samples)}",
@@ -528,7 +530,7 @@ def main() -> None:
     args = parser.parse_args()
     try:
         samples, report = read_with_report(args.path, args.format, args.videos)
-        print(summary(samples, report))
+        print(samples_summary(samples, report))
         if args.videos:
             missing = missing_videos(samples)
             print(f"videos missing      {len(missing)}", *missing, sep="\n  ")

@@ -32,7 +32,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-import prompts as text
+import prompts
 from annotations.rows import DataError, Row, as_float, as_row, control, read_rows
 from annotations.samples import video_path
 from config import Config
@@ -49,8 +49,8 @@ ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assi
 
 
 @dataclass(frozen=True)
-class Shown:
-    """A clip: frames at these seconds, `step` seconds apart to the model; without times, the whole file."""
+class TrajectoryClip:
+    """Frames at these seconds, `step` seconds apart to the model; without times, the whole file."""
 
     video: str
     times: tuple[float, ...] = ()
@@ -58,14 +58,14 @@ class Shown:
 
 
 @dataclass(frozen=True)
-class Message:
+class TrajectoryTurn:
     """A turn of the dialogue: `role` is "user" or "assistant", `weight` what its tokens count in the loss, `planned`
     how many frames share the budget, if more than there are.
     """
 
     role: str
     text: str
-    videos: tuple[Shown, ...] = ()
+    videos: tuple[TrajectoryClip, ...] = ()
     weight: float = 1.0
     planned: int = 0
 
@@ -75,7 +75,7 @@ class Trajectory:
     """Messages from a user's to an assistant's, in turns. `system`: None for the configured one; `row`: its place."""
 
     row: Row
-    messages: tuple[Message, ...]
+    messages: tuple[TrajectoryTurn, ...]
     system: str | None = None
 
     def error(self, problem: str) -> DataError:
@@ -113,7 +113,7 @@ def read_trajectory(row: Row, video_root: str = "") -> Trajectory:
         if len(shown) != marks:
             raise turn.error("videos", f"{marks} {MARK} in the text, but {len(shown)} clips")
         planned = turn.get("planned", int) if "planned" in turn.fields else 0
-        messages.append(Message(role, words, tuple(shown), read_weight(turn), planned))
+        messages.append(TrajectoryTurn(role, words, tuple(shown), read_weight(turn), planned))
     if left := sum(1 for _ in clips):
         raise row.error("videos", f"{left} clips more than {MARK} in the texts")
     check_turns(row, name, messages)
@@ -128,7 +128,7 @@ def read_role(turn: Row) -> str:
     return ROLES[role]
 
 
-def read_contents(turn: Row, video_root: str) -> tuple[str, list[Shown]]:
+def read_contents(turn: Row, video_root: str) -> tuple[str, list[TrajectoryClip]]:
     """A message's text, and the clips that are entries of it: then `<video>` stands in the text for each."""
     name = next((n for n in ("text", "content", "value") if n in turn.fields), "text")
     if not isinstance(turn.fields.get(name), list):
@@ -148,7 +148,7 @@ def read_contents(turn: Row, video_root: str) -> tuple[str, list[Shown]]:
             entry = as_row(turn.file, f"{entry.where}, {kind}", entry.fields[kind])
             kind = "url" if "url" in entry.fields else "video"
         words.append(MARK)
-        clips.append(Shown(clip_path(entry, kind, video_root)))
+        clips.append(TrajectoryClip(clip_path(entry, kind, video_root)))
     return "".join(words), clips
 
 
@@ -171,7 +171,7 @@ def read_weight(turn: Row) -> float:
     return float(weight and loss is not False)
 
 
-def read_clips(row: Row, video_root: str) -> list[Shown]:
+def read_clips(row: Row, video_root: str) -> list[TrajectoryClip]:
     """The clips in the field "videos", or the one or more in "video"; none without either."""
     values = row.get("videos", list, type(None)) if "videos" in row.fields else None
     if not values and row.fields.get("video"):
@@ -180,9 +180,8 @@ def read_clips(row: Row, video_root: str) -> list[Shown]:
     found = []
     for k, clip in enumerate(values or []):
         if isinstance(clip, str):
-            found.append(
-                Shown(clip_path(Row(row.file, f"{row.where}, videos[{k}]", {"video": clip}), "video", video_root))
-            )
+            entry = Row(row.file, f"{row.where}, videos[{k}]", {"video": clip})
+            found.append(TrajectoryClip(clip_path(entry, "video", video_root)))
             continue
         entry = as_row(row.file, f"{row.where}, videos[{k}]", clip)
         path = clip_path(entry, "video", video_root)
@@ -193,11 +192,11 @@ def read_clips(row: Row, video_root: str) -> list[Shown]:
         step = entry.number("step") if "step" in entry.fields else 1.0
         if step > MAX_STEP:
             raise entry.error("step", f"expected at most {MAX_STEP} seconds, got {step:g}")
-        found.append(Shown(path, tuple(map(float, times)), step))
+        found.append(TrajectoryClip(path, tuple(map(float, times)), step))
     return found
 
 
-def check_turns(row: Row, name: str, messages: Sequence[Message]) -> None:
+def check_turns(row: Row, name: str, messages: Sequence[TrajectoryTurn]) -> None:
     """Raise DataError unless user and assistant take turns, from a user's first to an assistant's last, and there is
     something to learn.
     """
@@ -218,7 +217,7 @@ def check_files(trajectories: Sequence[Trajectory]) -> None:
             there.add(path)
 
 
-def save(path: str | Path, rows: Iterable[dict]) -> None:
+def save_rows(path: str | Path, rows: Iterable[dict]) -> None:
     """Write rows as JSON lines."""
     Path(path).write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
 
@@ -249,7 +248,7 @@ def build_example(trajectory: Trajectory, config: Config, vocabulary: Vocabulary
     shown = iter(load_shown(trajectory, config))
     first, *rest = trajectory.messages
     system = config.system_prompt if trajectory.system is None else trajectory.system
-    chat = text.chat_text(first.text.replace(MARK, text.VIDEO), 0, system or None)
+    chat = prompts.chat_text(first.text.replace(MARK, prompts.VIDEO), 0, system or None)
     prompt = build_prompt(vocabulary.ids(chat), next(shown), model_config)
     said: list[int] = []
     weight: list[float] = []
@@ -263,7 +262,7 @@ def build_example(trajectory: Trajectory, config: Config, vocabulary: Vocabulary
                 raise trajectory.error(str(error)) from None
             said, weight, position = said + ids, weight + [message.weight] * len(ids), position + len(ids)
         else:
-            between = text.next_turn(message.text.replace(MARK, text.VIDEO), said[-1] == vocabulary.eos[0])
+            between = prompts.next_turn(message.text.replace(MARK, prompts.VIDEO), said[-1] == vocabulary.eos[0])
             piece = build_prompt(vocabulary.ids(between), next(shown), model_config, position)
             observations.append(Observation(len(said), piece))
             position = piece.next_position
@@ -284,7 +283,7 @@ def load_shown(trajectory: Trajectory, config: Config) -> list[list[Video]]:
     return [[Video.from_frames(clip.frames, clip.step) for clip in some] for some in taken]
 
 
-def plan_shown(clip: Shown, message: Message, first: bool, info: VideoInfo, config: Config) -> ClipPlan:
+def plan_shown(clip: TrajectoryClip, message: TrajectoryTurn, first: bool, info: VideoInfo, config: Config) -> ClipPlan:
     """Times and size of the frames of one of a message's clips; it is the `first` message or a later one."""
     budget = config.budget if first else config.zoom_budget or config.budget
     if clip.times:

@@ -63,7 +63,7 @@ from engine.qwen2_5_vl import encode_clips  # noqa: E402
 from engine.sampling import generate  # noqa: E402
 from grpo import grpo_loss  # noqa: E402
 from kl import CHUNK as KL_CHUNK  # noqa: E402
-from kl import aligned, chunked_weighted_kl, logits  # noqa: E402
+from kl import chunked_weighted_kl, logits, same_dtype  # noqa: E402
 from policy import Policy, Prompt, Video, Vocabulary, build_prompt, group_hidden, last_hidden  # noqa: E402
 from video import normalise_patches  # noqa: E402
 
@@ -235,7 +235,7 @@ class Ours(Engine):
         """Log-probabilities of the letters, [clips, letters]."""
         answers = []
         for prompts in problem.zoom_passes():
-            found = logits(*aligned(last_hidden(self.model, prompts), self.model.lm_head.weight))
+            found = logits(*same_dtype(last_hidden(self.model, prompts), self.model.lm_head.weight))
             answers.append(found[:, LETTERS].log_softmax(-1))
         return torch.cat(answers)
 

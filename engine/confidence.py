@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 import kl
-import prompts as text
+import prompts
 from policy import Vocabulary
 
 
 def token_probabilities(model, hidden: Tensor) -> Tensor:
     """Hidden states [N, H] -> probabilities [N, V] of the next token."""
-    return kl.logits(*kl.aligned(hidden, model.lm_head.weight)).softmax(-1)
+    return kl.logits(*kl.same_dtype(hidden, model.lm_head.weight)).softmax(-1)
 
 
 def letter_probabilities(model, turn: Any, n_options: int, vocabulary: Vocabulary) -> dict[str, float]:
@@ -31,7 +31,7 @@ def letter_probabilities(model, turn: Any, n_options: int, vocabulary: Vocabular
     probabilities = token_probabilities(model, turn.hidden[token][None])[0]
     start, end = turn.offsets[token]
     before, after = turn.text[start:place], turn.text[place + 1 : end]
-    letters = text.LETTERS[:n_options]
+    letters = prompts.LETTERS[:n_options]
     written = letters if turn.text[place].isupper() else letters.lower()
     candidates = [vocabulary.ids(before + letter + after) for letter in written]
     answered = {turn.answer: float(probabilities[turn.ids[token]])}
@@ -64,7 +64,7 @@ def span_probability(model, turn: Any) -> float:
     start = reply_start(turn.text)
     reply = turn.text[start:]
     closed = [
-        r for tag in ("glue", "timestamp") for r in text.tag_ranges(reply, tag) if reply[: r[1]].endswith(tag + ">")
+        r for tag in ("glue", "timestamp") for r in prompts.tag_ranges(reply, tag) if reply[: r[1]].endswith(tag + ">")
     ]
     first, last = (start + edge for edge in closed[0])
     tokens = [k for k, (low, high) in enumerate(turn.offsets) if low < last and high > first]

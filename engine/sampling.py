@@ -222,7 +222,7 @@ class Sampler:
             uniform=None if seed is None else torch.stack(list(map(self._draws, range(count)))).to(device),
             hidden=hidden.new_zeros(count, max_tokens, hidden.shape[-1]) if keep_hidden else None,
         )
-        _, self.lm_head = kl.aligned(hidden, model.lm_head.weight)  # cast once, not for every token
+        _, self.lm_head = kl.same_dtype(hidden, model.lm_head.weight)  # cast once, not for every token
         self._choose(hidden.repeat_interleave(group_size, 0), self.index)
 
     @torch.no_grad()

@@ -12,7 +12,7 @@ from config import Config
 from prompts import Span
 from report import ReportError
 from report.html import blame, clock, film_strip, mark, page, save_page, small_table, span_text, text, timeline
-from rollout import Group, ToolReply, chat_text, coarse_words
+from rollout import Group, ToolReply, coarse_words, user_chat
 
 POSITIVE, NEGATIVE = (33, 102, 172), (224, 112, 10)  # blue and orange
 
@@ -193,7 +193,7 @@ def episode_record(group: Group, config: Config) -> dict:
         "answer": sample.answer,
         "duration": group.view.info.duration,
         "evidence": [list(span) for span in sample.evidence],
-        "prompt": chat_text(coarse_words(group.view, config), config),
+        "prompt": user_chat(coarse_words(group.view, config), config),
         "facets": {name: facet_record(values, config) for name, values in group.rewards.items()},
         "coarse": {"times": clip.times, "frames": clip.frames.numpy()},
         "responses": responses,

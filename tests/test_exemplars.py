@@ -198,7 +198,7 @@ def test_reflection_keeps_the_failed_turns_without_their_last_message(scenes, vo
     assert [turn.text for turn in episode.turns] == expected and len(long.turns) == 3
     assert f"(wrong answer: {wrong})" in chat.asked[0][0].parts[0]
     for learn, weights in ((False, [0, 0, 1, 1]), (True, [1, 1, 1, 1])):
-        line = exemplars.as_row(episode, n, reason, scene.view, scene.config, learn)
+        line = exemplars.episode_row(episode, n, reason, scene.view, scene.config, learn)
         found = trajectories.read_trajectory(Row("x", "row 1", json.loads(json.dumps(line))))
         assert [message.weight for message in found.messages[1::2]] == weights
         assert line["failed_turns"] == 2 and line["clips"] == 2 and line["calls"] == 3

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 import config as configuration
-import prompts as text
+import prompts
 import rollout
 from annotations.rows import DataError
 from annotations.samples import check_samples
@@ -206,7 +206,7 @@ def test_a_decoded_zoom_answer(samples, config, vocabulary, talker):
     decode = replace(config, zoom_answer="decode")
     (clip,) = zoom_clips(view_video(samples[0], config), [[(3.0, 8.0)]], config)
     (zoom,) = answer_clips(talking, [(samples[0], clip, None)], decode, vocabulary)
-    assert zoom.answer == text.parse_answer(zoom.text) and set(zoom.letters) == set("ABCD")
+    assert zoom.answer == prompts.parse_answer(zoom.text) and set(zoom.letters) == set("ABCD")
     assert zoom.n_written > 1 and 0 < zoom.letters[zoom.answer] < 1
     (zoom,) = answer_clips(loud_model(vocabulary.tokenizer), [(samples[0], clip, None)], decode, vocabulary)
     assert zoom.answer is None and zoom.letters == {}  # a random model writes no answer
@@ -215,9 +215,9 @@ def test_a_decoded_zoom_answer(samples, config, vocabulary, talker):
 def test_the_zoom_prompt_can_carry_the_reasoning(samples, config, vocabulary, model, monkeypatch):
     """Then responses with equal spans but other reasoning do not share a zoom."""
     seen = []
-    zoom_text = rollout.text.zoom_text
+    zoom_text = rollout.prompts.zoom_text
     monkeypatch.setattr(
-        rollout.text, "zoom_text", lambda t, q, o, think=None: seen.append(think) or zoom_text(t, q, o, think)
+        rollout.prompts, "zoom_text", lambda t, q, o, think=None: seen.append(think) or zoom_text(t, q, o, think)
     )
     view = view_video(samples[0], config)
     texts = [response_with("(3.0,8.0)"), response_with("(3.0,8.0)").replace("red", "blue")]

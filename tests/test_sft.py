@@ -46,7 +46,7 @@ def rows(samples, config, vocabulary) -> list[dict]:
 
 @pytest.fixture
 def examples(rows, config, vocabulary, model64, tmp_path) -> list[Example]:
-    trajectories.save(tmp_path / "t.jsonl", rows)
+    trajectories.save_rows(tmp_path / "t.jsonl", rows)
     found = trajectories.load(tmp_path / "t.jsonl")
     return [trajectories.build_example(row, config, vocabulary, model64.config) for row in found]
 
@@ -134,7 +134,7 @@ def as_words(name: str, value: object) -> tuple[str, str]:
 
 @pytest.fixture
 def arguments(rows, recipe, tmp_path) -> list[str]:
-    trajectories.save(tmp_path / "t.jsonl", rows)
+    trajectories.save_rows(tmp_path / "t.jsonl", rows)
     options = {"train_data": tmp_path / "t.jsonl", "video_root": "", "steps": 3, "prompts_per_step": 2}
     return ["--config", str(recipe), *AGENT, *(word for item in options.items() for word in as_words(*item))]
 

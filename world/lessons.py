@@ -36,17 +36,17 @@ from torch import Tensor
 from tqdm import tqdm
 
 import evaluate
-import prompts as text
+import prompts
 from annotations.rows import Sample
 from annotations.samples import load_samples
 from config import Config, ConfigError
 from engine.loading import load
 from policy import Policy, Prompt, Video, Vocabulary, build_prompt
+from prompts import Span, Spans
 from report.tables import table
-from rollout import chat_text, coarse_prompt, view_video, zoom_clips
+from rollout import coarse_prompt, user_chat, view_video, zoom_clips
 from world import benchmark, tiny
 
-Spans = list[tuple[float, float]]
 END = "<|im_end|>"
 
 
@@ -85,7 +85,7 @@ def demonstration(sample: Sample, spans: Spans) -> str:
     return f"{think}<answer>{sample.answer}</answer><glue>[{times}]</glue>{END}"
 
 
-def overwide(spans: Sequence[tuple[float, float]], most: float, duration: float, rng: random.Random) -> Spans:
+def overwide(spans: Sequence[Span], most: float, duration: float, rng: random.Random) -> Spans:
     """Every end moved outwards by 0 to `most` seconds, in tenths, within the video."""
     moved = [(s - rng.uniform(0, most), e + rng.uniform(0, most)) for s, e in spans]
     return [(round(max(0.0, s), 1), round(min(duration, e), 1)) for s, e in moved]
@@ -115,12 +115,12 @@ def timeline(samples: Sequence[Sample], duration: int) -> str:
 def corpus() -> list[str]:
     """Everything the tiny tokenizer should have as single tokens."""
     spans = [(3.0, 8.0), (12.5, 14.0)]
-    texts = [text.chat_text(""), text.chat_text("", system=None), "0123456789", " none"]
+    texts = [prompts.chat_text(""), prompts.chat_text("", system=None), "0123456789", " none"]
     for colour, names in itertools.product(benchmark.COLOURS, (benchmark.PATTERNS, benchmark.COUNTS)):
         for question in (f"Which pattern does {colour} show?", f"How often does {colour} blink?"):
             sample = Sample("", "", question, names, "A", tuple(spans), 20.0)
             texts += [demonstration(sample, spans), demonstration(sample, spans[:1])]
-            texts += [text.zoom_text("world", question, list(names)), f"{colour} {colour}"]
+            texts += [prompts.zoom_text("world", question, list(names)), f"{colour} {colour}"]
     return texts
 
 
@@ -162,15 +162,15 @@ class Batch:
 
     @classmethod
     def of(
-        cls, prompts: list[Prompt], answers: list[list[list[int]]], kinds: list[list[int | list[int]]] | None = None
+        cls, prompt_list: list[Prompt], answers: list[list[list[int]]], kinds: list[list[int | list[int]]] | None = None
     ) -> Batch:
         """`answers[b][g]` are token ids; the loss is the mean over tokens of each kind, added up. `kinds[b][g]` is the
         kind of an answer, or of each of its tokens.
         """
         G = max(len(group) for group in answers)
         T = max(len(answer) for group in answers for answer in group)
-        ids = torch.zeros(len(prompts), G, T, dtype=torch.long)
-        kind = torch.full((len(prompts), G, T), -1)
+        ids = torch.zeros(len(prompt_list), G, T, dtype=torch.long)
+        kind = torch.full((len(prompt_list), G, T), -1)
         for b, group in enumerate(answers):
             for g, answer in enumerate(group):
                 ids[b, g, : len(answer)] = torch.tensor(answer)
@@ -178,21 +178,21 @@ class Batch:
         weight = torch.zeros(ids.shape)
         for k in range(int(kind.max()) + 1):
             weight[kind == k] = 1 / (kind == k).sum()
-        return cls(prompts, ids, kind >= 0, weight)
+        return cls(prompt_list, ids, kind >= 0, weight)
 
 
 def unasked_prompts(lessons: Sequence[Lesson], config: Config, vocabulary: Vocabulary, model_config) -> list[Prompt]:
     """The coarse pass of each video without a question, up to where a response has its thoughts."""
-    ids = vocabulary.ids(chat_text("", config) + "<think>")
+    ids = vocabulary.ids(user_chat("", config) + "<think>")
     return [build_prompt(ids, [lesson.coarse], model_config) for lesson in lessons]
 
 
 def perception_batch(lessons: Sequence[Lesson], config: Config, vocabulary: Vocabulary, model_config) -> Batch:
     """When each colour of these videos is on, and the colour of every second, where a response has its thoughts."""
-    prompts = unasked_prompts(lessons, config, vocabulary, model_config)
+    prompt_list = unasked_prompts(lessons, config, vocabulary, model_config)
     answers = [[*locations(s.samples), timeline(s.samples, config.world_duration)] for s in lessons]
     kinds = [[0] * len(lesson.samples) + [1] for lesson in lessons]
-    return Batch.of(prompts, [[vocabulary.ids(answer) for answer in group] for group in answers], kinds)
+    return Batch.of(prompt_list, [[vocabulary.ids(answer) for answer in group] for group in answers], kinds)
 
 
 def glance_batch(lessons: Sequence[Lesson], config: Config, vocabulary: Vocabulary, model_config) -> Batch:
@@ -210,28 +210,28 @@ def demonstration_batch(
     lessons: Sequence[Lesson], config: Config, vocabulary: Vocabulary, widen: float, rng: random.Random
 ) -> Batch:
     """A whole response to every question about these videos, with spans up to `widen` seconds too wide at each end."""
-    prompts, answers = [], []
+    prompt_list, answers = [], []
     for lesson in lessons:
         for sample, prompt in zip(lesson.samples, lesson.prompts, strict=True):
             spans = overwide(sample.evidence, widen, config.world_duration, rng)
-            prompts.append(prompt)
+            prompt_list.append(prompt)
             answers.append([vocabulary.ids(demonstration(sample, spans))])
-    return Batch.of(prompts, answers)
+    return Batch.of(prompt_list, answers)
 
 
 def zoom_batch(
     lessons: Sequence[Lesson], config: Config, vocabulary: Vocabulary, model_config, rng: random.Random
 ) -> Batch:
     """The answer letter of one question per video, from the clip of its true spans."""
-    prompts, answers = [], []
+    prompt_list, answers = [], []
     for lesson in lessons:
         k = rng.randrange(len(lesson.samples))
         sample = lesson.samples[k]
-        chat = chat_text(text.zoom_text(config.template, sample.question, list(sample.options)), config)
+        chat = user_chat(prompts.zoom_text(config.template, sample.question, list(sample.options)), config)
         ids, letters = vocabulary.forced_letter(chat, len(sample.options))
-        prompts.append(build_prompt(ids, [lesson.zooms[k]], model_config))
+        prompt_list.append(build_prompt(ids, [lesson.zooms[k]], model_config))
         answers.append([[letters["ABCD".index(sample.answer)]]])
-    return Batch.of(prompts, answers)
+    return Batch.of(prompt_list, answers)
 
 
 # ---------------------------------------------------------------- training

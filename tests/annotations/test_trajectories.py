@@ -127,7 +127,7 @@ def test_the_layouts_mean_the_same(tmp_path):
     for name in ("a.jsonl", "a.json"):
         one, two, three = trajectories.load(tmp_path / name, "root")
         assert one.messages == two.messages == three.messages and one.system == two.system == three.system == "Look."
-        assert one.messages[2].videos[1] == trajectories.Shown("root/a.mp4", (4.0,), 1.0)
+        assert one.messages[2].videos[1] == trajectories.TrajectoryClip("root/a.mp4", (4.0,), 1.0)
 
 
 def test_lists_of_contents_and_qwens_layout_mean_the_same(tmp_path):
@@ -152,7 +152,7 @@ def test_lists_of_contents_and_qwens_layout_mean_the_same(tmp_path):
     assert one.messages == two.messages == three.messages and one.system is two.system is three.system is None
     assert [clip.video for message in one.messages for clip in message.videos] == ["root/a.mp4", "root/b.mp4"]
     single = row(video="a.mp4", conversations=[{"from": "human", "value": "<video>Q"}, {"from": "gpt", "value": "A"}])
-    assert trajectories.read_trajectory(single).messages[0].videos == (trajectories.Shown("a.mp4"),)
+    assert trajectories.read_trajectory(single).messages[0].videos == (trajectories.TrajectoryClip("a.mp4"),)
 
 
 def test_a_loss_of_false_is_a_weight_of_0():
