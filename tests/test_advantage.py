@@ -1,22 +1,20 @@
 """Eq. 1, 4 and 5: the paper's own example, their invariances, and tags that straddle the real tokenizer's tokens."""
 
-import json
 import math
-from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from qwen import QWEN, TOKENS, offset_cases
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from advantage import CREDIT, SEGMENTS, TAGS, group_advantages, segment_ids, token_advantages, token_offsets
 
 settings.register_profile("exact", derandomize=True, deadline=None, max_examples=100)
 settings.load_profile("exact")
 
-REALDATA = Path(__file__).resolve().parents[2] / "shared" / "realdata" / "tokenizer"
 OTHER, THINK, ANSWER, GLUE = range(4)
 
 # rewards in steps of 0.001, so that a group either has no variance or a clear one
@@ -25,13 +23,6 @@ REWARDS = st.lists(st.integers(-3000, 3000).map(lambda k: k / 1000), min_size=1,
 
 def tensor(values):
     return torch.tensor(values, dtype=torch.float64)
-
-
-@pytest.fixture(scope="module")
-def qwen():
-    if not REALDATA.exists():
-        pytest.skip(f"the real tokenizer is not at {REALDATA}")
-    return AutoTokenizer.from_pretrained(REALDATA)
 
 
 def bytewise_tokenizer():
@@ -157,8 +148,8 @@ TEXTS = [
 
 
 @pytest.mark.parametrize("text", TEXTS)
-def test_pieces_join_to_the_text_qwen(qwen, text):
-    check_offsets(qwen, qwen(text).input_ids)
+def test_pieces_join_to_the_text_qwen(text):
+    check_offsets(QWEN, QWEN(text).input_ids)
 
 
 @pytest.mark.parametrize("text", TEXTS)
@@ -179,10 +170,9 @@ def check_offsets(tokenizer, ids):
     assert position == len(text)
 
 
-def test_offsets_equal_the_real_tokenizers_own(qwen):
-    for row in json.loads((REALDATA / "expected_tokenization.json").read_text()):
-        text, offsets = token_offsets(qwen, row["ids"], skip_special_tokens=False)
-        assert (text, [list(pair) for pair in offsets]) == (row["text"], row["offsets"])
+def test_offsets_equal_the_real_tokenizers_own():
+    for text, ids, offsets in offset_cases():
+        assert token_offsets(QWEN, ids, skip_special_tokens=False) == (text, offsets)
 
 
 def test_a_character_belongs_to_the_token_that_completes_it():
@@ -198,11 +188,11 @@ def test_a_response_cut_inside_a_character():
     assert offsets == [(0, 1), (1, 1), (1, 2)]
 
 
-def test_special_tokens_are_empty_or_kept(qwen):
-    ids = qwen("<answer>B</answer><|im_end|>").input_ids
-    text, offsets = token_offsets(qwen, ids)
+def test_special_tokens_are_empty_or_kept():
+    ids = QWEN("<answer>B</answer><|im_end|>").input_ids
+    text, offsets = token_offsets(QWEN, ids)
     assert text == "<answer>B</answer>" and offsets[-1] == (18, 18)
-    text, offsets = token_offsets(qwen, ids, skip_special_tokens=False)
+    text, offsets = token_offsets(QWEN, ids, skip_special_tokens=False)
     assert text == "<answer>B</answer><|im_end|>" and offsets[-1] == (18, 28)
 
 
@@ -212,10 +202,11 @@ def test_any_sampled_bytes_have_offsets(ids):
     check_offsets(BYTEWISE, ids)
 
 
-def test_any_sampled_ids_of_the_real_tokenizer_have_offsets(qwen):
-    generator = torch.Generator().manual_seed(0)
-    for _ in range(30):
-        check_offsets(qwen, torch.randint(0, 151_643, (40,), generator=generator).tolist())
+def test_any_sampled_ids_of_the_real_tokenizer_have_offsets():
+    """Drawn from the whole vocabulary, and from the tokens that are pieces of characters."""
+    for ids, text in TOKENS["sampled"]:
+        check_offsets(QWEN, ids)
+        assert token_offsets(QWEN, ids)[0] == text
 
 
 def test_a_tokenizer_that_adds_spaces_between_words():
@@ -247,14 +238,14 @@ def test_segments_are_those_the_tags_name():
     assert TAGS == {"think": "think", "answer": "answer", "glue": "glue", "timestamp": "glue"}
 
 
-def test_tags_that_straddle_tokens_of_the_real_tokenizer(qwen):
-    assert marked(qwen, "<think>x</think><answer>A</answer><glue>(3, 8)</glue>\n<|im_end|>") == [
+def test_tags_that_straddle_tokens_of_the_real_tokenizer():
+    assert marked(QWEN, "<think>x</think><answer>A</answer><glue>(3, 8)</glue>\n<|im_end|>") == [
         *[(piece, THINK) for piece in ("<th", "ink", ">x", "</", "think")],
         *[(piece, ANSWER) for piece in ("><", "answer", ">A", "</", "answer")],
         *[(piece, GLUE) for piece in ("><", "gl", "ue", ">(", "3", ",", " ", "8", ")</", "gl", "ue", ">\n")],
         ("", OTHER),
     ]
-    newlines = marked(qwen, "<answer>A</answer>\n<glue>[]</glue>")
+    newlines = marked(QWEN, "<answer>A</answer>\n<glue>[]</glue>")
     assert newlines[5:] == [
         (">\n", ANSWER),
         *[(piece, GLUE) for piece in ("<", "gl", "ue", ">[]", "</", "gl", "ue", ">")],

@@ -26,8 +26,7 @@ from infer import Agent
 from rollout import answer_clips, zoom_clips
 
 ROOT = Path(__file__).resolve().parents[1]
-REAL = ROOT.parent / "shared" / "realdata"
-real = pytest.mark.skipif(not REAL.is_dir(), reason=f"the real annotation files are not at {REAL}")
+SHORT = ROOT / "tests" / "facts" / "qvhighlights_short.json"
 
 
 @pytest.fixture
@@ -102,12 +101,11 @@ def test_plm_video_rules(whole, clue, paper, sufficient):
     assert verdict(row, FILTERS["plm_video"], "sufficient", None)["kept"] is sufficient
 
 
-@real
 def test_qvhighlights_keeps_videos_above_120_seconds(tmp_path, capsys):
     """Of the rows of the published file whose video is shorter than 150 s, which are 39."""
-    rows = (REAL / "qvhighlights/highlight_val_release.jsonl").read_text().splitlines()
-    short = [row for row in rows if json.loads(row)["duration"] < 150]
-    (tmp_path / "val.jsonl").write_text("\n".join(short))
+    facts = json.loads(SHORT.read_text())
+    short = [dict(zip(facts["columns"], row, strict=True)) | {"query": f"Event {row[0]}"} for row in facts["rows"]]
+    (tmp_path / "val.jsonl").write_text("\n".join(map(json.dumps, short)))
     command = ["qvhighlights", "--data_format", "qvhighlights", "--train_data", str(tmp_path / "val.jsonl")]
     filters.main([*command, "--video_root", "videos", "--out", str(tmp_path)])
     verdicts = read_lines(tmp_path)

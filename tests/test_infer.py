@@ -24,10 +24,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numbered import write_video
 from pagetree import Tree
+from qwen import QWEN
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoTokenizer
 
 import config as configuration
 import evaluate
@@ -54,7 +54,6 @@ from rollout import answer_clips, coarse_prompt, read_turn, roll_out, view_video
 from video import Budget, Clip, plan_clip
 
 ROOT = Path(__file__).resolve().parents[1]
-TOKENIZER = ROOT.parent / "shared" / "realdata" / "tokenizer"
 DEFAULT = Settings()
 
 
@@ -211,16 +210,15 @@ def test_letter_and_span_probabilities_are_those_of_a_forward_pass(agent, sample
 
 @pytest.mark.parametrize("reply", ["<answer>B</answer>", "<answer>(b)</answer>", "<answer> B. text</answer>", "(B)"])
 def test_the_answers_token_is_found_where_tags_and_letters_are_fused(reply):
-    if not TOKENIZER.is_dir():
-        pytest.skip(f"no Qwen2.5 tokenizer in {TOKENIZER}")
-    vocabulary = Vocabulary.of(AutoTokenizer.from_pretrained(TOKENIZER))
+    vocabulary = Vocabulary.of(QWEN)
     ids = vocabulary.ids(f"<think>Bad B <time>3.0</time></think>{reply}")
     response = read_turn(torch.tensor(ids), vocabulary)
     response.answer = response.answer or prompts.parse_answer(response.text, bare=True)
     # A model whose hidden state says which token comes, with 3 nats over all others.
     size = len(vocabulary.tokenizer)
-    model = SimpleNamespace(lm_head=lambda hidden: 3.0 * nn.functional.one_hot(hidden[..., 0].long(), size).float())
-    response.hidden = torch.tensor(ids)[:, None]
+    weight = 3.0 * nn.functional.one_hot(torch.tensor(ids), size).T.float()  # [V, H], a dimension for each token
+    model = SimpleNamespace(lm_head=SimpleNamespace(weight=weight))
+    response.hidden = torch.eye(len(ids))
     odds, others = math.exp(3), size - 1  # of the answer's token against each other one
     expected = {letter: (odds if letter == "B" else 1) / (odds + others) for letter in "ABCD"}
     assert letter_probabilities(model, response, 4, vocabulary) == pytest.approx(expected, rel=1e-3)

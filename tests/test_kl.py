@@ -1,7 +1,6 @@
 """Token-aware KL: Appendix B's properties, gradients against autograd in float64, chunked against whole."""
 
 import math
-from pathlib import Path
 
 import pytest
 import torch
@@ -9,11 +8,11 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from qwen import QWEN
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoTokenizer
 
 from kl import (
     TIME_SEPARATORS,
@@ -29,7 +28,6 @@ from kl import (
 settings.register_profile("exact", derandomize=True, deadline=None, max_examples=100)
 settings.load_profile("exact")
 
-REALDATA = Path(__file__).resolve().parents[2] / "shared" / "realdata" / "tokenizer"
 V = 6
 LOGITS = st.lists(st.floats(-30, 30), min_size=V, max_size=V)
 SUBSETS = st.lists(st.booleans(), min_size=V, max_size=V).map(torch.tensor)
@@ -612,18 +610,15 @@ def test_expected_values_and_gradients_of_the_estimators(p, q):
 
 
 def test_time_tokens_of_the_real_tokenizer(capsys):
-    if not REALDATA.exists():
-        pytest.skip(f"the real tokenizer is not at {REALDATA}")
-    tokenizer = AutoTokenizer.from_pretrained(REALDATA)
-    ids = time_token_ids(tokenizer)
-    texts = {int(i): tokenizer.decode([int(i)]) for i in ids}
+    ids = time_token_ids(QWEN)
+    texts = {int(i): QWEN.decode([int(i)]) for i in ids}
     with capsys.disabled():
         print(f"\ntime tokens of the Qwen2.5 tokenizer: {texts}")
     assert list(range(15, 25)) == [i for i, text in texts.items() if text.strip().isdigit()]  # the ten digits
     assert sorted(set(text.strip() for text in texts.values())) == sorted([*"0123456789", *TIME_SEPARATORS])
     assert 220 not in texts  # the lone space
-    spans = tokenizer("<timestamp>12.5 to 30.0</timestamp><glue>[(20.3, 30.8)]</glue>").input_ids
-    kept = "".join(tokenizer.decode([i]) for i in spans if i in texts)
+    spans = QWEN("<timestamp>12.5 to 30.0</timestamp><glue>[(20.3, 30.8)]</glue>").input_ids
+    kept = "".join(QWEN.decode([i]) for i in spans if i in texts)
     assert kept == "12.530.020.3,30.8"
 
 

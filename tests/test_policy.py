@@ -14,7 +14,8 @@ import pytest
 import torch
 from conftest import drop_video_token, drop_weights, loud_model
 from passes import CLIP, random_video, separate_logp
-from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
+from qwen import QWEN
+from transformers import Qwen2_5_VLForConditionalGeneration
 
 from engine.attention import Tree
 from engine.loading import load
@@ -34,9 +35,6 @@ from policy import (
     row_hidden,
 )
 from world import tiny
-
-REALDATA = Path(__file__).resolve().parents[2] / "shared" / "realdata"
-
 
 # ---------------------------------------------------------------- positions
 
@@ -272,13 +270,11 @@ def test_forced_letter_with_the_tiny_tokenizer(vocabulary):
     check_forced_letter(vocabulary, f"<|im_start|>user\n{CLIP}red<|im_end|>\n<|im_start|>assistant\n")
 
 
-@pytest.mark.skipif(not REALDATA.exists(), reason=f"no {REALDATA}: the released tokenizer's files are not here")
 def test_forced_letter_with_the_released_tokenizer():
-    tokenizer = AutoTokenizer.from_pretrained(REALDATA / "tokenizer")
-    vocabulary = Vocabulary.of(tokenizer)
+    vocabulary = Vocabulary.of(QWEN)
     check_forced_letter(vocabulary, f"<|im_start|>user\n{CLIP}Which (A) x?<|im_end|>\n<|im_start|>assistant\n")
     _, letters = vocabulary.forced_letter("<|im_start|>assistant\n", 4)
-    assert tokenizer.convert_ids_to_tokens(letters) == [">A", ">B", ">C", ">D"]  # letters fuse with the tag
+    assert QWEN.convert_ids_to_tokens(letters) == [">A", ">B", ">C", ">D"]  # letters fuse with the tag
 
 
 def test_more_letters_than_single_tokens_is_an_error(vocabulary):

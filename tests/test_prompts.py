@@ -1,13 +1,12 @@
 """Templates against the papers' wording, parsers on anything a policy may write, the strict check on deviations."""
 
-import json
 import math
 import time
-from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from qwen import CHATS
 
 from prompts import (
     LETTERS,
@@ -30,7 +29,6 @@ from prompts import (
 settings.register_profile("exact", derandomize=True, deadline=None, max_examples=100)
 settings.load_profile("exact")
 
-TOKENIZER = Path(__file__).resolve().parents[2] / "shared" / "realdata" / "tokenizer"
 WORLD = "<think>red<time>(3.0,8.0)</time></think><answer>B</answer><glue>[(3.0,8.0)]</glue>"
 # Zoom-Zero, Figure 5, without the stray "<n" of its print
 FIGURE_5 = (
@@ -142,15 +140,10 @@ def test_bad_prompts_are_refused_with_the_reason():
 @pytest.mark.parametrize("n_videos", [0, 1, 2])
 @pytest.mark.parametrize("system", ["You are a helpful assistant.", "Be brief."])
 def test_chat_text_is_what_the_real_chat_template_renders(n_videos, system):
-    if not TOKENIZER.exists():
-        pytest.skip(f"the real chat template is not at {TOKENIZER}")
-    jinja2 = pytest.importorskip("jinja2")
-    template = jinja2.Template(json.loads((TOKENIZER / "chat_template.json").read_text())["chat_template"])
-    content = [{"type": "video"}] * n_videos + [{"type": "text", "text": "Why?"}]
-    messages = [{"role": "system", "content": system}, {"role": "user", "content": content}]
-    assert chat_text("Why?", n_videos, system) == template.render(messages=messages, add_generation_prompt=True)
+    rendered = {(videos, prompt): text for videos, prompt, text in CHATS}
+    assert chat_text("Why?", n_videos, system) == rendered[n_videos, system]
     if system == "You are a helpful assistant.":
-        assert chat_text("Why?", n_videos) == template.render(messages=messages[1:], add_generation_prompt=True)
+        assert chat_text("Why?", n_videos) == rendered[n_videos, None]
 
 
 def test_chat_text_by_hand():

@@ -6,13 +6,12 @@ import copy
 import itertools
 from dataclasses import dataclass, field, replace
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
 from conftest import loud_model
 from passes import CLIP, ending_often, padded, random_video, separate_logp
-from transformers import AutoTokenizer
+from qwen import QWEN
 
 from engine.attention import Tree
 from engine.qwen2_5_vl import BANNED_TOKENS, encode_clips
@@ -27,8 +26,6 @@ from policy import (
     group_hidden,
     row_hidden,
 )
-
-REALDATA = Path(__file__).resolve().parents[3] / "shared" / "realdata"
 
 
 def decode(model, vocabulary, prompts, G=3, T=24, temperature=1.0, seeds=True):
@@ -173,14 +170,11 @@ def test_a_response_stops_where_its_text_says_so(model64, vocabulary, scene):
 
 
 def test_a_call_ends_where_the_released_tokenizer_fuses_its_end():
-    if not (REALDATA / "tokenizer").is_dir():
-        pytest.skip(f"{REALDATA}/tokenizer is not there")
-    tokenizer = AutoTokenizer.from_pretrained(REALDATA / "tokenizer")
-    stop = stops_at(tokenizer, ["</video_zoom>"])
+    stop = stops_at(QWEN, ["</video_zoom>"])
     for after, fused in (("", ""), ("\n", "\n"), ("\n\nSo", "\n\n"), (")", ")"), (" I", "")):
-        ids = tokenizer.encode(f'<video_zoom>{{"segment": [1, 2], "fps": 2}}</video_zoom>{after}')
+        ids = QWEN.encode(f'<video_zoom>{{"segment": [1, 2], "fps": 2}}</video_zoom>{after}')
         ends = [n for n in range(1, len(ids) + 1) if stop(ids[:n])]
-        assert len(ends) == 1 and tokenizer.decode(ids[: ends[0]]).partition("</video_zoom>")[2] == fused
+        assert len(ends) == 1 and QWEN.decode(ids[: ends[0]]).partition("</video_zoom>")[2] == fused
 
 
 def test_the_states_are_those_the_tokens_were_chosen_from(model64, vocabulary, scene):
