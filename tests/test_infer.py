@@ -189,7 +189,7 @@ def test_letter_and_span_probabilities_are_those_of_a_forward_pass(agent, sample
     seen, sample = next((look, sample) for look, sample in zip(looks, samples, strict=True) if look.spans)
     [group] = roll_out(agent.model, [view_video(sample, agent.config)], agent.config, agent.vocabulary, step=None)
     ids = group.responses[0].ids
-    assert group.responses[0].hidden is None  # not asked for
+    assert group.responses[0].turns[0].hidden is None  # not asked for
     with torch.no_grad():
         mask = torch.ones(1, 1, len(ids), dtype=torch.bool)
         hidden = group_hidden(agent.model, [group.prompt], ids[None, None], mask)
@@ -475,7 +475,8 @@ def test_an_interrupted_run_does_only_the_rest(agent, samples, tmp_path):
     assert asked == [sample.id for sample in samples[2:]]
     assert without_seconds(again) == without_seconds(rows)
     assert run_all(agent, samples, path, ask=counting) == again and len(asked) == len(samples) - 2
-    assert read_results(path, samples) == [{k: row[k] for k in row_of(samples[0], None, None)} for row in rows]
+    kept = (*row_of(samples[0], None, None), "confidence")
+    assert read_results(path, samples) == [{name: row[name] for name in kept} for row in rows]
 
 
 def test_results_of_something_else_are_refused(agent, samples, tmp_path):
