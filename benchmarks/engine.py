@@ -1,8 +1,8 @@
 """One computation of a prompt for its whole group, against the naive way and against TRL: seconds and memory per phase.
 
-    python benchmarks/engine.py --quick                # a minute, printed only
-    python benchmarks/engine.py --short                # the main job and the vision tower alone, printed only
-    python benchmarks/engine.py                        # benchmarks/results/engine.md and .png, 25 minutes on two cores
+    python -m benchmarks.engine --quick                # a minute, printed only
+    python -m benchmarks.engine --short                # the main job and the vision tower alone, printed only
+    python -m benchmarks.engine                        # benchmarks/results/engine.md and .png, 25 minutes on two cores
 
 All engines run in one process, in turn, with the same weights, prompts and responses. Ratios are medians over repeats.
 
@@ -49,24 +49,19 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler would report eac
 import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
+from transformers import AutoModelForImageTextToText, Qwen2_5_VLConfig
+
+from benchmarks.kl import processor
+from benchmarks.memory import GIB, Parameters, cache_bytes_per_token, head_size, shape
+from engine.qwen2_5_vl import encode_clips
+from engine.sampling import generate
+from grpo import grpo_loss
+from kl import CHUNK as KL_CHUNK
+from kl import chunked_weighted_kl, logits, same_dtype
+from policy import Policy, Prompt, Video, Vocabulary, build_prompt, group_hidden, last_hidden
+from video import normalise_patches
 
 ROOT = Path(__file__).resolve().parents[1]
-HERE = Path(__file__).resolve().parent
-# Files here have the names of modules that they measure.
-sys.path = [str(ROOT), *(p for p in sys.path if Path(p or ".").resolve() != HERE)]
-
-from transformers import AutoModelForImageTextToText, Qwen2_5_VLConfig  # noqa: E402
-
-from benchmarks.kl import processor  # noqa: E402
-from benchmarks.memory import GIB, Parameters, cache_bytes_per_token, head_size, shape  # noqa: E402
-from engine.qwen2_5_vl import encode_clips  # noqa: E402
-from engine.sampling import generate  # noqa: E402
-from grpo import grpo_loss  # noqa: E402
-from kl import CHUNK as KL_CHUNK  # noqa: E402
-from kl import chunked_weighted_kl, logits, same_dtype  # noqa: E402
-from policy import Policy, Prompt, Video, Vocabulary, build_prompt, group_hidden, last_hidden  # noqa: E402
-from video import normalise_patches  # noqa: E402
-
 PHASES = ("rollout", "reference", "update", "zoom")
 STEP = PHASES[:3]  # what every engine does
 GRID = (16, 16)  # patches of a pair of frames: 64 visual tokens
@@ -801,7 +796,7 @@ def main() -> None:
         print(*new, sep="\n", flush=True)
 
     flags = " --quick" * given.quick + " --short" * given.short
-    say("# The engine: seconds and memory", "", f"`python benchmarks/engine.py{flags}`", "")
+    say("# The engine: seconds and memory", "", f"`python -m benchmarks.engine{flags}`", "")
     say(f"{datetime.date.today()}; {processor()}, {torch.get_num_threads()} threads; {versions()}.", "")
     naive, ours = engines()
     if given.short:

@@ -1,6 +1,6 @@
 """What the turns of an episode cost: with the cache across turns, without it, and in one turn; and in the update.
 
-    python benchmarks/episodes.py            # benchmarks/results/episodes.md
+    python -m benchmarks.episodes            # benchmarks/results/episodes.md
 
 The policy is the scaled-down one of benchmarks/engine.py, 19 million random parameters in float32. A glance has 64
 frames of 112x112 pixels (512 visual tokens), a clip 16 of them, each after its time (256 visual tokens); every turn
@@ -19,24 +19,18 @@ import argparse
 import datetime
 import os
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
+from benchmarks.engine import ORDINARY, endless, engines
+from engine.sampling import Sampler
+from policy import Policy, Prompt, Video, build_prompt
+from tests.plain_episodes import PlainEpisodes
+
 ROOT = Path(__file__).resolve().parents[1]
-HERE = Path(__file__).resolve().parent
-# Files here have the names of modules that they measure.
-sys.path = [str(ROOT), str(ROOT / "tests"), *(p for p in sys.path if Path(p or ".").resolve() != HERE)]
-
-from plain_episodes import PlainEpisodes  # noqa: E402
-
-from benchmarks.engine import ORDINARY, endless, engines  # noqa: E402
-from engine.sampling import Sampler  # noqa: E402
-from policy import Policy, Prompt, Video, build_prompt  # noqa: E402
-
 PROMPTS, GROUP, WRITTEN = 2, 4, 64
 CLIP, WORDS, TIME = 16, 16, 6  # frames of a clip; tokens of a question, and of a frame's time
 TURNS = (1, 2, 3, 5)
@@ -121,10 +115,10 @@ def lines(repeats: int, turns: tuple[int, ...] = TURNS) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--out", default=str(HERE / "results" / "episodes.md"))
+    parser.add_argument("--out", default=str(ROOT / "benchmarks" / "results" / "episodes.md"))
     given = parser.parse_args()
     table = "\n".join(lines(given.repeats))
-    made = f"`python benchmarks/episodes.py --repeats {given.repeats}`, {datetime.date.today()}, "
+    made = f"`python -m benchmarks.episodes --repeats {given.repeats}`, {datetime.date.today()}, "
     made += f"torch {torch.__version__}, {torch.get_num_threads()} of {os.cpu_count()} CPU cores"
     Path(given.out).write_text(f"# Episodes of several turns\n\n{made}. {__doc__.split(chr(10) * 2, 2)[2]}\n{table}\n")
 

@@ -1,6 +1,6 @@
 """Random options of train.py, two steps each: a run ends, or one line says what is wrong. No traceback.
 
-    python benchmarks/fuzz_options.py --runs 200
+    python -m benchmarks.fuzz_options --runs 200
 
 Every run starts from one of the built-in recipes, in small, and changes two to six options to random values: other
 choices, the ends of their ranges, values around the default. Same seed, same options: `--only N` repeats one.
@@ -16,11 +16,9 @@ import tempfile
 from collections import Counter
 from pathlib import Path
 
+import config as configuration
+
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
-import config as configuration  # noqa: E402
-
 RECIPES = ("cpu_world", "cpu_longvtg", "cpu_world_agent")
 SMALL = "--steps 2 --prompts_per_step 2 --group_size 2 --world_train_videos 4 --world_test_videos 2 --max_tokens 24"
 SMALL += " --save_every 1 --n_episodes 1 --tracker none --threads 1"

@@ -1,6 +1,6 @@
 """Damaged video files: each is read or refused by name. No hang, no crash, no other error, no row without a picture.
 
-    python benchmarks/fuzz_video.py --out benchmarks/results/fuzz_video.md
+    python -m benchmarks.fuzz_video --out benchmarks/results/fuzz_video.md
 
 Every file that the tests of reading know is cut, zeroed, spliced and bit-flipped at `--places` places in all. Each
 damaged copy is probed, then asked for pictures between its first and last second, in a process of its own (a fork) that
@@ -21,21 +21,16 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
+import av
+import torch
+
+import media.decode
+import video
+from media.file import VideoError
+from tests.kinds import KINDS
+from tests.numbered import FILES, get, read_number
+
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-
-import av  # noqa: E402
-import torch  # noqa: E402
-from kinds import KINDS  # noqa: E402
-from numbered import FILES, get, read_number  # noqa: E402
-
-import media.decode  # noqa: E402
-from media.file import VideoError  # noqa: E402
-
-HERE = Path(__file__).resolve().parent
-sys.path = [path for path in sys.path if Path(path or ".").resolve() != HERE]  # its video.py is not the one meant
-import video  # noqa: E402
-
 ENDINGS = ("read", "refused", "another error", "crash", "no end", "no memory")
 
 
@@ -143,7 +138,7 @@ def main() -> None:
         rows.append((name, counts))
         total.update(counts)
         print(name, dict(counts), flush=True)
-    command = "python " + " ".join(["benchmarks/fuzz_video.py", *sys.argv[1:]])
+    command = "python -m " + " ".join(["benchmarks.fuzz_video", *sys.argv[1:]])
     lines = [f"| {' | '.join(['file', *ENDINGS])} |", "| --- " * (len(ENDINGS) + 1) + "|"]
     lines += [f"| {name} | {' | '.join(str(c[e]) for e in ENDINGS)} |" for name, c in [*rows, ("all", total)]]
     text = f"# Damaged videos\n\n`{command}`, {args.places} damaged copies of each file, av {av.__version__}.\n\n"

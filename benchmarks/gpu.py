@@ -36,15 +36,14 @@ from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+from benchmarks import absent  # noqa: F401  (before whatever imports PyAV)
+
+# isort: split
+from benchmarks import gpu_checks, gpu_seven
+from benchmarks.engine import row, versions
+from benchmarks.gpu_checks import FAILED, SUSPECT, Setting
+
 ROOT = Path(__file__).resolve().parents[1]
-HERE = Path(__file__).resolve().parent
-# Files here have the names of modules that they measure.
-sys.path = [str(ROOT), *(p for p in sys.path if Path(p or ".").resolve() != HERE)]
-
-from benchmarks import absent, gpu_checks, gpu_seven  # noqa: E402, F401  (absent comes first)
-from benchmarks.engine import row, versions  # noqa: E402
-from benchmarks.gpu_checks import FAILED, SUSPECT, Setting  # noqa: E402
-
 SECTIONS = {"kernels": 80, "policy": 100, "seven": 170, "training": 90, "plain": 100}  # seconds
 RUN: dict[str, Callable[[Setting, Path], None]] = {
     "kernels": gpu_checks.kernels,
@@ -78,13 +77,14 @@ def compose(top: list[str], body: list[str]) -> str:
 
 def run_section(name: str, limit: float, dry: bool, scratch: Path, take: Callable[[str], None]) -> None:
     """A section in a process of its own, which is ended after `limit` seconds; `take` gets its lines."""
-    command = [sys.executable, str(Path(__file__).resolve()), "--section", name, "--scratch", str(scratch)]
+    command = [sys.executable, "-m", "benchmarks.gpu", "--section", name, "--scratch", str(scratch)]
     start = time.monotonic()
     take("")
     take(f"## {name}")
     errors = scratch / f"{name}.err"
     with errors.open("w") as file:
-        process = subprocess.Popen(command + ["--dry"] * dry, stdout=subprocess.PIPE, stderr=file, text=True)
+        command += ["--dry"] * dry
+        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=file, text=True)
         timer = threading.Timer(limit, process.kill)
         timer.start()
         for line in process.stdout:
@@ -115,7 +115,7 @@ def main(arguments: list[str] | None = None) -> int:
     end = time.monotonic() + (3600 if given.dry else 60 * given.minutes)
     top, body = header(given.dry), []
     with tempfile.TemporaryDirectory() as folder:
-        fallback = Path(tempfile.gettempdir()) / "gpu.md" if given.dry else HERE / "results" / "gpu.md"
+        fallback = Path(tempfile.gettempdir()) / "gpu.md" if given.dry else ROOT / "benchmarks" / "results" / "gpu.md"
         out = given.out or fallback
         out.parent.mkdir(parents=True, exist_ok=True)
 

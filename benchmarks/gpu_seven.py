@@ -18,15 +18,13 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForImageTextToText, StoppingCriteria, StoppingCriteriaList
 
+import kl
+import policy
+from benchmarks import engine
+from benchmarks.engine import Cost, Meter, Naive, Ours, make_problem, row
 from benchmarks.gpu_checks import HALF, SINGLE, Setting, head, ours_and_naive, parts, say, suspect
-
-import kl  # isort: skip
-import policy  # isort: skip
-from benchmarks import engine  # isort: skip
-from benchmarks.engine import Cost, Meter, Naive, Ours, make_problem, row  # isort: skip
-from benchmarks.memory import GIB, Parameters, cache_bytes_per_token, shape  # isort: skip
-from engine import sampling, sharding  # isort: skip
-
+from benchmarks.memory import GIB, Parameters, cache_bytes_per_token, shape
+from engine import sampling, sharding
 
 # ---------------------------------------------------------------- 7B
 

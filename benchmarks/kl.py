@@ -1,6 +1,6 @@
 """Chunked KL against materialised logits: time and peak memory of one forward and backward pass, side by side.
 
-    python benchmarks/kl.py [--tokens 2048] [--hidden 896] [--vocab 152064] [--chunk 256] [--repeats 3]
+    python -m benchmarks.kl [--tokens 2048] [--hidden 896] [--vocab 152064] [--chunk 256] [--repeats 3]
 
 Both compute, for every token, the weighted KL to a reference with its own projection, the sampled token's
 log-probability under both, and the entropy, and take the gradient of (kl - logp).sum() for hidden states and
@@ -13,13 +13,10 @@ processor seconds of all threads on a CPU (other processes disturb them less).
 import argparse
 import platform
 import statistics
-import sys
 import time
 from pathlib import Path
 
 import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import kl
 

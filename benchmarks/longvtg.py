@@ -1,6 +1,6 @@
 """LongVTG-R1's Tables 3 and 4 on the built-in world, where videos are ten times as long as their events.
 
-    python benchmarks/longvtg.py             # 24 runs of recipes/cpu_longvtg.yaml, two at a time, and their evaluations
+    python -m benchmarks.longvtg             # 24 runs of recipes/cpu_longvtg.yaml, two at a time, and their evaluations
 
 Table 4: five variants, three seeds each, from the same start; and the rewards once more from a start that misses the
 evidence. "No signal" is the share of groups whose responses all got the same grounding reward, over the first and the
@@ -27,16 +27,14 @@ from pathlib import Path
 
 import torch
 
+import config as configuration
+from annotations.samples import load_samples
+from benchmarks.main_job import finished_run, spread
+from engine.loading import load
+from policy import Policy, Vocabulary
+from world import lessons
+
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
-import config as configuration  # noqa: E402
-from annotations.samples import load_samples  # noqa: E402
-from benchmarks.main_job import finished_run, spread  # noqa: E402
-from engine.loading import load  # noqa: E402
-from policy import Policy, Vocabulary  # noqa: E402
-from world import lessons  # noqa: E402
-
 RECIPE = ["--config", "recipes/cpu_longvtg.yaml"]
 START = ROOT / "checkpoints" / "tiny-long"
 RUNS = ROOT / "runs" / "longvtg"
@@ -210,7 +208,7 @@ def main() -> None:
     text = "\n\n".join(
         [
             "# LongVTG-R1's ablations on the built-in world",
-            f"`{' '.join(['python', 'benchmarks/longvtg.py', *sys.argv[1:]])}`: seeds {given.seeds}, mean ± standard "
+            f"`{' '.join(['python -m benchmarks.longvtg', *sys.argv[1:]])}`: seeds {given.seeds}, mean ± standard "
             "deviation; videos of 30 s, three events of 2 to 4 s; 100 steps of 8 prompts x 8 responses.",
             "## Rewards and KL (Table 4)",
             table_4({name: results[name] for name in ABLATIONS}, elsewhere[START]),

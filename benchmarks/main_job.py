@@ -1,7 +1,7 @@
 """The main job over several seeds: mean and standard deviation of the table it ends with, and its duration.
 
-    python benchmarks/main_job.py                                        # the README's table
-    python benchmarks/main_job.py --label paper -- --tokenadv paper      # any option of train.py, after --
+    python -m benchmarks.main_job                                        # the README's table
+    python -m benchmarks.main_job --label paper -- --tokenadv paper      # any option of train.py, after --
 
 Runs go to runs/main_job/LABEL-SEED; a run that is finished there is not repeated. The table is printed and written to
 benchmarks/results/main_job-LABEL.md.
@@ -67,7 +67,7 @@ def main() -> None:
     given = parser.parse_args(arguments)
     runs = [finished_run(ROOT / "runs" / "main_job" / f"{given.label}-{seed}", seed, options) for seed in given.seeds]
     minutes = [run["seconds"] / 60 for run in runs]
-    command = "python benchmarks/main_job.py" + "".join(f" {word}" for word in sys.argv[1:])
+    command = "python -m benchmarks.main_job" + "".join(f" {word}" for word in sys.argv[1:])
     text = f"`{command}`\n\nSeeds {given.seeds}, mean ± standard deviation, test split.\n\n{table(runs)}\n\n"
     text += f"Minutes per run, evaluation and start included: {', '.join(f'{m:.1f}' for m in minutes)}.\n"
     print(text)

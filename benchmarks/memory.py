@@ -1,6 +1,6 @@
 """What training takes of one device's memory, part by part, before any device is touched, and whether it fits.
 
-    python benchmarks/memory.py --model 7b [--gpus 8] [--fsdp] [--config recipes/zoom_zero_stage1.yaml] [--gib 139]
+    python -m benchmarks.memory --model 7b [--gpus 8] [--fsdp] [--config recipes/zoom_zero_stage1.yaml] [--gib 139]
 
 `--model` is 7b, 3b, 20m (the scaled-down shape of `benchmarks/engine.py`), tiny (the built-in policy) or a checkpoint's
 folder. All other options are those of train.py: `--paired_frames true`, `--group_size 16`.
@@ -19,16 +19,14 @@ from dataclasses import dataclass
 from math import ceil, log2
 from pathlib import Path
 
+from transformers import AutoConfig, Qwen2_5_VLConfig
+
+import config as configuration
+from config import DEFAULT_RECIPE, Config
+from kl import CHUNK as KL_CHUNK
+from policy import VISION_CHUNK
+
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
-from transformers import AutoConfig, Qwen2_5_VLConfig  # noqa: E402
-
-import config as configuration  # noqa: E402
-from config import DEFAULT_RECIPE, Config  # noqa: E402
-from kl import CHUNK as KL_CHUNK  # noqa: E402
-from policy import VISION_CHUNK  # noqa: E402
-
 GIB = 2**30
 TEXT_TOKENS = 256  # of a prompt: Zoom-Zero's template with an ordinary question has 249
 ALLOWANCE = 4 * GIB  # CUDA's context, communication buffers, fragmentation

@@ -1,6 +1,6 @@
 """Scene boundaries on the built-in long videos: the detector against a colour histogram, over several seeds.
 
-    python benchmarks/scenes.py [--seeds 0 1 2] [--videos 40 20]
+    python -m benchmarks.scenes [--seeds 0 1 2] [--videos 40 20]
 
 Every line of the table is trained on the same videos with known scenes and tested on others, whose settings it has
 never seen; a seed is that of the videos and of training. Shots are known. "histogram" is a shot's share of pixels in
@@ -20,8 +20,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import config as configuration
 import scenes
@@ -102,7 +100,7 @@ def main() -> None:
     runs = [results(seed, given.videos, given.model, Path(given.cache)) for seed in given.seeds]
     parts = [
         "# Scene boundaries on the built-in long videos",
-        f"`{' '.join(['python benchmarks/scenes.py', *sys.argv[1:]])}`",
+        f"`{' '.join(['python -m benchmarks.scenes', *sys.argv[1:]])}`",
         f"{given.videos[0]} videos of 12 scenes to train, {given.videos[1]} to test, seeds {given.seeds}: mean ± "
         f"standard deviation. Recall and precision are above a probability of {scenes.THRESHOLD}. "
         f"{platform.machine()}, torch {torch.__version__}.",

@@ -1,7 +1,7 @@
 """Every inference strategy on the built-in world's test split: accuracy by kind of question, spans, and cost.
 
-    python benchmarks/strategies.py --model runs/cpu_world/checkpoint [--answer_model checkpoints/tiny]
-    accelerate launch benchmarks/strategies.py ...                     # split over processes
+    python -m benchmarks.strategies --model runs/cpu_world/checkpoint [--answer_model checkpoints/tiny]
+    accelerate launch -m benchmarks.strategies ...                     # split over processes
 
 Writes benchmarks/results/strategies.md: one part about the 20 s videos the policy was trained for, one about videos of
 40 s, which two windows of 20 frames cut in half. The questions' rows are kept in runs/strategies/, one file per line of
@@ -19,9 +19,6 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 
 import config as configuration
 import infer
@@ -115,7 +112,7 @@ def main() -> None:
     accelerator = Accelerator()
     parts = [
         "# Inference strategies on the built-in world",
-        f"`python benchmarks/strategies.py {' '.join(sys.argv[1:])}`",
+        f"`python -m benchmarks.strategies {' '.join(sys.argv[1:])}`",
         f"Processes: {accelerator.num_processes}, threads of each: {given.threads}, device: {accelerator.device.type}, "
         f"{platform.machine()}, torch {torch.__version__}. Seconds depend on what else the machine did.",
     ]

@@ -1,7 +1,7 @@
 """Time, memory and exactness of `media/` and `video.py` against other readers, on videos made here with a number in
 every frame.
 
-    python benchmarks/video.py --out benchmarks/results/video.md
+    python -m benchmarks.video --out benchmarks/results/video.md
 
 Every figure comes from processes of its own, which have imported the reader and read one small file before the clock
 starts. Readers take turns; time is the median of `--repeats` processes, memory the largest. Memory is the peak of the
@@ -18,7 +18,7 @@ torchcodec needs FFmpeg's shared libraries (4 to 8) on LD_LIBRARY_PATH; of torch
 
 The last table alone, beside what another checkout of this project reads (`before`):
 
-    python benchmarks/video.py --right-frames --before ../older --out right.md
+    python -m benchmarks.video --right-frames --before ../older --out right.md
 """
 
 from __future__ import annotations
@@ -32,23 +32,19 @@ import random
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
+import av
+import torch
+import torch.nn.functional as F
+
+import video
+from tests.kinds import KINDS
+from tests.numbered import FILES, edited, read_number, sequential, times_of, write_video
+
 ROOT = Path(__file__).resolve().parents[1]
-HERE = Path(__file__).resolve().parent
-MEASURED = Path(os.environ.get("ZOOMGRPO_MEASURED", ROOT))  # the checkout whose reader is "ours"
-# This file has the name of the module it measures.
-sys.path = [str(MEASURED), str(ROOT / "tests"), *(p for p in sys.path if Path(p or ".").resolve() != HERE)]
-
-import av  # noqa: E402
-import torch  # noqa: E402
-import torch.nn.functional as F  # noqa: E402
-from kinds import KINDS  # noqa: E402
-from numbered import FILES, edited, read_number, sequential, times_of, write_video  # noqa: E402
-
-import video  # noqa: E402
-
 CORES = len(os.sched_getaffinity(0))
 READERS = ("ours", "decord", "torchcodec", "opencv")
 TIMEOUT = 240  # seconds for all requests of an exactness test, 10 times that for a task
@@ -233,15 +229,21 @@ def ask(job: dict) -> None:
         print(json.dumps({"seen": seen}), flush=True)
 
 
-def in_process(job: dict, timeout: float) -> tuple[list[dict], str]:
-    """What a fresh process prints for a job, and in words what went wrong."""
-    command = [sys.executable, str(Path(__file__).resolve()), "--job"]
-    environment = os.environ | ({"ZOOMGRPO_MEASURED": job["checkout"]} if "checkout" in job else {})
+def combine(checkout: Path, folder: Path) -> None:
+    """Link the code of another checkout into an empty folder, and the benchmarks and tests of this one."""
+    for path in checkout.resolve().iterdir():
+        if path.name not in ("benchmarks", "tests"):
+            (folder / path.name).symlink_to(path)
+    for name in ("benchmarks", "tests"):
+        (folder / name).symlink_to(ROOT / name)
+
+
+def in_process(job: dict, timeout: float, root: Path = ROOT) -> tuple[list[dict], str]:
+    """What a fresh process prints for a job, and in words what went wrong; `root` is where it imports from."""
+    command = [sys.executable, "-m", "benchmarks.video", "--job"]
     words = ""
     try:
-        run = subprocess.run(
-            command, input=json.dumps(job).encode(), capture_output=True, timeout=timeout, env=environment
-        )
+        run = subprocess.run(command, input=json.dumps(job).encode(), capture_output=True, timeout=timeout, cwd=root)
         output = run.stdout
         if run.returncode:
             words = f"exit {run.returncode}: {(run.stderr.decode().strip().splitlines() or ['no message'])[-1][:200]}"
@@ -333,7 +335,7 @@ def truth_of(folder: Path, kind: str) -> tuple[Path, list[float], list[int]]:
     return folder / name, times_of(name), [read_number(frame) for frame in sequential(folder / name)]
 
 
-def exactness(folder: Path, readers: list[str], before: Path | None) -> list[list[str]]:
+def exactness(folder: Path, readers: list[str], before: Path) -> list[list[str]]:
     """For every kind of file and reader: right frames one at a time in random order, and right frames of one request
     for all."""
     rows = []
@@ -346,9 +348,7 @@ def exactness(folder: Path, readers: list[str], before: Path | None) -> list[lis
         for reader in readers:
             requests = [*([k] for k in order), list(range(len(times)))]
             job = {"reader": reader, "path": str(path), "times": middles, "requests": requests}
-            if reader == "before":
-                job["checkout"] = str(before)
-            printed, words = in_process(job, TIMEOUT)
+            printed, words = in_process(job, TIMEOUT, before if reader == "before" else ROOT)
             answers = [line["seen"] for line in printed] + [[words] * len(rows) for rows in requests[len(printed) :]]
             right = sum(seen == [truth[k]] for k, seen in zip(order, answers, strict=False))
             all_right = sum(seen == number for seen, number in zip(answers[-1], truth, strict=True))
@@ -372,7 +372,10 @@ def report(args) -> str:
     if args.right_frames:
         make_videos(args.folder, EXACT.values())
         readers[1:1] = ["before"] if args.before else []
-        rows = exactness(args.folder, readers, args.before)
+        with tempfile.TemporaryDirectory() as before:
+            if args.before:
+                combine(args.before, Path(before))
+            rows = exactness(args.folder, readers, Path(before))
         return "\n\n".join([*right, f"`{args.command}`.", table(["file", *readers], rows)]) + "\n"
     make_videos(args.folder, [*VIDEOS, *EXACT.values()])
 
@@ -388,7 +391,7 @@ def report(args) -> str:
         "## End to end: from file to `pixel_values_videos`",
         comparison(args.folder, chains, END_TO_END, args.repeats),
         *right,
-        table(["file", *readers], exactness(args.folder, readers, None)),
+        table(["file", *readers], exactness(args.folder, readers, ROOT)),
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -418,6 +421,7 @@ def main() -> None:
     parser.add_argument("--make-only", action="store_true", help="only write the videos")
     parser.add_argument("--job", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
+    args.folder = args.folder.resolve()  # for processes elsewhere
     if args.job:
         job = json.load(sys.stdin)
         if "requests" in job:
@@ -425,7 +429,7 @@ def main() -> None:
         else:
             print(json.dumps(measure(job)))
         return
-    args.command = "python " + " ".join(["benchmarks/video.py", *sys.argv[1:]])
+    args.command = "python -m " + " ".join(["benchmarks.video", *sys.argv[1:]])
     if args.make_only:
         make_videos(args.folder, [*VIDEOS, *EXACT.values()])
         return

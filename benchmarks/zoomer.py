@@ -1,6 +1,6 @@
 """VideoZoomer on the built-in world: its ablations, and accuracy against the frames that are used.
 
-    python benchmarks/zoomer.py --start CHECKPOINT [--exemplars CHECKPOINT] [--coarse CHECKPOINT] [--seeds 0 1 2]
+    python -m benchmarks.zoomer --start CHECKPOINT [--exemplars CHECKPOINT] [--coarse CHECKPOINT] [--seeds 0 1 2]
 
 Ablations: runs of recipes/cpu_world_agent.yaml from the same cold start, with R_tool's weight 0.5 (as released), 0,
 0.25 and 1; from `--exemplars`, a cold start without reflection data; and from checkpoints/tiny, which has never made a
@@ -28,20 +28,18 @@ from pathlib import Path
 import matplotlib
 import torch
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
 matplotlib.use("Agg")
 
-import matplotlib.pyplot as plt  # noqa: E402
+import matplotlib.pyplot as plt
 
-import config as configuration  # noqa: E402
-import infer  # noqa: E402
-from annotations.rows import Sample  # noqa: E402
-from annotations.samples import load_samples  # noqa: E402
-from benchmarks.main_job import finished_run, spread  # noqa: E402
-from infer import Agent, Result, Settings  # noqa: E402
+import config as configuration
+import infer
+from annotations.rows import Sample
+from annotations.samples import load_samples
+from benchmarks.main_job import finished_run, spread
+from infer import Agent, Result, Settings
 
+ROOT = Path(__file__).resolve().parents[1]
 RUNS = ROOT / "runs" / "zoomer"
 RECIPE = ["--config", "recipes/cpu_world_agent.yaml", "--world_test_videos", "40"]
 NEVER_CALLED = ROOT / "checkpoints" / "tiny"
@@ -202,7 +200,7 @@ def main() -> None:
     picture(found, lines, results, out / "zoomer.png")
     text = [
         "# VideoZoomer on the built-in world",
-        f"`python benchmarks/zoomer.py {' '.join(sys.argv[1:])}`: {given.steps} steps of 8 prompts x 8 episodes, seeds "
+        f"`python -m benchmarks.zoomer {' '.join(sys.argv[1:])}`: {given.steps} steps of 8 prompts x 8 episodes, seeds "
         f"{given.seeds}, mean ± standard deviation.",
         "## Ablations",
         "Accuracy (in brackets: runs):",

@@ -18,7 +18,6 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
-from numbered import get
 from passes import CLIP, random_responses, random_video
 from safetensors.torch import load_file, save_file
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLRMSNorm
@@ -32,6 +31,7 @@ from episodes import environments
 from policy import Policy, Video, Vocabulary, build_prompt
 from rewards import facets
 from rollout import Group, roll_out
+from tests.numbered import get
 from world import benchmark, lessons, tiny
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -10,7 +10,8 @@ from pathlib import Path
 import av
 import pytest
 from av.bitstream import BitStreamFilterContext
-from numbered import FILES, HEIGHT, IRREGULAR, OPEN_GOP, WIDTH, X264, coded_picture, get, texture, write_video
+
+from tests.numbered import FILES, HEIGHT, IRREGULAR, OPEN_GOP, WIDTH, X264, coded_picture, get, texture, write_video
 
 Truth = tuple[Path, list[float], list[int]]  # a file, the time and the number of each of its frames
 REFRESH = {**X264, "x264-params": "intra-refresh=1:keyint=20:bframes=0"}

@@ -18,7 +18,6 @@ import torch
 import yaml
 from accelerate import Accelerator
 from conftest import ROOT, pay, read_metrics, roll_out_episodes
-from plain_episodes import PlainEpisodes
 from runs import TWO_SHARDED
 from runs import call as in_processes
 
@@ -42,6 +41,7 @@ from media.decode import VideoInfo
 from media.file import VideoError
 from policy import Policy, Prompt, Video, Vocabulary, build_prompt
 from rollout import Group, Response, Turn, coarse_plan, coarse_prompt, read_turn, view_video
+from tests.plain_episodes import PlainEpisodes
 from train import MicroBatch
 from video import decode
 from world import benchmark, lessons, tiny

@@ -22,7 +22,6 @@ from accelerate import Accelerator
 from conftest import drop_video_token, drop_weights, loud_model, page_in_browser, run_in_two_processes
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from numbered import write_video
 from pagetree import Tree
 from qwen import QWEN
 from torch import nn
@@ -51,6 +50,7 @@ from report.html import clock
 from report.results import read_results, row_of
 from report.tables import cost, cost_text
 from rollout import answer_clips, coarse_prompt, read_turn, roll_out, view_video, zoom_clips
+from tests.numbered import write_video
 from video import Budget, Clip, plan_clip
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -11,12 +11,12 @@ import torch
 import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from numbered import HEIGHT, WIDTH, X264, get, read_number, sequential, write_video
 
 from media.decode import VideoInfo, _Painter, probe
 from media.file import VideoError
 from media.frames import FrameCache
 from media.prefetch import prefetch
+from tests.numbered import HEIGHT, WIDTH, X264, get, read_number, sequential, write_video
 from video import (
     Budget,
     decode,

@@ -7,7 +7,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from numbered import get
 
 import config as configuration
 from annotations import trajectories
@@ -17,6 +16,7 @@ from media.file import VideoError
 from policy import build_prompt
 from prompts import next_turn
 from rollout import coarse_prompt, view_video
+from tests.numbered import get
 
 AGENT = ["--template", "world_zoomer", "--max_frames", "20", "--zoom_budget", "256"]
 CALL = '<think>closer</think><video_zoom>{"segment": [3, 5], "fps": 2}</video_zoom>'

@@ -21,7 +21,11 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from numbered import (
+
+from media.decode import SideDataType, _can_skip, _needed, _Painter, probe
+from media.file import VideoError
+from media.source import Source
+from tests.numbered import (
     B_FRAMES,
     FILES,
     HEIGHT,
@@ -35,10 +39,6 @@ from numbered import (
     times_of,
     write_video,
 )
-
-from media.decode import SideDataType, _can_skip, _needed, _Painter, probe
-from media.file import VideoError
-from media.source import Source
 from video import Budget, decode, load_clip, plan_clip, resize
 
 REAL = Path(__file__).resolve().parents[3] / "shared" / "realdata" / "videos"

@@ -11,13 +11,13 @@ import av
 import pytest
 import torch
 from av.stream import Disposition
-from kinds import KINDS, copy_packets, read_packets
-from numbered import get, read_number, write_video
 
 from media import table
 from media.decode import TABLES, probe, show_pictures
 from media.file import OpenFile, VideoError
 from media.source import Source
+from tests.kinds import KINDS, copy_packets, read_packets
+from tests.numbered import get, read_number, write_video
 from video import decode
 
 
