@@ -296,7 +296,7 @@ class Config:
 
 
 OPTIONS = {field.name: field.metadata for field in dataclasses.fields(Config)}
-KINDS: dict[str, type] = typing.get_type_hints(Config)
+OPTION_TYPES: dict[str, type] = typing.get_type_hints(Config)
 
 
 def decisive(config: Config, program: str | None = None, group: str | None = None) -> dict[str, object]:
@@ -331,7 +331,7 @@ def read_recipe(path: str | Path) -> dict[str, object]:
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: not UTF-8, or a number too long
-        raise ConfigError(f"{path}: not YAML: {short(error)}") from None
+        raise ConfigError(f"{path}: not YAML: {clipped(error)}") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: a recipe is a list of `option: value` lines, not {type(values).__name__}")
     for name in values:
@@ -345,7 +345,7 @@ def save(config: Config, path: str | Path) -> None:
     Path(path).write_text(yaml.safe_dump(dataclasses.asdict(config), sort_keys=False))
 
 
-def short(value: object, most: int = 300) -> str:
+def clipped(value: object, most: int = 300) -> str:
     """A value or an error for a message, cut: a few hundred bytes of YAML can name each other into megabytes."""
     text = str(value) if isinstance(value, Exception) else reprlib.repr(value)
     return text if len(text) <= most else f"{text[:most]}..."
@@ -353,13 +353,13 @@ def short(value: object, most: int = 300) -> str:
 
 def unknown(name: object, known: Sequence[str]) -> str:
     """What is wrong with a name that is none, and which is meant if one is near."""
-    near = difflib.get_close_matches(short(name).strip("'").lower().replace("-", "_"), known, n=1)
-    return f"there is no option {short(name)}" + (f"; the nearest is {near[0]!r}" if near else "")
+    near = difflib.get_close_matches(clipped(name).strip("'").lower().replace("-", "_"), known, n=1)
+    return f"there is no option {clipped(name)}" + (f"; the nearest is {near[0]!r}" if near else "")
 
 
 def convert(name: str, value: object, origin: str) -> object:
     """The value as the field's type, or ConfigError naming the field, the value and where it came from."""
-    kind, choices = KINDS[name], OPTIONS[name]["choices"]
+    kind, choices = OPTION_TYPES[name], OPTIONS[name]["choices"]
     try:
         if kind is bool:
             converted = {"true": True, "false": False}[str(value).lower()]
@@ -370,9 +370,9 @@ def convert(name: str, value: object, origin: str) -> object:
         if kind is int and isinstance(value, float) and converted != value:
             raise ValueError  # 2.5 as a number of steps
     except (ValueError, KeyError, OverflowError, TypeError):
-        raise ConfigError(f"{origin}: {name} takes a {kind.__name__}, not {short(value)}") from None
+        raise ConfigError(f"{origin}: {name} takes a {kind.__name__}, not {clipped(value)}") from None
     if choices and converted not in choices:
-        raise ConfigError(f"{origin}: {name} is one of {', '.join(map(str, choices))}, not {short(value)}")
+        raise ConfigError(f"{origin}: {name} is one of {', '.join(map(str, choices))}, not {clipped(value)}")
     return converted
 
 
@@ -469,9 +469,9 @@ def build_parser(extra: argparse.ArgumentParser, program: str | None) -> argpars
             groups[group] = parser.add_argument_group(group)
         default = Config.__dataclass_fields__[name].default
         others = [choice for choice in about["choices"] if choice != default]
-        shown = str(default).lower() if KINDS[name] is bool else str(default)
-        text = f"{about['text']} [{' | '.join([shown, *others])}]".replace("%", "%%")
-        bare = {"nargs": "?", "const": "true"} if KINDS[name] is bool else {}  # --resume is --resume true
+        default_text = str(default).lower() if OPTION_TYPES[name] is bool else str(default)
+        text = f"{about['text']} [{' | '.join([default_text, *others])}]".replace("%", "%%")
+        bare = {"nargs": "?", "const": "true"} if OPTION_TYPES[name] is bool else {}  # --resume is --resume true
         groups[group].add_argument(f"--{name}", help=text, **bare)
     return parser
 
@@ -499,7 +499,7 @@ def unusable(word: str, known: Sequence[str]) -> str:
 
 def check(config: Config) -> None:
     """Raise ConfigError for values that cannot work, alone or together."""
-    for name, kind in KINDS.items():
+    for name, kind in OPTION_TYPES.items():
         value = getattr(config, name)
         if kind is float and not math.isfinite(value):
             raise ConfigError(f"{name} must be finite, not {value}")

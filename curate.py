@@ -73,7 +73,7 @@ NEIGHBOURS = 5  # scenes before, and as many after
 MAX_CLUES = 8
 MAX_OPTIONS = 8
 FRAME_BYTES = 2**30  # decoded frames that are kept for the next question
-RECIPE = configuration.RECIPES / "scenetg.yaml"  # for an endpoint
+ENDPOINT_RECIPE = configuration.RECIPES / "scenetg.yaml"  # for an endpoint
 
 QUESTION = """These frames, in order, are one scene of a longer video. Write one multiple-choice question about the \
 video that only this scene answers. Ask for something discriminative: a unique object, a fine-grained action, or an \
@@ -149,12 +149,12 @@ def ask(judge: Chat, messages: Sequence[Message], read: Callable[[str], dict], t
         except ReplyError as problem:
             if number == tries:
                 raise
-            said = Message("assistant", (reply.text.strip() or "(nothing)",))
-            messages = [*messages, said, Message("user", (AGAIN.format(problem=problem),))]
+            attempt = Message("assistant", (reply.text.strip() or "(nothing)",))
+            messages = [*messages, attempt, Message("user", (AGAIN.format(problem=problem),))]
     raise ValueError(f"tries must be at least 1, not {tries}")
 
 
-def read_object(text: str, names: Sequence[str], request: str) -> dict:
+def read_reply_object(text: str, names: Sequence[str], request: str) -> dict:
     """The JSON object that a reply is, in a code fence or without, with exactly these fields. Raises ReplyError."""
     bare = re.sub(r"^```(?:json)?\s*\n(.*)\n```$", r"\1", text.strip(), flags=re.S)
     try:
@@ -162,7 +162,7 @@ def read_object(text: str, names: Sequence[str], request: str) -> dict:
     except (ValueError, RecursionError):
         value = None
     if not isinstance(value, dict):
-        if plain(text) and plain(text) in plain(request):
+        if folded(text) and folded(text) in folded(request):
             raise ReplyError("it repeats the request")
         if "{" not in text and REFUSAL.search(text):
             raise ReplyError(f"it refuses: {one_line(text, 80)!r}")
@@ -184,11 +184,11 @@ def read_question(text: str) -> dict:
     """A proposed question: {"question", "options", "answer": a letter, "clues"}, options without letters. Raises
     ReplyError.
     """
-    value = read_object(text, ("question", "options", "answer", "clues"), QUESTION)
+    value = read_reply_object(text, ("question", "options", "answer", "clues"), QUESTION)
     question, answer = value["question"], value["answer"]
     if not isinstance(question, str) or not question.strip():
         raise ReplyError("its question is not a text")
-    if plain(question) in plain(QUESTION):
+    if folded(question) in folded(QUESTION):
         raise ReplyError("it repeats the request")
     options = strip_letters(distinct_texts(value, "options", 2, MAX_OPTIONS))
     clues = distinct_texts(value, "clues", 1, MAX_CLUES)
@@ -204,7 +204,7 @@ def read_verdict(text: str, n_clues: int) -> dict:
     """A verdict on a scene: {"clues": whether it has all of them, "answer": whether it has the answer}. Raises
     ReplyError.
     """
-    value = read_object(text, ("clues", "answer"), VERDICT)
+    value = read_reply_object(text, ("clues", "answer"), VERDICT)
     found, answer = value["clues"], value["answer"]
     if not isinstance(found, list) or len(found) != n_clues or not all(isinstance(one, bool) for one in found):
         raise ReplyError(f"its clues are not true or false {n_clues} times")
@@ -220,7 +220,7 @@ def distinct_texts(value: dict, name: str, least: int, most: int) -> list[str]:
         raise ReplyError(f"its {name} are not texts")
     if not least <= len(texts) <= most:
         raise ReplyError(f"it has {len(texts)} {name}, not {least} to {most}")
-    if len({plain(text) for text in texts}) < len(texts):
+    if len({folded(text) for text in texts}) < len(texts):
         raise ReplyError(f"its {name} repeat")
     return [text.strip() for text in texts]
 
@@ -230,7 +230,7 @@ def writable(text: str) -> bool:
     return text.isascii() or text.encode(errors="ignore").decode() == text
 
 
-def plain(text: str) -> str:
+def folded(text: str) -> str:
     """A text without case and repeated space, to be compared."""
     return " ".join(text.split()).casefold()
 
@@ -250,17 +250,17 @@ class Truth:
         self.questions = {row.text("video"): row.get("questions", list) for row in rows}
 
     def reply(self, messages: Sequence[Message]) -> Reply:
-        shown, words = messages[0].parts
-        start, end = shown.span
+        frames, words = messages[0].parts
+        start, end = frames.span
         here = [
-            one for one in self.questions.get(shown.video, []) if all(start <= s and e <= end for s, e in one["glue"])
+            one for one in self.questions.get(frames.video, []) if all(start <= s and e <= end for s, e in one["glue"])
         ]
         if words == QUESTION:
             if not here:
                 return Reply('{"question": null}')
             one = here[0]
             letter = one["answer"].strip("()")
-            said = {
+            content = {
                 "question": one["question"],
                 "options": one["options"],
                 "answer": letter,
@@ -270,8 +270,8 @@ class Truth:
             asked = json.loads(words.removeprefix(VERDICT))
             answers = [one["options"][LETTERS.index(one["answer"].strip("()"))] for one in here]
             there = [clue in [one["question"] for one in here] for clue in asked["clues"]]
-            said = {"clues": there, "answer": asked["answer"] in answers}
-        return Reply(json.dumps(said))
+            content = {"clues": there, "answer": asked["answer"] in answers}
+        return Reply(json.dumps(content))
 
 
 # ---------------------------------------------------------------- one line of each stage
@@ -295,7 +295,7 @@ def shots_row(task: Task, viewer: Viewer, known: dict[str, Row] | None) -> dict:
     return {**row, "shots": shots, "skipped": None if shots else "no shots"}
 
 
-def scenes_row(task: Task, find: Callable[[str, Spans], list[float]]) -> dict:
+def task_scenes(task: Task, find: Callable[[str, Spans], list[float]]) -> dict:
     """The scenes of a video whose shots are found; `find` gives the probability of each cut to begin one."""
     shots = [tuple(shot) for shot in task.row["shots"]]
     row = {"video": task.video, "duration": task.row["duration"], "boundaries": [], "scenes": [], "skipped": None}
@@ -313,8 +313,8 @@ def question_row(task: Task, viewer: Viewer, judge: Chat, tries: int) -> dict:
     try:
         if end - start < 1 / probe(viewer.path(task.video)).fps:
             return {**row, "skipped": "shorter than a frame"}
-        shown = viewer.show(task.video, (start, end))
-        return {**row, **ask(judge, [Message("user", (shown, QUESTION))], read_question, tries)}
+        frames = viewer.show(task.video, (start, end))
+        return {**row, **ask(judge, [Message("user", (frames, QUESTION))], read_question, tries)}
     except VideoError as error:
         return {**row, "skipped": f"unreadable: {error}"}
     except RequestError as error:
@@ -331,8 +331,8 @@ def unique_row(task: Task, spans: dict[str, Spans], viewer: Viewer, judge: Chat,
     asked = json.dumps({"question": row["question"], "clues": row["clues"], "answer": answer}, ensure_ascii=False)
     for number in neighbours(row["number"], len(others)):
         try:
-            shown = viewer.show(task.video, others[number])
-            messages = [Message("user", (shown, VERDICT + asked))]
+            frames = viewer.show(task.video, others[number])
+            messages = [Message("user", (frames, VERDICT + asked))]
             verdict = ask(judge, messages, lambda text: read_verdict(text, len(row["clues"])), tries)
         except (VideoError, ReplyError, RequestError) as error:
             return {**row, "kept": False, "reason": f"no verdict: scene {number}: {error}"}
@@ -367,16 +367,16 @@ def run_stage(
     """
     done = {id_of(row.fields): row for row in journal.resume(path, accelerator)}
     journal.check_made_with(done.values(), made_with)
-    mine = [tasks[k] for k in share(tasks, accelerator) if tasks[k].id not in done]
+    local_tasks = [tasks[k] for k in share(tasks, accelerator) if tasks[k].id not in done]
 
     def add(task: Task) -> None:
         journal.append(path, {**make(task), "made_with": made_with})
 
     label = f"{path.name}: {sum(task.id in done for task in tasks)} of {len(tasks)} done"
     with ThreadPoolExecutor(workers) as pool:
-        added = [pool.submit(add, task) for task in mine]
+        added = [pool.submit(add, task) for task in local_tasks]
         try:
-            bar = {"total": len(mine), "disable": None if accelerator.is_main_process else True}
+            bar = {"total": len(local_tasks), "disable": None if accelerator.is_main_process else True}
             for one in tqdm(as_completed(added), desc=label, **bar):
                 one.result()
         except BaseException:
@@ -395,27 +395,29 @@ def usable(rows: Sequence[dict]) -> list[dict]:
     return [row for row in rows if row["skipped"] is None]
 
 
-def curate(given: argparse.Namespace, config: Config, accelerator: Accelerator) -> None:
+def curate(options: argparse.Namespace, config: Config, accelerator: Accelerator) -> None:
     """All stages, one after the other; at the end the main process writes the training file and its statistics."""
-    out = Path(given.out)
+    out = Path(options.out)
     with accelerator.main_process_first():
-        source = sources(given, config)
+        source = sources(options, config)
     viewer, known = Viewer(source.folder, config), source.known
-    judge = connect(given, config, source.truth, accelerator.device)
-    find = scene_finder(given, viewer, known)
+    judge = connect_judge(options, config, source.truth, accelerator.device)
+    find = scene_finder(options, viewer, known)
     in_turn = partial(run_stage, accelerator=accelerator)
-    at_once = partial(in_turn, workers=given.workers if given.judge_model else 1)
+    at_once = partial(in_turn, workers=options.workers if options.judge_model else 1)
 
-    made_with = {"shots": "PySceneDetect" if known is None else given.shots or given.oracle}
+    made_with = {"shots": "PySceneDetect" if known is None else options.shots or options.oracle}
     tasks = [Task(video, video) for video in source.videos]
     shots = in_turn(out / "shots.jsonl", tasks, lambda task: shots_row(task, viewer, known), made_with)
 
     found_by = made_with["shots"]
-    if given.detector:  # may be trained again in its place
-        found_by = f"{given.detector} {hashlib.sha256(Path(given.detector).read_bytes()).hexdigest()[:8]} {given.tower}"
+    if options.detector:  # may be trained again in its place
+        found_by = (
+            f"{options.detector} {hashlib.sha256(Path(options.detector).read_bytes()).hexdigest()[:8]} {options.tower}"
+        )
     made_with = {**made_with, "scenes": found_by, "threshold": scenes.THRESHOLD}
     tasks = [Task(row["video"], row["video"], row) for row in usable(shots)]
-    found = in_turn(out / "scenes.jsonl", tasks, lambda task: scenes_row(task, find), made_with)
+    found = in_turn(out / "scenes.jsonl", tasks, lambda task: task_scenes(task, find), made_with)
 
     made_with = {**made_with, "judge": judge.name, **configuration.decisive(config, "curate", configuration.SEEN)}
     tasks = [
@@ -423,23 +425,23 @@ def curate(given: argparse.Namespace, config: Config, accelerator: Accelerator) 
         for row in usable(found)
         for n, scene in enumerate(row["scenes"])
     ]
-    make = partial(question_row, viewer=viewer, judge=judge, tries=given.tries)
+    make = partial(question_row, viewer=viewer, judge=judge, tries=options.tries)
     questions = at_once(out / "questions.jsonl", tasks, make, made_with)
 
     spans = {row["video"]: [tuple(scene) for scene in row["scenes"]] for row in usable(found)}
     tasks = [Task(row["id"], row["video"], row) for row in usable(questions)]
-    make = partial(unique_row, spans=spans, viewer=viewer, judge=judge, tries=given.tries)
+    make = partial(unique_row, spans=spans, viewer=viewer, judge=judge, tries=options.tries)
     unique = at_once(out / "unique.jsonl", tasks, make, made_with)
 
     usage = sum(gather_object([judge.usage]), Usage())
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         print(stage_text(shots, found, questions, unique))
-        print(f"asked      {usage.describe(*given.prices)}")
-        finish(out, unique, source.folder)
+        print(f"asked      {usage.describe(*options.prices)}")
+        finish_curation(out, unique, source.folder)
 
 
-def finish(out: Path, unique: Sequence[dict], folder: Path) -> None:
+def finish_curation(out: Path, unique: Sequence[dict], folder: Path) -> None:
     """Write the training file, whole or not at all, and the statistics as text and picture. Raises CurateError."""
     kept = [row for row in unique if row["kept"]]
     (out / "train.jsonl").unlink(missing_ok=True)  # of an earlier run
@@ -500,14 +502,14 @@ def statistics_text(durations: Sequence[float], shares: Sequence[float]) -> str:
     """
     lines = [
         f"seconds of a video             {spread(list(durations))}",
-        *bars(durations, round_edges(durations)),
+        *text_bars(durations, round_edges(durations)),
     ]
     percent = [100 * share for share in shares]
-    lines += [f"percent of it in a question     {spread(percent)}", *bars(percent, round_edges(percent))]
+    lines += [f"percent of it in a question     {spread(percent)}", *text_bars(percent, round_edges(percent))]
     return "\n".join(lines)
 
 
-def bars(values: Sequence[float], edges: np.ndarray, width: int = 40) -> list[str]:
+def text_bars(values: Sequence[float], edges: np.ndarray, width: int = 40) -> list[str]:
     """A histogram, a line per bin [low, high), the last one [low, high]."""
     counts, _ = np.histogram(values, edges)
     return [
@@ -529,17 +531,17 @@ class Sources:
     truth: dict[str, Row] | None
 
 
-def sources(given: argparse.Namespace, config: Config) -> Sources:
+def sources(options: argparse.Namespace, config: Config) -> Sources:
     """What there is to curate. Raises CurateError, DataError."""
-    if given.oracle == "world":
-        given.oracle = str(films.build_long(config.cache, "train", given.world_videos, config.world_seed))
-    truth = read_by_video(given.oracle) if given.oracle else None
-    known = read_by_video(given.shots) if given.shots else None if given.detector else truth
-    if given.videos is None:
+    if options.oracle == "world":
+        options.oracle = str(films.build_long(config.cache, "train", options.world_videos, config.world_seed))
+    truth = read_by_video(options.oracle) if options.oracle else None
+    known = read_by_video(options.shots) if options.shots else None if options.detector else truth
+    if options.videos is None:
         if truth is None:
             raise CurateError("which videos? Give --videos FOLDER, or --oracle world")
-        return Sources(Path(given.oracle).parent, list(truth), known, truth)
-    folder = Path(given.videos)
+        return Sources(Path(options.oracle).parent, list(truth), known, truth)
+    folder = Path(options.videos)
     if not folder.is_dir():
         raise CurateError(f"--videos {folder}: {'a file, not a folder' if folder.exists() else 'no such folder'}")
     files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in VIDEO_SUFFIXES)
@@ -552,28 +554,30 @@ def read_by_video(path: str) -> dict[str, Row]:
     return {row.text("video"): row for row in read_rows(Path(path))}
 
 
-def connect(given: argparse.Namespace, config: Config, truth: dict[str, Row] | None, device: torch.device) -> Cached:
+def connect_judge(
+    options: argparse.Namespace, config: Config, truth: dict[str, Row] | None, device: torch.device
+) -> Cached:
     """Who asks and judges, with replies kept in `--out`/replies. Raises ChatError, ModelError."""
     judge: Chat
     if truth is not None:
         judge = Truth(list(truth.values()))
-    elif given.model:
-        judge = Local(given.model, device, config.max_tokens)
+    elif options.model:
+        judge = Local(options.model, device, config.max_tokens)
     else:
-        judge = chat.connect(given.endpoint, given.judge_model, config.max_tokens, given.timeout)
-    return Cached(judge, Path(given.out) / "replies")
+        judge = chat.connect(options.endpoint, options.judge_model, config.max_tokens, options.timeout)
+    return Cached(judge, Path(options.out) / "replies")
 
 
 def scene_finder(
-    given: argparse.Namespace, viewer: Viewer, known: dict[str, Row] | None
+    options: argparse.Namespace, viewer: Viewer, known: dict[str, Row] | None
 ) -> Callable[[str, Spans], list[float]]:
     """From a video and its shots to the probability of each cut to begin a scene: the detector's, or 1 or 0 if known.
 
     Raises SceneError, ModelError for a detector that cannot be used, and CurateError if there is nothing to find with.
     """
-    if given.detector:
-        tower = scenes.load_tower(given.tower)
-        detector = scenes.Detector.load(given.detector, tower)
+    if options.detector:
+        tower = scenes.load_tower(options.tower)
+        detector = scenes.Detector.load(options.detector, tower)
         kept = Path(viewer.config.cache) / "shots"
         return lambda video, shots: detector(
             scenes.shot_features(tower, viewer.path(video), shots, detector.tokens, kept)
@@ -590,29 +594,29 @@ def scene_finder(
     return look_up
 
 
-def parse(arguments: list[str] | None = None) -> tuple[argparse.Namespace, Config]:
+def parse_curate(arguments: list[str] | None = None) -> tuple[argparse.Namespace, Config]:
     """What is asked, and how scenes are shown: by the recipe that suits who looks. Raises ConfigError."""
 
-    def recipe(given: argparse.Namespace) -> Path:
-        return configuration.suiting_recipe(given.model) if given.model or given.oracle else RECIPE
+    def recipe(options: argparse.Namespace) -> Path:
+        return configuration.suiting_recipe(options.model) if options.model or options.oracle else ENDPOINT_RECIPE
 
-    given, config = configuration.parse_with(commands.extra("curate", __doc__), arguments, recipe, "curate")
-    asked = [name for name in ("endpoint", "model", "oracle") if getattr(given, name)]
+    options, config = configuration.parse_with(commands.extra("curate", __doc__), arguments, recipe, "curate")
+    asked = [name for name in ("endpoint", "model", "oracle") if getattr(options, name)]
     if len(asked) > 1:
         raise ConfigError(f"--{asked[0]} and --{asked[1]}: one of them asks and judges")
-    if given.judge_model and asked and asked != ["endpoint"]:
+    if options.judge_model and asked and asked != ["endpoint"]:
         raise ConfigError(f"--judge_model is for --endpoint, not for --{asked[0]}")
     for name in ("tries", "workers", "world_videos", "timeout"):
-        if getattr(given, name) <= 0:
-            raise ConfigError(f"{name} must be positive, not {getattr(given, name)}")
-    return given, config
+        if getattr(options, name) <= 0:
+            raise ConfigError(f"{name} must be positive, not {getattr(options, name)}")
+    return options, config
 
 
 def main(arguments: list[str] | None = None) -> None:
-    given, config = parse(arguments)
+    options, config = parse_curate(arguments)
     if config.threads:
         torch.set_num_threads(config.threads)
-    curate(given, config, patient_accelerator(config))
+    curate(options, config, patient_accelerator(config))
 
 
 if __name__ == "__main__":

@@ -72,13 +72,15 @@ def evaluate(
 
     Split over processes; every process returns all rows. Raises DataError if no video at all can be read.
     """
-    mine = share(samples, accelerator)
+    local_numbers = share(samples, accelerator)
     # Controls: each question is asked about the video of another one, half the data set away.
     shift = len(samples) // 2
     rows = []
-    bar = tqdm(total=len(mine), desc=label, unit="question", disable=None if accelerator.is_main_process else True)
-    for start in range(0, len(mine), config.eval_batch):
-        numbers = mine[start : start + config.eval_batch]
+    bar = tqdm(
+        total=len(local_numbers), desc=label, unit="question", disable=None if accelerator.is_main_process else True
+    )
+    for start in range(0, len(local_numbers), config.eval_batch):
+        numbers = local_numbers[start : start + config.eval_batch]
         views, unreadable = view_all([samples[i] for i in numbers], config)
         for error in unreadable.values():
             log.warning("every question about it counts as unanswered: %s", error)
@@ -226,7 +228,7 @@ def save_and_print(
     (out / "evaluation.json").write_text(json.dumps(numbers, indent=1))
     questions = {sample.id: sample.question for sample in samples}
     drawn = {label: [{**row, "iou": score(row).get("mIoU")} for row in rows] for label, rows in results.items()}
-    shown = {
+    table = {
         label: {n: found["all"][n] for n in (*tables.HEADLINE, *tables.CONTROLS) if n in found["all"]}
         for label, found in numbers.items()
     }
@@ -234,7 +236,7 @@ def save_and_print(
         row["question"] = questions[row["id"]]
     at = out / "evaluation.html"
     videos = page_videos([sample.video for sample in samples], at)
-    evaluation_page(drawn, at, f"{out.name}: {', '.join(drawn)}", shown, videos)
+    evaluation_page(drawn, at, f"{out.name}: {', '.join(drawn)}", table, videos)
     evidence = [row for row in next(iter(drawn.values())) if row["evidence"]]
     if evidence and all(row["duration"] for row in evidence):
         plot_by_clue(drawn, out / "clue.png")
@@ -283,8 +285,8 @@ def check_test_samples(samples: Sequence[Sample], config: Config) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    given, config = configuration.parse_for_model(commands.extra("evaluate", __doc__), arguments, program="evaluate")
-    out = given.out or "runs/evaluate"  # not the recipe's: a run may be there
+    options, config = configuration.parse_for_model(commands.extra("evaluate", __doc__), arguments, program="evaluate")
+    out = options.out or "runs/evaluate"  # not the recipe's: a run may be there
     if config.threads:
         torch.set_num_threads(config.threads)
     if not config.test_data:
@@ -292,12 +294,12 @@ def main(arguments: list[str] | None = None) -> None:
     accelerator = patient_accelerator(config)
     with accelerator.main_process_first():
         samples = load_samples(config.test_data, "test", config)
-    if not given.results:
+    if not options.results:
         check_test_samples(samples, config)
-    if given.skip_missing or not given.results:
-        samples = check_videos(samples, given.skip_missing)
-    if given.results:
-        results = {label: read_results(path, samples) for label, path in labelled(given.results).items()}
+    if options.skip_missing or not options.results:
+        samples = check_videos(samples, options.skip_missing)
+    if options.results:
+        results = {label: read_results(path, samples) for label, path in labelled(options.results).items()}
     else:
         model, vocabulary = load_policy(config, accelerator.device)
         results = {"policy": evaluate(model, samples, config, vocabulary, accelerator, "evaluating")}

@@ -103,10 +103,10 @@ class Dialogue:
         """What it says, up to the end of its first call."""
         note = NOTE + (CORRECT.format(failure=failure) if failure else "")
         try:
-            said = self.chat.reply([Message("system", (note,)), *dialogue(episode, scene)]).text
+            reply = self.chat.reply([Message("system", (note,)), *dialogue(episode, scene)]).text
         except RequestError as error:
             raise Stuck(f"request refused: {error}") from None
-        before, call, _ = said.strip().partition(CALL_END)
+        before, call, _ = reply.strip().partition(CALL_END)
         return before + call
 
 
@@ -114,19 +114,19 @@ def dialogue(episode: Response, scene: ClipEnvironment) -> list[Message]:
     """An episode as a chat: each frame is an image after its time."""
     view = scene.view
     clips = iter([view.clip, *(turn.reply.clip for turn in episode.turns if turn.reply and turn.reply.clip)])
-    said = []
+    chat_messages = []
     for message in messages(episode, view, scene.config):
         first, *rest = message["text"].split(trajectories.MARK)
         parts: list[str | Shown] = [first]
-        shown = message.get("videos", [])
-        frames = iter(single_frames(view.sample.video, next(clips)) if shown else [])
-        for words, video in zip(rest, shown, strict=True):
+        videos = message.get("videos", [])
+        frames = iter(single_frames(view.sample.video, next(clips)) if videos else [])
+        for words, video in zip(rest, videos, strict=True):
             timed = len(video["times"]) > 1  # a single frame has its time before it
             for time, frame in itertools.islice(frames, len(video["times"])):
                 parts += [f"{prompts.time_text(time)}s", frame] if timed else [frame]
             parts.append(words)
-        said.append(Message(message["role"], tuple(part for part in parts if part)))
-    return said
+        chat_messages.append(Message(message["role"], tuple(part for part in parts if part)))
+    return chat_messages
 
 
 def single_frames(video: str, clip: Clip) -> Iterator[tuple[float, Shown]]:
@@ -138,7 +138,7 @@ def single_frames(video: str, clip: Clip) -> Iterator[tuple[float, Shown]]:
 # ---------------------------------------------------------------- episodes
 
 
-def play(expert: Expert, scene: ClipEnvironment, episode: Response, failure: str | None = None) -> str | None:
+def finish_episode(expert: Expert, scene: ClipEnvironment, episode: Response, failure: str | None = None) -> str | None:
     """The expert goes on with an episode to its end. Returns why it is not worth learning from, or None.
 
     Raises ChatError.
@@ -177,7 +177,7 @@ def reflect(expert: Expert, scene: ClipEnvironment, attempts: Sequence[Response]
     for attempt in sorted(attempts, key=lambda attempt: len(attempt.turns) == 1):
         if failure := fault(attempt, 0, scene):
             episode = Response(attempt.turns[:-1])
-            return episode, len(episode.turns), play(expert, scene, episode, failure)
+            return episode, len(episode.turns), finish_episode(expert, scene, episode, failure)
     return Response(), 0, "no attempt failed"
 
 
@@ -199,7 +199,7 @@ def episode_row(episode: Response, n_failed: int, reason: str | None, view: View
 
 
 def play_all(
-    samples: Sequence[Sample], expert: Expert, given: argparse.Namespace, config: Config, model: Agent | None
+    samples: Sequence[Sample], expert: Expert, options: argparse.Namespace, config: Config, model: Agent | None
 ) -> Iterator[dict]:
     """The line of each sample, as they are done. Without a model, the expert plays alone."""
     for start in range(0, len(samples), config.rollout_batch):
@@ -219,44 +219,46 @@ def play_all(
             scene = ClipEnvironment(view, config)
             if model is None:
                 episode, n = Response(), 0
-                reason = play(expert, scene, episode)
+                reason = finish_episode(expert, scene, episode)
             else:
                 episode, n, reason = reflect(expert, scene, attempts)
-            return episode_row(episode, n, reason, view, config, given.learn_failures)
+            return episode_row(episode, n, reason, view, config, options.learn_failures)
 
-        with ThreadPoolExecutor(given.workers) as pool:
+        with ThreadPoolExecutor(options.workers) as pool:
             yield from pool.map(line, views, groups)
 
 
 def mixed(exemplars: Sequence[dict], reflections: Sequence[dict], share: float, seed: int) -> list[dict]:
     """All exemplars, and as many reflections, drawn at random, as make `share` of the whole; all if there are fewer."""
-    wanted = round(share / (1 - share) * len(exemplars))
-    return [*exemplars, *random.Random(seed).sample(reflections, min(wanted, len(reflections)))]
+    n_reflections = round(share / (1 - share) * len(exemplars))
+    return [*exemplars, *random.Random(seed).sample(reflections, min(n_reflections, len(reflections)))]
 
 
-def run(given: argparse.Namespace, config: Config) -> None:
+def run(options: argparse.Namespace, config: Config) -> None:
     """Play what is not played yet, write the training file. Raises DataError, ModelError, ChatError, ConfigError."""
-    out = Path(given.out or f"runs/{given.what}")
+    out = Path(options.out or f"runs/{options.what}")
     accelerator = patient_accelerator(config)
-    exemplars = read_exemplars(given.exemplars, config) if given.exemplars else []
+    exemplars = read_exemplars(options.exemplars, config) if options.exemplars else []
     with accelerator.main_process_first():
         samples = load_samples(config.train_data, "train", config)
     check_samples(samples, ("options", "answer"), config.train_data)
-    check_playable(samples, given.expert, config.train_data)
-    expert = load_expert(given, out, config)
-    made_with = {"what": given.what, "expert": expert.name, **configuration.decisive(config)}
-    if given.what == "reflect":
+    check_playable(samples, options.expert, config.train_data)
+    expert = load_expert(options, out, config)
+    made_with = {"what": options.what, "expert": expert.name, **configuration.decisive(config)}
+    if options.what == "reflect":
         made_with |= {name: getattr(config, name) for name in ("model", "seed", "group_size", "temperature")}
-        made_with["learn_failures"] = given.learn_failures
+        made_with["learn_failures"] = options.learn_failures
     path, training = out / "episodes.jsonl", out / "train.jsonl"
     done = finished_rows(path, samples, made_with, config, accelerator)
     rest = [sample for sample in samples if sample.id not in done]
     if rest:
-        rest = check_videos(rest, given.skip_missing)
-        mine = [rest[i] for i in share(rest, accelerator)]
-        model = load_agent(config, accelerator.device) if given.what == "reflect" else None
-        shown = {"desc": f"{path}: {len(done)} done", "disable": None if accelerator.is_main_process else True}
-        for row in tqdm(play_all(mine, expert, given, config, model), total=len(mine), unit="episode", **shown):
+        rest = check_videos(rest, options.skip_missing)
+        local_samples = [rest[i] for i in share(rest, accelerator)]
+        model = load_agent(config, accelerator.device) if options.what == "reflect" else None
+        bar = {"desc": f"{path}: {len(done)} done", "disable": None if accelerator.is_main_process else True}
+        for row in tqdm(
+            play_all(local_samples, expert, options, config, model), total=len(local_samples), unit="episode", **bar
+        ):
             journal.append(path, {**row, "made_with": made_with})
     done = finished_rows(path, samples, made_with, config, accelerator)
     if accelerator.is_main_process:
@@ -265,8 +267,8 @@ def run(given: argparse.Namespace, config: Config) -> None:
         print(exemplar_summary(rows))
         if not kept:
             raise DataError(f"{training}: not written, since no episode is kept; {path} has the reasons")
-        if given.what == "reflect":
-            together = mixed(exemplars, kept, given.share, config.seed)
+        if options.what == "reflect":
+            together = mixed(exemplars, kept, options.share, config.seed)
             n = len(together) - len(exemplars)
             begun = sum(row["kept"] and row["failed_turns"] > 0 for row in rows)
             print(f"{len(kept)} reflections, {begun} of them with turns of the policy")
@@ -278,7 +280,7 @@ def run(given: argparse.Namespace, config: Config) -> None:
 
 def read_exemplars(path: str, config: Config) -> list[dict]:
     """The rows of a file of trajectories, each of which can be read. Raises DataError."""
-    return [trajectory.row.fields for trajectory in trajectories.load(path, config.video_root)]
+    return [trajectory.row.fields for trajectory in trajectories.load_trajectories(path, config.video_root)]
 
 
 def check_playable(samples: Sequence[Sample], expert: str, path: str) -> None:
@@ -293,11 +295,11 @@ def check_playable(samples: Sequence[Sample], expert: str, path: str) -> None:
             raise DataError(f"{path}: row {number} ({sample.id}): {problem}")
 
 
-def load_expert(given: argparse.Namespace, out: Path, config: Config) -> Expert:
+def load_expert(options: argparse.Namespace, out: Path, config: Config) -> Expert:
     """Raises ChatError naming what an endpoint lacks."""
-    if given.expert == "oracle":
+    if options.expert == "oracle":
         return oracle.Oracle()
-    return Dialogue(Cached(connect(given.endpoint, given.judge_model, config.max_tokens), out / "replies"))
+    return Dialogue(Cached(connect(options.endpoint, options.judge_model, config.max_tokens), out / "replies"))
 
 
 def exemplar_summary(rows: Sequence[Mapping]) -> str:
@@ -315,20 +317,22 @@ def exemplar_summary(rows: Sequence[Mapping]) -> str:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    given, config = configuration.parse_for_model(commands.extra("exemplars", __doc__), arguments, program="exemplars")
-    if given.what is None:
+    options, config = configuration.parse_for_model(
+        commands.extra("exemplars", __doc__), arguments, program="exemplars"
+    )
+    if options.what is None:
         raise ConfigError("play or reflect?")
     if not config.multi_turn:
         known = ", ".join(prompts.multi_turn_templates())
         raise ConfigError(f"template = {config.template} has no episodes; there are {known}")
-    if given.workers < 1 or not 0 < given.share < 1:
-        raise ConfigError(f"--workers {given.workers} must be positive, --share {given.share} between 0 and 1")
-    if (given.what == "reflect") != bool(given.exemplars):
+    if options.workers < 1 or not 0 < options.share < 1:
+        raise ConfigError(f"--workers {options.workers} must be positive, --share {options.share} between 0 and 1")
+    if (options.what == "reflect") != bool(options.exemplars):
         raise ConfigError("reflect, and only it, needs --exemplars, the train.jsonl that play has left")
     disable_progress_bar()  # of loading weights
     if config.threads:
         torch.set_num_threads(config.threads)
-    run(given, config)
+    run(options, config)
 
 
 if __name__ == "__main__":

@@ -147,27 +147,27 @@ def measure_clues(asked: Agent | Judge, views: Sequence[View]) -> list[dict]:
             clues += zoom_clips(view, [list(view.sample.evidence)], asked.config)
         except VideoError as error:
             clues.append(error)
-    shown = [
+    view_clips = [
         (v, clip) for v, clue in zip(views, clues, strict=True) if isinstance(clue, Clip) for clip in (v.clip, clue)
     ]
-    letters = iter(ask_judge(asked, shown) if isinstance(asked, Judge) else ask_policy(asked, shown))
+    letters = iter(ask_judge(asked, view_clips) if isinstance(asked, Judge) else ask_policy(asked, view_clips))
     rows = []
     for view, clue in zip(views, clues, strict=True):
-        said = [next(letters), next(letters)] if isinstance(clue, Clip) else [clue]
-        errors = [str(one) for one in said if isinstance(one, Exception)]
+        replies = [next(letters), next(letters)] if isinstance(clue, Clip) else [clue]
+        errors = [str(one) for one in replies if isinstance(one, Exception)]
         names = ("whole_answer", "clue_answer")
-        answered = {"answer": view.sample.answer, **dict(zip(names, said, strict=False))}
+        answered = {"answer": view.sample.answer, **dict(zip(names, replies, strict=False))}
         rows.append({"error": errors[0]} if errors else answered)
     return rows
 
 
-def ask_policy(agent: Agent, shown: Sequence[tuple[View, Clip]]) -> list[str | None]:
+def ask_policy(agent: Agent, view_clips: Sequence[tuple[View, Clip]]) -> list[str | None]:
     """The letter that the policy answers to each view's question, shown a clip; None is unreadable."""
-    jobs = [(view.sample, clip, None) for view, clip in shown]
+    jobs = [(view.sample, clip, None) for view, clip in view_clips]
     return [zoom.answer for zoom in answer_clips(agent.model, jobs, agent.config, agent.vocabulary)]
 
 
-def ask_judge(judge: Judge, shown: Sequence[tuple[View, Clip]]) -> list[str | RequestError | None]:
+def ask_judge(judge: Judge, view_clips: Sequence[tuple[View, Clip]]) -> list[str | RequestError | None]:
     """The same of a judge, who may refuse a request. Raises ChatError if there is no use in going on."""
 
     def ask(view: View, clip: Clip) -> str | RequestError | None:
@@ -180,7 +180,7 @@ def ask_judge(judge: Judge, shown: Sequence[tuple[View, Clip]]) -> list[str | Re
             return error
 
     with ThreadPoolExecutor(AT_ONCE) as pool:
-        return list(pool.map(lambda one: ask(*one), shown))
+        return list(pool.map(lambda one: ask(*one), view_clips))
 
 
 def with_durations(samples: Sequence[Sample], config: Config) -> tuple[list[Sample], dict[str, VideoError]]:
@@ -236,6 +236,7 @@ def measure_all(
     chosen: Filter,
     samples: Sequence[Sample],
     done: Mapping[str, dict],
+    *,
     path: Path,
     made_with: dict,
     config: Config,
@@ -254,13 +255,13 @@ def measure_all(
         return
     asked = load() if chosen.asks else None
     read = view_all if chosen.asks else with_durations
-    mine = rest[accelerator.process_index :: accelerator.num_processes]
-    shown = {"desc": f"{path}: {len(done)} done", "disable": None if accelerator.is_main_process else True}
+    local_batches = rest[accelerator.process_index :: accelerator.num_processes]
+    bar_options = {"desc": f"{path}: {len(done)} done", "disable": None if accelerator.is_main_process else True}
     with (
-        prefetch(partial(read, batch, config) for batch in mine) as ahead,
-        tqdm(total=sum(map(len, mine)), unit="sample", **shown) as bar,
+        prefetch(partial(read, batch, config) for batch in local_batches) as ahead,
+        tqdm(total=sum(map(len, local_batches)), unit="sample", **bar_options) as bar,
     ):
-        for batch, (readable, unreadable) in zip(mine, ahead, strict=True):
+        for batch, (readable, unreadable) in zip(local_batches, ahead, strict=True):
             with torch.no_grad(), accelerator.autocast():
                 measured = iter(chosen.measure(asked, readable))
             for sample in batch:
@@ -313,47 +314,48 @@ def filter_summary(samples: Sequence[Sample], rows: Sequence[Mapping]) -> str:
     """How many samples are kept and why others are not, with the means of Zoom-Zero's Table 7, as text."""
     kept = [sample for sample, row in zip(samples, rows, strict=True) if row["kept"]]
     lines = [("", "samples", "video, s", "evidence, s")]
-    for name, some in (("read", samples), ("kept", kept)):
-        durations = [sample.duration for sample in some if sample.duration]
-        evidence = [sum(end - start for start, end in merge(list(s.evidence))) for s in some if s.evidence]
-        lines.append((name, str(len(some)), *(f"{fmean(v):.1f}" if v else "-" for v in (durations, evidence))))
+    for name, subset in (("read", samples), ("kept", kept)):
+        durations = [sample.duration for sample in subset if sample.duration]
+        evidence = [sum(end - start for start, end in merge(list(s.evidence))) for s in subset if s.evidence]
+        lines.append((name, str(len(subset)), *(f"{fmean(v):.1f}" if v else "-" for v in (durations, evidence))))
     lines += [(f"dropped: {reason}", str(n)) for reason, n in Counter(r["reason"] for r in rows).items() if reason]
     errors = [f"the first error: {row['error']}" for row in rows if "error" in row][:1]
     return "\n".join([aligned(lines), *errors])
 
 
-def run(given: argparse.Namespace, rule: str, threshold: float | None, config: Config) -> None:
+def run(options: argparse.Namespace, rule: str, threshold: float | None, config: Config) -> None:
     """Measure what is not measured yet, write verdicts and kept samples. Raises DataError, ModelError, ChatError."""
-    chosen, out = FILTERS[given.filter], Path(given.out or f"runs/filters/{given.filter}")
+    chosen, out = FILTERS[options.filter], Path(options.out or f"runs/filters/{options.filter}")
     accelerator = patient_accelerator(config)
     with accelerator.main_process_first():
         samples = load_samples(config.train_data, "train", config)
-    events = given.filter == "stage2" and prompts.TEMPLATES[config.template].event  # the template asks for events too
+    events = options.filter == "stage2" and prompts.TEMPLATES[config.template].event  # the template asks for events too
     check_samples(samples, ("evidence",) if events else chosen.needed, config.train_data)
     sampled = {name: getattr(config, name) for name in ("model", "seed", "group_size", "temperature")}
     settings = configuration.decisive(config) | sampled
-    if given.judge_model:
-        settings["model"] = f"{given.judge_model} at an endpoint"
-    made_with = {"filter": given.filter, **(settings if chosen.asks else {})}
+    if options.judge_model:
+        settings["model"] = f"{options.judge_model} at an endpoint"
+    made_with = {"filter": options.filter, **(settings if chosen.asks else {})}
     path, training = out / "verdicts.jsonl", out / "train.jsonl"
     done = finished_rows(path, samples, made_with, config, accelerator)
     rest = [sample for sample in samples if sample.id not in done]
     if chosen.asks and rest:
-        there = {sample.id for sample in check_videos(rest, given.skip_missing)}
+        there = {sample.id for sample in check_videos(rest, options.skip_missing)}
         samples = [sample for sample in samples if sample.id in done or sample.id in there]
     load = (
-        partial(load_judge, given, out, config)
-        if given.judge_model
+        partial(load_judge, options, out, config)
+        if options.judge_model
         else partial(load_agent, config, accelerator.device)
     )
-    measure_all(chosen, samples, done, path, made_with, config, accelerator, load)
+    run_with = {"config": config, "accelerator": accelerator, "load": load}
+    measure_all(chosen, samples, done, path=path, made_with=made_with, **run_with)
     done = finished_rows(path, samples, made_with, config, accelerator)
     if accelerator.is_main_process:
         rows = [verdict(done[sample.id], chosen, rule, threshold) for sample in samples]
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         save_whole(path, lambda part: part.write_text(lines, encoding="utf-8"))
         training.unlink(missing_ok=True)
-        print(f"{given.filter}, {rule}:\n{filter_summary(samples, rows)}")
+        print(f"{options.filter}, {rule}:\n{filter_summary(samples, rows)}")
         kept = [sample for sample, row in zip(samples, rows, strict=True) if row["kept"]]
         if not kept:
             raise DataError(f"{training}: not written, since no sample is kept; {path} has the reasons")
@@ -362,43 +364,43 @@ def run(given: argparse.Namespace, rule: str, threshold: float | None, config: C
         print(f"{training}: the kept samples; {path}: a line for each")
 
 
-def load_judge(given: argparse.Namespace, out: Path, config: Config) -> Judge:
+def load_judge(options: argparse.Namespace, out: Path, config: Config) -> Judge:
     """Who answers at the endpoint; the replies are kept in the folder. Raises ChatError naming what is missing."""
-    return Judge(Cached(connect(given.endpoint, given.judge_model), out / "replies"), config)
+    return Judge(Cached(connect(options.endpoint, options.judge_model), out / "replies"), config)
 
 
 # ---------------------------------------------------------------- command line
 
 
-def recipe(given: argparse.Namespace) -> Path:
+def recipe(options: argparse.Namespace) -> Path:
     """A judge is shown videos by the paper's values for long videos, the policy as suits it."""
     return (
         configuration.RECIPES / "long_video.yaml"
-        if given.judge_model
-        else suiting_recipe(given.model, given.data_format)
+        if options.judge_model
+        else suiting_recipe(options.model, options.data_format)
     )
 
 
 def main(arguments: list[str] | None = None) -> None:
-    given, config = configuration.parse_for_model(commands.extra("filters", __doc__), arguments, recipe, "filters")
-    if given.filter is None:
+    options, config = configuration.parse_for_model(commands.extra("filters", __doc__), arguments, recipe, "filters")
+    if options.filter is None:
         raise ConfigError(f"which filter? {', '.join(FILTERS)}")
-    chosen = FILTERS[given.filter]
-    rule = given.rule or "paper"
+    chosen = FILTERS[options.filter]
+    rule = options.rule or "paper"
     if rule not in chosen.rules:
-        raise ConfigError(f"--rule of {given.filter} is one of {', '.join(chosen.rules)}, not {rule!r}")
-    if given.filter == "stage2" and config.multi_turn:
+        raise ConfigError(f"--rule of {options.filter} is one of {', '.join(chosen.rules)}, not {rule!r}")
+    if options.filter == "stage2" and config.multi_turn:
         raise ConfigError(
             f"stage2 is about responses of one turn, and those of template = {config.template} have several"
         )
-    if given.threshold is not None and (chosen.threshold is None or not given.threshold >= 0):
-        raise ConfigError(f"--threshold {given.threshold}: stage2 and qvhighlights take one, not negative")
-    if (given.endpoint or given.judge_model) and not (given.filter == "plm_video" and given.judge_model):
+    if options.threshold is not None and (chosen.threshold is None or not options.threshold >= 0):
+        raise ConfigError(f"--threshold {options.threshold}: stage2 and qvhighlights take one, not negative")
+    if (options.endpoint or options.judge_model) and not (options.filter == "plm_video" and options.judge_model):
         raise ConfigError("--judge_model, at an --endpoint, is for plm_video; an endpoint needs a model's name")
     disable_progress_bar()  # of loading weights
     if config.threads:
         torch.set_num_threads(config.threads)
-    run(given, rule, chosen.threshold if given.threshold is None else given.threshold, config)
+    run(options, rule, chosen.threshold if options.threshold is None else options.threshold, config)
 
 
 if __name__ == "__main__":

@@ -308,13 +308,13 @@ def to_video_time(spans: Spans | None, clip: Clip, duration: float) -> Spans | N
         return None
     placed: Spans = []
     for start, end in spans:
-        for k, shown in enumerate(clip.times):
+        for k, frame_time in enumerate(clip.times):
             low, high = max(start - k * clip.step, 0.0), min(end - k * clip.step, clip.step)
             if low >= high:
                 continue
-            first, last = shown + low, min(shown + high, duration)
+            first, last = frame_time + low, min(frame_time + high, duration)
             # The next frame continues this span unless there is a seam between them.
-            if placed and k > 0 and start < k * clip.step and shown - clip.times[k - 1] < 1.5 * clip.step:
+            if placed and k > 0 and start < k * clip.step and frame_time - clip.times[k - 1] < 1.5 * clip.step:
                 placed[-1] = (placed[-1][0], last)
             else:
                 placed.append((first, last))
@@ -332,9 +332,9 @@ def look(agent: Agent, views: Sequence[View], kind: str = "coarse", parts: Seque
     """
     n_options = len(views[0].sample.options)
     config = agent.config if n_options else replace(agent.config, template="longvtg_r1")
-    shown = list(map(alone, views)) if parts else views
+    shown_views = list(map(alone, views)) if parts else views
     looks = []
-    groups = roll_out(agent.model, shown, config, agent.vocabulary, step=None, keep_hidden=True)
+    groups = roll_out(agent.model, shown_views, config, agent.vocabulary, step=None, keep_hidden=True)
     for view, group, part in zip(views, groups, parts or [None] * len(views), strict=True):
         response = group.responses[0]
         answer = response.answer if n_options else None
@@ -403,6 +403,7 @@ def answer_all(
     ask: Strategy,
     samples: Sequence[Sample],
     settings: Settings,
+    *,
     path: str | Path,
     made_with: dict,
     accelerator: Accelerator,
@@ -422,8 +423,8 @@ def answer_all(
     accelerator.wait_for_everyone()  # everybody has read the file before anybody adds to it
     agent = replace(agent, frames=FrameCache(FRAME_BYTES))  # so that seconds do not depend on earlier calls
     label = f"{path.name}: {len(done)} done, {len(rest)} to do"
-    mine = [rest[k] for k in share(rest, accelerator)]
-    for one in tqdm(mine, desc=label, unit="question", disable=None if accelerator.is_main_process else True):
+    local_samples = [rest[k] for k in share(rest, accelerator)]
+    for one in tqdm(local_samples, desc=label, unit="question", disable=None if accelerator.is_main_process else True):
         with accelerator.autocast():
             journal.append(path, {**to_file(answer_row(agent, ask, one, settings)), "made_with": made_with})
     accelerator.wait_for_everyone()
@@ -446,22 +447,22 @@ def stored(path: Path, samples: Sequence[Sample], made_with: dict) -> dict[str, 
 # ---------------------------------------------------------------- command line
 
 
-def parse(arguments: list[str] | None = None) -> tuple[argparse.Namespace, Settings, Config, Config | None]:
+def parse_infer(arguments: list[str] | None = None) -> tuple[argparse.Namespace, Settings, Config, Config | None]:
     """What is asked, the strategy's settings, and how the answering and the grounding model (if it is another one) are
     shown videos: each by the recipe that suits it, unless --config names one. Raises ConfigError."""
-    given, config = configuration.parse_for_model(commands.extra("infer", __doc__), arguments, program="infer")
+    options, config = configuration.parse_for_model(commands.extra("infer", __doc__), arguments, program="infer")
     grounding = None
-    if given.ground_model:
-        recipe = suiting_recipe(given.ground_model)
+    if options.ground_model:
+        recipe = suiting_recipe(options.ground_model)
         _, grounding = configuration.parse_with(commands.extra("infer", __doc__), arguments, lambda _: recipe, "infer")
-        grounding.model = given.ground_model
-    changed = {f.name: getattr(given, f.name) for f in fields(Settings) if getattr(given, f.name) is not None}
-    settings = Settings(**{**(RELEASED if given.released else {}), **changed})
-    check(given, settings)
-    return given, settings, config, grounding
+        grounding.model = options.ground_model
+    changed = {f.name: getattr(options, f.name) for f in fields(Settings) if getattr(options, f.name) is not None}
+    settings = Settings(**{**(RELEASED if options.released else {}), **changed})
+    check_options(options, settings)
+    return options, settings, config, grounding
 
 
-def check(given: argparse.Namespace, settings: Settings) -> None:
+def check_options(options: argparse.Namespace, settings: Settings) -> None:
     """Raise ConfigError for options that cannot work together."""
     for name in ("window", "top", "max_zooms"):
         if getattr(settings, name) < 1:
@@ -470,16 +471,16 @@ def check(given: argparse.Namespace, settings: Settings) -> None:
         raise ConfigError("window_budget must not be negative, and stable is above 0 and at most 1")
     if settings.unparsable and settings.unparsable not in set(prompts.LETTERS):
         raise ConfigError(f"unparsable is one capital letter, not {settings.unparsable!r}")
-    if given.video is None and (given.question or given.options or given.embed):
+    if options.video is None and (options.question or options.options or options.embed):
         raise ConfigError("--question, --options and --embed are about a --video of your own; name its file")
-    if given.video is not None and not (given.question or "").strip():
+    if options.video is not None and not (options.question or "").strip():
         raise ConfigError('--video needs a --question "..."')
-    if any(not option.strip() for option in given.options):
+    if any(not option.strip() for option in options.options):
         raise ConfigError("--options: one of them is empty")
-    for name, words in (("question", given.question or ""), ("options", "\n".join(given.options))):
+    for name, words in (("question", options.question or ""), ("options", "\n".join(options.options))):
         if found := control(words):
             raise ConfigError(f"--{name} {found}; leave it out")
-    if given.ground_model and given.strategy != "ground-then-answer":
+    if options.ground_model and options.strategy != "ground-then-answer":
         raise ConfigError("--ground_model is for --strategy ground-then-answer")
 
 
@@ -518,28 +519,28 @@ def prepare(strategy: str, config: Config, grounding: Config | None, device: tor
     return ask, load_agent(config, device)
 
 
-def own_video(given: argparse.Namespace, settings: Settings, config: Config, grounding: Config | None) -> None:
+def own_video(options: argparse.Namespace, settings: Settings, config: Config, grounding: Config | None) -> None:
     """Answer one question about one file: print the answer, write the page."""
-    strategy = given.strategy or ("coarse-to-fine" if given.options else "one-stage")
-    check_question(strategy, config, given.options, "question")
-    page = Path(given.out or f"{Path(given.video).stem}.html")
+    strategy = options.strategy or ("coarse-to-fine" if options.options else "one-stage")
+    check_question(strategy, config, options.options, "question")
+    page = Path(options.out or f"{Path(options.video).stem}.html")
     if page.suffix.lower() not in (".html", ".htm"):
         raise ConfigError(f"--out {page}: the page's name ends with .html")
-    info = probe(given.video)
-    asked = Sample("own", given.video, given.question, tuple(given.options), None, (), info.duration)
-    source = play_source(given.video, page, given.embed)
+    info = probe(options.video)
+    asked = Sample("own", options.video, options.question, tuple(options.options), None, (), info.duration)
+    source = play_source(options.video, page, options.embed)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     ask, agent = prepare(strategy, config, grounding, device)
     result = ask(agent, asked, settings)
     answer = final_answer(result, asked, settings)
-    print(answer_text(result, answer, given.options))
+    print(answer_text(result, answer, options.options))
     answer_page(answer_record(result, answer, asked, strategy, info.begin), page, source)
     print(f"page        {page}")
 
 
-def whole_data_set(given: argparse.Namespace, settings: Settings, config: Config, grounding: Config | None) -> None:
+def whole_data_set(options: argparse.Namespace, settings: Settings, config: Config, grounding: Config | None) -> None:
     """Answer all questions of a data set that are not answered yet, and print scores and cost."""
-    strategy = given.strategy or "coarse-to-fine"
+    strategy = options.strategy or "coarse-to-fine"
     if not config.test_data:
         raise ConfigError("nothing to answer: give --video and --question, or --test_data")
     accelerator = patient_accelerator(config)
@@ -547,11 +548,11 @@ def whole_data_set(given: argparse.Namespace, settings: Settings, config: Config
         samples = load_samples(config.test_data, "test", config)
     for number, one in enumerate(samples, 1):
         check_question(strategy, config, one.options, f"{config.test_data}: row {number} ({one.id})")
-    samples = check_videos(samples, given.skip_missing)
+    samples = check_videos(samples, options.skip_missing)
     ask, agent = prepare(strategy, config, grounding, accelerator.device)
-    out = Path(given.out or f"runs/infer/{strategy}.jsonl")
-    same = made_with(strategy, given.ground_model, settings, config)
-    rows = answer_all(agent, ask, samples, settings, out, same, accelerator)
+    out = Path(options.out or f"runs/infer/{strategy}.jsonl")
+    same = made_with(strategy, options.ground_model, settings, config)
+    rows = answer_all(agent, ask, samples, settings, path=out, made_with=same, accelerator=accelerator)
     if accelerator.is_main_process:
         print(tables.describe({strategy: rows}, config.data_format))
         print(f"\n{tables.cost_text(rows, strategy)}")
@@ -570,12 +571,12 @@ def made_with(strategy: str, ground_model: str | None, settings: Settings, confi
 
 
 def main(arguments: list[str] | None = None) -> None:
-    given, settings, config, grounding = parse(arguments)
+    options, settings, config, grounding = parse_infer(arguments)
     disable_progress_bar()  # of loading weights
     if config.threads:
         torch.set_num_threads(config.threads)
-    do = whole_data_set if given.video is None else own_video
-    do(given, settings, config, grounding)
+    do = whole_data_set if options.video is None else own_video
+    do(options, settings, config, grounding)
 
 
 if __name__ == "__main__":

@@ -251,6 +251,7 @@ class Encoder(nn.Module):
 def train_encoder(
     videos: Sequence[Tensor],
     seed: int = 0,
+    *,
     steps: int = 300,
     batch: int = 8,
     reach: int = 4,
@@ -276,12 +277,12 @@ def train_encoder(
     optimizer = torch.optim.AdamW(encoder.parameters(), lr=lr, weight_decay=0.01)
     rng = np.random.default_rng(seed)
     for step in range(steps):
-        some = [videos[k] for k in rng.permutation(len(videos))[:batch]]
-        counts = [len(features) for features in some]
-        keys = key_encoder(torch.cat(some))
+        batch_videos = [videos[k] for k in rng.permutation(len(videos))[:batch]]
+        counts = [len(features) for features in batch_videos]
+        keys = key_encoder(torch.cat(batch_videos))
         positives = torch.cat([part[most_similar_neighbours(part, reach)] for part in keys.split(counts)])
-        owner = torch.repeat_interleave(torch.arange(len(some)), torch.tensor(counts))
-        loss = info_nce(encoder(torch.cat(some)), positives, keys, owner[:, None] != owner, temperature)
+        owner = torch.repeat_interleave(torch.arange(len(batch_videos)), torch.tensor(counts))
+        loss = info_nce(encoder(torch.cat(batch_videos)), positives, keys, owner[:, None] != owner, temperature)
         descend(optimizer, loss, lr, step / steps)
         with torch.no_grad():
             for key, query in zip(key_encoder.parameters(), encoder.parameters(), strict=True):
@@ -430,16 +431,16 @@ def read_labelled(path: str | Path) -> list[Labelled]:
     return videos
 
 
-def scores(videos: Sequence[Labelled], probabilities: Sequence[Sequence[float]]) -> dict[str, float]:
+def boundary_scores(videos: Sequence[Labelled], probabilities: Sequence[Sequence[float]]) -> dict[str, float]:
     """Means over the videos that have a boundary: AP, and recall and precision at 3 s above the threshold."""
     rows = []
-    for video, given in zip(videos, probabilities, strict=True):
+    for video, values in zip(videos, probabilities, strict=True):
         if not any(video.truth):
             continue
         true = [cut for cut, begins in zip(video.cuts, video.truth, strict=True) if begins]
-        found = [cut for cut, p in zip(video.cuts, given, strict=True) if p > THRESHOLD]
+        found = [cut for cut, p in zip(video.cuts, values, strict=True) if p > THRESHOLD]
         precision = recall_at(true, found) if found else 0.0
-        rows.append((average_precision(given, video.truth), recall_at(found, true), precision))
+        rows.append((average_precision(values, video.truth), recall_at(found, true), precision))
     if not rows:
         raise SceneError("none of the videos has two scenes")
     return dict(zip(("AP", "recall", "precision"), np.mean(rows, axis=0).tolist(), strict=True))
@@ -454,7 +455,7 @@ def load_features(videos: Sequence[Labelled], model: nn.Module, tokens: int, fol
     return [shot_features(model, video.video, video.shots, tokens, folder) for video in bar]
 
 
-def train(
+def train_detector(
     videos: Sequence[Labelled], features: Sequence[Tensor], tower: str, tokens: int, seed: int = 0, window: int = 4
 ) -> Detector:
     """A detector from videos with known scenes and their features."""
@@ -487,12 +488,12 @@ def main(arguments: list[str] | None = None) -> None:
     if options.train:
         tokens, videos = frame_tokens(options.model), labelled(options.train_data, "train", options.videos[0])
         features = load_features(videos, model, tokens, folder)
-        train(videos, features, tower_name(model), tokens, options.seed).save(path)
+        train_detector(videos, features, tower_name(model), tokens, options.seed).save(path)
         print(f"{path}: {path.stat().st_size / 1024:.0f} KiB, from {sum(map(len, features))} shots")
     detector = Detector.load(path, model)
     test = labelled(options.test_data, "test", options.videos[1])
     found = [detector(features) for features in load_features(test, model, detector.tokens, folder)]
-    figures = ", ".join(f"{name} {value:.3f}" for name, value in scores(test, found).items())
+    figures = ", ".join(f"{name} {value:.3f}" for name, value in boundary_scores(test, found).items())
     print(f"{len(test)} videos: {figures} (at {TOLERANCE:g} s, probability above {THRESHOLD})")
 
 

@@ -48,12 +48,12 @@ from world import lessons
 RECIPE = configuration.RECIPES / "cpu_world_sft.yaml"
 
 
-def draw(run: Run, rows: Sequence[Trajectory], step: int) -> list[Trajectory]:
+def draw_trajectories(run: Run, rows: Sequence[Trajectory], step: int) -> list[Trajectory]:
     """This process' trajectories of a step, in the order of a permutation per epoch that depends on the seed alone."""
     config, accelerator = run.config, run.accelerator
-    mine = config.prompts_per_step // accelerator.num_processes
-    first = step * config.prompts_per_step + accelerator.process_index * mine
-    places = [divmod(position, len(rows)) for position in range(first, first + mine)]
+    n_local = config.prompts_per_step // accelerator.num_processes
+    first = step * config.prompts_per_step + accelerator.process_index * n_local
+    places = [divmod(position, len(rows)) for position in range(first, first + n_local)]
     orders = {epoch: torch.randperm(len(rows), generator=generator(config.seed, "epoch", epoch)) for epoch, _ in places}
     return [rows[orders[epoch][index]] for epoch, index in places]
 
@@ -68,17 +68,21 @@ def example_batches(run: Run, rows: Sequence[Trajectory], reading: Reading, firs
         except VideoError as error:
             raise TrainingError(f"{trajectory.row.file}: {trajectory.row.where}: {error}") from None
 
-    jobs = (partial(build, row) for step in range(first_step, run.config.steps) for row in draw(run, rows, step))
+    jobs = (
+        partial(build, row)
+        for step in range(first_step, run.config.steps)
+        for row in draw_trajectories(run, rows, step)
+    )
     with prefetch(jobs, ahead=2 * share) as ready:
         for _ in range(first_step, run.config.steps):
             yield [next(ready) for _ in range(share)]
 
 
-def padded(some: Sequence[Example]) -> tuple[Tensor, Tensor, Tensor]:
+def padded(examples: Sequence[Example]) -> tuple[Tensor, Tensor, Tensor]:
     """Ids int64, mask of real tokens bool and weights float of one response per prompt: [b, 1, T]."""
     pad = partial(torch.nn.utils.rnn.pad_sequence, batch_first=True)
-    mask = pad([torch.ones(len(example.ids), dtype=torch.bool) for example in some])
-    return pad([e.ids for e in some])[:, None], mask[:, None], pad([e.weight for e in some])[:, None]
+    mask = pad([torch.ones(len(example.ids), dtype=torch.bool) for example in examples])
+    return pad([e.ids for e in examples])[:, None], mask[:, None], pad([e.weight for e in examples])[:, None]
 
 
 def negative_log_likelihood(hidden: Tensor, lm_head: Tensor, ids: Tensor, weight: Tensor) -> Tensor:
@@ -122,7 +126,7 @@ def main(arguments: list[str] | None = None) -> None:
         lessons.teach(config)
         return
     accelerator = training_accelerator(config)
-    rows = trajectories.load(config.train_data, config.video_root)
+    rows = trajectories.load_trajectories(config.train_data, config.video_root)
     trajectories.check_files(rows)
     if config.epochs:
         config = replace(config, steps=max(1, round(config.epochs * len(rows) / config.prompts_per_step)))

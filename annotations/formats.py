@@ -315,7 +315,13 @@ def read_lvbench(path: Path, report: Report) -> Iterator[Sample]:
                 report.drop(row.where, NOT_AN_OPTION, row.text("answer"))
                 continue
             yield lvbench_sample(
-                row, f"{path.stem}:{number}", row.text("video"), row.text("question"), options, answer, report
+                row,
+                report,
+                id=f"{path.stem}:{number}",
+                video=row.text("video"),
+                question=row.text("question"),
+                options=options,
+                answer=answer,
             )
             continue
         for question_object in row.get("qa", list):
@@ -323,11 +329,13 @@ def read_lvbench(path: Path, report: Report) -> Iterator[Sample]:
             question, *options = re.split(r"\n(?=\([A-H]\))", qa.text("question"))
             options = strip_letters(options)
             answer = read_letter(qa, "answer", options)
-            yield lvbench_sample(qa, str(qa.get("uid", str, int)), row.text("key"), question, options, answer, report)
+            uid = str(qa.get("uid", str, int))
+            video = row.text("key")
+            yield lvbench_sample(qa, report, id=uid, video=video, question=question, options=options, answer=answer)
 
 
 def lvbench_sample(
-    row: Row, id: str, video: str, question: str, options: tuple[str, ...], answer: str, report: Report
+    row: Row, report: Report, *, id: str, video: str, question: str, options: tuple[str, ...], answer: str
 ) -> Sample:
     reference = row.get("time_reference", str, type(None))
     clock = re.fullmatch(r"(\d+(?::\d\d)+)-(\d+(?::\d\d)+)", reference or "")

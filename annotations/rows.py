@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple, TextIO
 
-CHUNK = 1 << 20  # characters of a JSON list that are read at a time
+READ_CHARACTERS = 1 << 20  # characters of a JSON list that are read at a time
 SPACE = re.compile(r"[ \t\r\n]*")
 DECODER = json.JSONDecoder()
 BRACKETS = str.maketrans("()", "[]")
@@ -280,8 +280,8 @@ def as_row(path: Path, where: str, value: object) -> Row:
 def json_values(path: Path) -> Iterator[tuple[int, object]]:
     """The values of a JSON list or of JSON lines, with their row."""
     with open_text(path) as file:
-        head = file.read(CHUNK)
-        while head.isspace() and (more := file.read(CHUNK)):
+        head = file.read(READ_CHARACTERS)
+        while head.isspace() and (more := file.read(READ_CHARACTERS)):
             head += more
         if not head.strip():
             raise DataError(f"{path}: the file is empty")
@@ -343,7 +343,7 @@ def list_values(path: Path, text: str, file: TextIO) -> Iterator[tuple[int, obje
         try:
             value, after, last = list_entry(text, at)
         except json.JSONDecodeError as error:
-            if more := file.read(max(CHUNK, len(text) - at)):
+            if more := file.read(max(READ_CHARACTERS, len(text) - at)):
                 lines += text.count("\n", 0, at)
                 text, at = text[at:] + more, 0
                 continue

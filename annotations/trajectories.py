@@ -85,7 +85,7 @@ class Trajectory:
 # ---------------------------------------------------------------- reading
 
 
-def load(path: str | Path, video_root: str = "") -> list[Trajectory]:
+def load_trajectories(path: str | Path, video_root: str = "") -> list[Trajectory]:
     """The trajectories of a file. Raises DataError naming file, row and field."""
     return [read_trajectory(row, video_root) for row in read_rows(Path(path))]
 
@@ -101,19 +101,19 @@ def read_trajectory(row: Row, video_root: str = "") -> Trajectory:
     messages, system = [], None if row.fields.get("system") is None else row.text("system")
     for turn in turns:
         role = read_role(turn)
-        words, shown = read_contents(turn, video_root)
+        words, turn_clips = read_contents(turn, video_root)
         if found := control(words):
             raise DataError(f"{row.file}: {row.where}: the {role}'s text {found}; remove it")
         if role == "system" and not messages:
             system = words
             continue
         marks = words.count(MARK) if role == "user" else 0
-        if not shown:
-            shown = read_clips(turn, video_root) if "videos" in turn.fields else list(islice(clips, marks))
-        if len(shown) != marks:
-            raise turn.error("videos", f"{marks} {MARK} in the text, but {len(shown)} clips")
+        if not turn_clips:
+            turn_clips = read_clips(turn, video_root) if "videos" in turn.fields else list(islice(clips, marks))
+        if len(turn_clips) != marks:
+            raise turn.error("videos", f"{marks} {MARK} in the text, but {len(turn_clips)} clips")
         planned = turn.get("planned", int) if "planned" in turn.fields else 0
-        messages.append(TrajectoryTurn(role, words, tuple(shown), read_weight(turn), planned))
+        messages.append(TrajectoryTurn(role, words, tuple(turn_clips), read_weight(turn), planned))
     if left := sum(1 for _ in clips):
         raise row.error("videos", f"{left} clips more than {MARK} in the texts")
     check_turns(row, name, messages)
@@ -245,12 +245,12 @@ def build_example(trajectory: Trajectory, config: Config, vocabulary: Vocabulary
         if found := special.intersection(vocabulary.ids(message.text)):
             name = vocabulary.tokenizer.decode(found.pop())
             raise trajectory.error(f"the {message.role}'s text has the special token {name}")
-    shown = iter(load_shown(trajectory, config))
+    user_clips = iter(load_shown(trajectory, config))
     first, *rest = trajectory.messages
     system = config.system_prompt if trajectory.system is None else trajectory.system
     chat = prompts.chat_text(first.text.replace(MARK, prompts.VIDEO), 0, system or None)
-    prompt = build_prompt(vocabulary.ids(chat), next(shown), model_config)
-    said: list[int] = []
+    prompt = build_prompt(vocabulary.ids(chat), next(user_clips), model_config)
+    written: list[int] = []
     weight: list[float] = []
     observations = []
     position = prompt.next_position
@@ -260,14 +260,14 @@ def build_example(trajectory: Trajectory, config: Config, vocabulary: Vocabulary
                 ids = written_ids(message.text, vocabulary)
             except ValueError as error:
                 raise trajectory.error(str(error)) from None
-            said, weight, position = said + ids, weight + [message.weight] * len(ids), position + len(ids)
+            written, weight, position = written + ids, weight + [message.weight] * len(ids), position + len(ids)
         else:
-            between = prompts.next_turn(message.text.replace(MARK, prompts.VIDEO), said[-1] == vocabulary.eos[0])
-            piece = build_prompt(vocabulary.ids(between), next(shown), model_config, position)
-            observations.append(Observation(len(said), piece))
+            between = prompts.next_turn(message.text.replace(MARK, prompts.VIDEO), written[-1] == vocabulary.eos[0])
+            piece = build_prompt(vocabulary.ids(between), next(user_clips), model_config, position)
+            observations.append(Observation(len(written), piece))
             position = piece.next_position
     name = f"{trajectory.row.file}: {trajectory.row.where}"
-    return Example(name, prompt, torch.tensor(said), observations, torch.tensor(weight))
+    return Example(name, prompt, torch.tensor(written), observations, torch.tensor(weight))
 
 
 def load_shown(trajectory: Trajectory, config: Config) -> list[list[Video]]:
@@ -278,9 +278,9 @@ def load_shown(trajectory: Trajectory, config: Config) -> list[list[Video]]:
     for k, message in enumerate(users):
         for clip in message.videos:
             plans[clip.video].append(plan_shown(clip, message, k == 0, infos[clip.video], config))
-    clips = {path: iter(load_clips(path, wanted)) for path, wanted in plans.items()}
+    clips = {path: iter(load_clips(path, file_plans)) for path, file_plans in plans.items()}
     taken = [[next(clips[clip.video]) for clip in message.videos] for message in users]
-    return [[Video.from_frames(clip.frames, clip.step) for clip in some] for some in taken]
+    return [[Video.from_frames(clip.frames, clip.step) for clip in turn_clips] for turn_clips in taken]
 
 
 def plan_shown(clip: TrajectoryClip, message: TrajectoryTurn, first: bool, info: VideoInfo, config: Config) -> ClipPlan:

@@ -30,7 +30,7 @@ LEFT_OUT |= {"world_seed", "world_duration", "world_events"}
 
 def draw(name: str, rng: random.Random) -> object:
     """A value for an option: mostly one that it may have."""
-    about, kind = configuration.OPTIONS[name], configuration.KINDS[name]
+    about, kind = configuration.OPTIONS[name], configuration.OPTION_TYPES[name]
     default = configuration.Config.__dataclass_fields__[name].default
     if kind is bool:
         return rng.choice(["true", "false"])

@@ -69,7 +69,9 @@ def results(seed: int, n_videos: Sequence[int], model_path: str, cache: Path) ->
     ):
         inputs = [scenes.window_similarities(one, window) for one in embeddings]
         head = scenes.train_head(inputs[: len(train)], truths, window, seed)
-        found[label] = scenes.scores(test, [head(one)[:, 0].sigmoid().tolist() for one in inputs[len(train) :]])
+        found[label] = scenes.boundary_scores(
+            test, [head(one)[:, 0].sigmoid().tolist() for one in inputs[len(train) :]]
+        )
         print(f"seed {seed}, {label}: {found[label]}", flush=True)
     return found
 

@@ -145,7 +145,9 @@ def run(given: argparse.Namespace, duration: int, accelerator: Accelerator) -> d
             ask, grounder = partial(infer.ground_then_answer, grounder=agent), given.model
         same = infer.made_with(entry.strategy, grounder, entry.settings, asked.config)
         path = Path(given.rows) / f"{duration}s-{entry.label.replace(', ', '-').replace(' ', '-')}.jsonl"
-        results[entry.label] = infer.answer_all(asked, ask, samples, entry.settings, path, same, accelerator)
+        results[entry.label] = infer.answer_all(
+            asked, ask, samples, entry.settings, path=path, made_with=same, accelerator=accelerator
+        )
     return results
 
 

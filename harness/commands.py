@@ -14,7 +14,7 @@ from pathlib import Path
 
 import config
 
-FILTERS = ("stage2", "plm_video", "qvhighlights")
+FILTER_NAMES = ("stage2", "plm_video", "qvhighlights")
 ENDPOINT = "address of a chat endpoint [that of OPENAI_BASE_URL]; its key is in OPENAI_API_KEY"
 
 Add = Callable[..., argparse.Action]
@@ -68,7 +68,7 @@ def evaluate(add: Add) -> None:
 
 
 def filters(add: Add) -> None:
-    add("filter", nargs="?", choices=FILTERS, help="which filter")
+    add("filter", nargs="?", choices=FILTER_NAMES, help="which filter")
     add("--rule", help="the rule by which samples are dropped [paper]")
     add("--threshold", type=float, help="stage2: Eq. 6's delta [0.1]; qvhighlights: seconds [120]")
     add("--out", help="folder of what is left behind [runs/filters/FILTER]")

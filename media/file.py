@@ -20,7 +20,7 @@ POINTERS = {
     *("alsa", "concat", "dash", "fbdev", "hls", "image2", "imf", "kmsgrab", "lavfi", "oss", "rtp", "rtsp", "sap"),
     *("sdp", "tty", "video4linux2,v4l2", "webm_dash_manifest", "x11grab"),
 }
-FORMATS = ",".join(sorted(av.formats_available - POINTERS))
+CONTAINERS = ",".join(sorted(av.formats_available - POINTERS))
 STILLS = {"bmp", "gif", "jpegls", "jpeg2000", "mjpeg", "png", "tiff", "webp"}  # codecs of cover pictures
 PLAYLISTS = (b"#EXTM3U", b"ffconcat", b"v=0")
 
@@ -61,7 +61,7 @@ class OpenFile:
             raise VideoError(path, "the file is empty", "get it again")
         try:
             # An absolute path: what stands before a colon in a relative one would be taken for a protocol.
-            options = {"format_whitelist": FORMATS, "protocol_whitelist": "file"}
+            options = {"format_whitelist": CONTAINERS, "protocol_whitelist": "file"}
             self.container = av.open(os.path.abspath(path), container_options=options, metadata_errors="replace")
         except (av.error.FFmpegError, OSError) as error:
             raise VideoError(path, *_why_closed(head, error)) from error

@@ -85,8 +85,8 @@ def answer_html(record: Mapping) -> str:
     letters, items, answer = dict(zip(string.ascii_uppercase, record["options"], strict=False)), [], record["answer"]
     words = "No answer that can be read" if answer is None else f"{answer}. {letters.get(answer, '(not an option)')}"
     for letter, option in letters.items():
-        given = ' class="given"' if letter == answer else ""
-        items.append(f"<li{given}><div>{letter}. {text(option)}</div>")
+        css = ' class="given"' if letter == answer else ""
+        items.append(f"<li{css}><div>{letter}. {text(option)}</div>")
         if letter in record["letters"]:
             share = f"{100 * record['letters'][letter]:.1f}%"
             items.append(f'<div class="share"><i style="width:{share}"></i></div><span>{share}</span>')
@@ -116,10 +116,10 @@ def look_html(look: Mapping, spans: Sequence[Span], with_answer: bool) -> str:
     strips, parts = "", part or [(0.0, math.inf)]
     borders = [-math.inf, *(end for _, end in parts[:-1]), math.inf]  # the frame shown at a start may be older than it
     for (start, end), (low, high) in zip(parts, pairwise(borders), strict=True):
-        shown = [k for k, t in enumerate(times) if low <= t < high]
-        title = f"<h4>{clock(start)}–{clock(end)}</h4>" if len(parts) > 1 and shown else ""
+        inside = [k for k, t in enumerate(times) if low <= t < high]
+        title = f"<h4>{clock(start)}–{clock(end)}</h4>" if len(parts) > 1 and inside else ""
         width, marked = (168, ()) if kind == "zoom" else (112, spans)
-        strips += title + film_strip(frames[shown], [times[k] for k in shown], width, marked)
+        strips += title + film_strip(frames[inside], [times[k] for k in inside], width, marked)
     head = f'<h3>{heading}</h3><p class="muted">{" · ".join(facts)}</p>'
     if kind in ("window", "closer"):
         return f"<section><details><summary>{head}</summary>{written}{strips}</details></section>"

@@ -24,7 +24,7 @@ COLUMNS = [  # heading, type of the sort key, alignment
     ("Evidence (s)", "number", "num"),
     ("Length", "number", "num"),
 ]
-FILTERS = {"all": "all", "right": "right", "wrong": "wrong", "no-span": "without a span"}
+ROW_FILTERS = {"all": "all", "right": "right", "wrong": "wrong", "no-span": "without a span"}
 CHANGES = {"better": "better than before", "worse": "worse than before"}  # of the last of several results
 N_FRAMES, N_VIDEOS, FRAME_WIDTH = 8, 48, 112  # frames of a video on the page, videos that have any, pixels
 
@@ -124,7 +124,7 @@ def summary_html(summary: Mapping) -> str:
 def filters_html(words: Sequence[Sequence[str]]) -> str:
     """Buttons that show some of the questions, with their numbers; those that would show none are left out."""
     buttons = []
-    for name, label in (FILTERS | CHANGES).items():
+    for name, label in (ROW_FILTERS | CHANGES).items():
         n = len(words) if name == "all" else sum(name in one for one in words)
         if n or name == "all":
             pressed = "true" if name == "all" else "false"

@@ -211,11 +211,11 @@ def moment_precisions(row: dict) -> np.ndarray:
             match = next((g for g in np.argsort(fits)[::-1] if fits[g] >= threshold and g in free), None)
             hits.append(match is not None)
             free.discard(match)
-        precisions.append(average_precision(np.array(hits, dtype=bool), len(gt)))
+        precisions.append(interpolated_precision(np.array(hits, dtype=bool), len(gt)))
     return np.array(precisions)
 
 
-def average_precision(hits: np.ndarray, positives: int) -> float:
+def interpolated_precision(hits: np.ndarray, positives: int) -> float:
     """Area under the interpolated precision-recall curve; hits [P] by falling score, of `positives` to be found."""
     if not hits.any():
         return 0.0

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from report import ReportError, drawing
-from report.drawing import COLOURS, INK, LINES, MARKERS, MUTED, add_legend, named, new_figure, tidy
+from report.drawing import INK, LINE_COLOURS, LINES, MARKERS, MUTED, add_legend, named, new_figure, tidy
 from report.scores import bin_names, bin_of, evidence_edges, evidence_size
 
 if TYPE_CHECKING:  # only a program that draws needs it
@@ -85,7 +85,7 @@ def draw_bins(
             x + 0.07 * (i - (len(iou) - 1) / 2),
             [s.mean() for s in scores],
             [1.96 * s.std(ddof=1) / math.sqrt(len(s)) if len(s) > 1 else 0 for s in scores],
-            color=MUTED if label == baseline else COLOURS[i % len(COLOURS)],
+            color=MUTED if label == baseline else LINE_COLOURS[i % len(LINE_COLOURS)],
             linestyle=LINES[i % len(LINES)],
             marker=MARKERS[i % len(MARKERS)],
             markerfacecolor="white" if label == baseline else None,
@@ -117,7 +117,7 @@ def plot_reliability(found: Mapping[str, Mapping], out: str | Path) -> None:
     axes.plot([0, 1], [0, 1], color=MUTED, linewidth=0.7, label="as sure as right")
     for i, (label, one) in enumerate(found.items()):
         words = f"{label} (ECE {one['ECE']:.3f})"
-        style = {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)]}
+        style = {"color": LINE_COLOURS[i % len(LINE_COLOURS)], "marker": MARKERS[i % len(MARKERS)]}
         x, y = ([part[name] for part in one["bins"]] for name in ("confidence", "accuracy"))
         share = np.array([part["questions"] for part in one["bins"]]) / one["questions"]
         axes.plot(x, y, linestyle=LINES[i % len(LINES)], linewidth=1.2, markersize=5, **style, label=named(words))
@@ -148,7 +148,7 @@ def plot_statistics(durations: Sequence[float], shares: Sequence[float], out: st
     for axes, (title, label, values) in zip(figure.subplots(1, 2), panels, strict=True):
         edges = round_edges(values)
         counts, _ = np.histogram(values, edges)
-        drawn = axes.bar(range(len(counts)), counts, width=0.9, color=COLOURS[0])
+        drawn = axes.bar(range(len(counts)), counts, width=0.9, color=LINE_COLOURS[0])
         axes.bar_label(drawn, fontsize=8, color=MUTED)
         axes.set_title(f"{title}: {len(values)}, median {np.median(values):.3g}", loc="left", fontsize=9, color=INK)
         axes.set_xlabel(label, fontsize=9, color=INK)

@@ -131,10 +131,10 @@ def bin_of(value: float, edges: np.ndarray) -> int:
 
 def bin_names(edges: np.ndarray) -> list[str]:
     """1.0–3.0"""
-    return [f"{short(low)}–{short(high)}" for low, high in itertools.pairwise(edges)]
+    return [f"{bound_text(low)}–{bound_text(high)}" for low, high in itertools.pairwise(edges)]
 
 
-def short(value: float) -> str:
+def bound_text(value: float) -> str:
     return f"{value:.1f}" if value >= 1 else f"{value:.2g}"
 
 

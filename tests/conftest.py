@@ -216,7 +216,7 @@ def draw(names, generator: torch.Generator) -> str:
 
 def random_response(generator: torch.Generator) -> str:
     start, end = sorted(torch.randint(0, 20, (2,), generator=generator).tolist())
-    times = lessons.span_text([(start, end + 1)])
+    times = lessons.written_spans([(start, end + 1)])
     think = f"<think>{draw(benchmark.COLOURS, generator)}<time>{times}</time></think>"
     return f"{think}<answer>{draw('ABCD', generator)}</answer><glue>[{times}]</glue>{lessons.END}"
 

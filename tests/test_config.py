@@ -12,7 +12,7 @@ import pytest
 
 import config as configuration
 from config import (
-    KINDS,
+    OPTION_TYPES,
     OPTIONS,
     PROGRAMS,
     Config,
@@ -187,7 +187,7 @@ def test_every_number_has_a_range():
     """A new number must be put into a range, or named here because any finite value works."""
     free = {"beta_time", "v_max"}
     for name, about in OPTIONS.items():
-        if KINDS[name] in (int, float):
+        if OPTION_TYPES[name] in (int, float):
             assert (about["above"] is not None) + (about["least"] is not None) + (name in free) == 1, name
             wrong = {limit: value for limit in ("above", "least") if (value := about[limit]) is not None}
             for value in wrong.values():

@@ -580,9 +580,9 @@ def test_scenes_of_a_detector(long_world, tmp_path, tokenizer, monkeypatch):
     monkeypatch.setattr(scenes, "load_tower", lambda _: tower)
     row = rows_of(long_world)[0]
     options = ["--detector", str(tmp_path / "detector.safetensors"), "--cache", str(tmp_path), "--threads", "1"]
-    given, config = curate.parse([*options, "--oracle", str(long_world)])
+    given, config = curate.parse_curate([*options, "--oracle", str(long_world)])
     find = curate.scene_finder(given, Viewer(long_world.parent, config), None)
-    found = curate.scenes_row(Task(row["video"], row["video"], row), find)
+    found = curate.task_scenes(Task(row["video"], row["video"], row), find)
     shots = [tuple(shot) for shot in row["shots"]]
     detector = scenes.Detector.load(tmp_path / "detector.safetensors", tower)
     expected = detector(scenes.shot_features(tower, long_world.parent / row["video"], shots, 4))

@@ -16,7 +16,7 @@ from annotations import trajectories
 from annotations.rows import DataError, Row
 from config import ConfigError
 from episodes import ClipEnvironment, replay
-from exemplars import Dialogue, mixed, play, reflect
+from exemplars import Dialogue, finish_episode, mixed, reflect
 from harness.chat import ChatError, Reply, RequestError
 from harness.chat import Shown as Frames
 from rollout import Response, view_video
@@ -63,7 +63,7 @@ def test_the_oracle_sees_all_of_the_evidence_and_no_more_then_answers(scenes):
     assert set(scenes) == set(benchmark.KINDS)
     for kind, scene in scenes.items():
         episode, sample = Response(), scene.view.sample
-        assert play(Oracle(), scene, episode) is None
+        assert finish_episode(Oracle(), scene, episode) is None
         assert episode.answer == sample.answer and len(episode.clips) == episode.calls
         assert (episode.calls == 0) == (kind == "coarse")
         shown = [time for clip in episode.clips for time in clip.times]
@@ -83,9 +83,9 @@ def test_the_oracle_makes_one_call_for_two_events_where_its_frames_are_enough(sc
             scene.view, replace(scene.config, frames_per_call=int(most), total_frames=200, zoom_budget=9999)
         )
         episode = Response()
-        assert play(Oracle(), limited, episode) is None and episode.calls == calls
+        assert finish_episode(Oracle(), limited, episode) is None and episode.calls == calls
     tight = ClipEnvironment(scene.view, replace(scene.config, frames_per_call=2))
-    assert play(Oracle(), tight, Response()) == "no calls or frames left for the evidence"
+    assert finish_episode(Oracle(), tight, Response()) == "no calls or frames left for the evidence"
 
 
 def test_the_oracle_says_what_each_frame_shows(scenes, vocabulary):
@@ -98,7 +98,7 @@ def test_the_oracle_says_what_each_frame_shows(scenes, vocabulary):
     glimpses = {kind: colour(kind) for kind in ("blink", "pair")}
     glimpses |= {"coarse": lessons.asked_pattern(scenes["coarse"].view.sample), "fine": "none"}
     for kind, glimpse in glimpses.items():
-        times = lessons.span_text(scenes[kind].view.sample.evidence)
+        times = lessons.written_spans(scenes[kind].view.sample.evidence)
         assert said(kind, wrong=None).startswith(f"<think>{colour(kind)}<time>{times}</time> {glimpse}</think>")
 
     (start, end), name = scenes["blink"].view.sample.evidence[0], colour("blink")
@@ -132,7 +132,7 @@ def test_a_chat_model_plays_by_the_policys_prompt_and_sees_frames_with_their_tim
     right = ANSWER.format(scene.view.sample.answer)
     chat = Scripted(call(3, 4, 2) + " and then ...", f"\n{right}\n")
     episode = Response()
-    assert play(Dialogue(chat), scene, episode) is None
+    assert finish_episode(Dialogue(chat), scene, episode) is None
     assert [turn.text for turn in episode.turns] == [call(3, 4, 2), right]
     system, prompt, said, shown = chat.asked[1]
     assert [m.role for m in chat.asked[1]] == ["system", "user", "assistant", "user"]
@@ -160,7 +160,7 @@ def test_a_chat_model_plays_by_the_policys_prompt_and_sees_frames_with_their_tim
 def test_what_is_not_right_is_dropped_with_a_reason(scenes, replies, reason):
     scene = scenes["fine"]
     said = [r.replace("{}", scene.view.sample.answer) if isinstance(r, str) else r for r in replies]
-    assert play(Dialogue(Scripted(*said)), scene, Response()) == reason
+    assert finish_episode(Dialogue(Scripted(*said)), scene, Response()) == reason
 
 
 def test_an_endpoint_plays_a_data_set(arguments, samples, server, tmp_path, monkeypatch):
@@ -240,7 +240,7 @@ def test_episodes_are_a_training_file_and_a_stopped_run_goes_on(arguments, sampl
     whole, part = tmp_path / "whole", tmp_path / "part"
     exemplars.main(["play", *arguments, "--out", str(whole)])
     assert [line["id"] for line in lines(whole / "train.jsonl")] == [sample.id for sample in samples]
-    found = trajectories.load(whole / "train.jsonl", config.video_root)
+    found = trajectories.load_trajectories(whole / "train.jsonl", config.video_root)
     trajectories.check_files(found)
     shown = [
         clip for row in lines(whole / "train.jsonl") for said in row["messages"] for clip in said.get("videos", [])

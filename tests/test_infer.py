@@ -416,11 +416,11 @@ def test_two_models_find_and_answer(agent, samples, tokenizer, vocabulary):
 
 def test_options_hold_for_both_models(talker):
     command = ["--strategy", "ground-then-answer", "--ground_model", str(talker), "--max_tokens", "9"]
-    *_, config, grounding = infer.parse(command)
+    *_, config, grounding = infer.parse_infer(command)
     assert (config.model, grounding.model) == (str(configuration.BUILT_IN), str(talker))
     assert (config.template, grounding.template) == ("world", "zoom_zero")  # each as it suits its model
     assert config.max_tokens == grounding.max_tokens == 9
-    assert infer.parse([])[3] is None
+    assert infer.parse_infer([])[3] is None
 
 
 def test_zoom_that_writes_its_answer(agent, samples):
@@ -442,7 +442,8 @@ def test_every_strategy_answers_with_half_precision_weights(agent, samples):
 
 def run_all(agent, samples, path, made_with=None, ask=infer.coarse_to_fine):
     made_with = made_with or {"strategy": "coarse-to-fine"}
-    return infer.answer_all(agent, ask, samples, DEFAULT, path, made_with, Accelerator(cpu=True))
+    accelerator = Accelerator(cpu=True)
+    return infer.answer_all(agent, ask, samples, DEFAULT, path=path, made_with=made_with, accelerator=accelerator)
 
 
 @pytest.fixture
@@ -761,6 +762,8 @@ def test_an_error_is_one_line(own, tmp_path):
 
 def test_a_runs_checkpoint_is_asked_as_the_run_was(tmp_path):
     (tmp_path / "config.yaml").write_text("fps: 3\n")
-    given, settings, config, _ = infer.parse(["--model", str(tmp_path / "checkpoint"), "--top", "2", "--released"])
+    given, settings, config, _ = infer.parse_infer(
+        ["--model", str(tmp_path / "checkpoint"), "--top", "2", "--released"]
+    )
     assert config.fps == 3 and config.model == given.model
     assert settings == Settings(**{**RELEASED, "top": 2})

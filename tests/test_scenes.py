@@ -41,7 +41,7 @@ def tower():
 def trained():
     """The features of a few videos, and a detector trained on them."""
     videos, features = invented(0, n_videos=4)
-    return features, scenes.train(videos, features, "tower", 16)
+    return features, scenes.train_detector(videos, features, "tower", 16)
 
 
 def invented(seed: int, n_videos: int = 12, n_settings: int = 8) -> tuple[list[Labelled], list[torch.Tensor]]:
@@ -259,8 +259,8 @@ def test_windows_hold_the_similarities_around_each_boundary():
 
 def test_training_beats_chance_on_new_videos():
     (videos, features), (new, new_features) = invented(0), invented(1)
-    detector = scenes.train(videos, features, "tower", 16)
-    found = scenes.scores(new, [detector(one) for one in new_features])
+    detector = scenes.train_detector(videos, features, "tower", 16)
+    found = scenes.boundary_scores(new, [detector(one) for one in new_features])
     chance = np.mean([np.mean(video.truth) for video in new])
     assert found["AP"] > chance + 0.3 and min(found["recall"], found["precision"]) > 0.6
 
@@ -279,7 +279,7 @@ def test_training_on_neighbours_brings_the_shots_of_new_scenes_together():
 
 def test_training_is_the_same_again(trained):
     features, detector = trained
-    again, other = (scenes.train(*invented(0, n_videos=4), "tower", 16, seed) for seed in (0, 1))
+    again, other = (scenes.train_detector(*invented(0, n_videos=4), "tower", 16, seed) for seed in (0, 1))
     assert detector(features[0]) == again(features[0]) != other(features[0])
 
 
@@ -355,11 +355,11 @@ def test_scores_are_means_over_videos_with_boundaries():
         Labelled("b", SHOTS, [False, False, False]),  # one scene: there is nothing to find
         Labelled("c", SHOTS, [True, False, False]),
     ]
-    found = scenes.scores(videos, [[0.1, 0.9, 0.2], [0.9, 0.9, 0.9], [0.1, 0.1, 0.2]])
+    found = scenes.boundary_scores(videos, [[0.1, 0.9, 0.2], [0.9, 0.9, 0.9], [0.1, 0.1, 0.2]])
     # In c nothing is above the threshold, and the true boundary comes after one and level with another.
     assert found == pytest.approx({"AP": (1 + 1 / 3) / 2, "recall": 0.5, "precision": 0.5})
     with pytest.raises(SceneError, match="none of the videos has two scenes"):
-        scenes.scores(videos[1:2], [[0.9, 0.9, 0.9]])
+        scenes.boundary_scores(videos[1:2], [[0.9, 0.9, 0.9]])
 
 
 def test_scenes_must_begin_with_a_shot(tmp_path):
@@ -399,7 +399,7 @@ def test_the_shipped_detector_belongs_to_the_shipped_policy_and_finds_scenes(lon
     detector = Detector.load(scenes.configuration.BUILT_IN.parent / "scenes.safetensors", tower)
     videos = scenes.read_labelled(long_world)
     features = [scenes.shot_features(tower, video.video, video.shots, detector.tokens) for video in videos]
-    found = scenes.scores(videos, list(map(detector, features)))
+    found = scenes.boundary_scores(videos, list(map(detector, features)))
     assert found["AP"] > 2 * np.mean([np.mean(video.truth) for video in videos])
 
 

@@ -47,7 +47,7 @@ def rows(samples, config, vocabulary) -> list[dict]:
 @pytest.fixture
 def examples(rows, config, vocabulary, model64, tmp_path) -> list[Example]:
     trajectories.save_rows(tmp_path / "t.jsonl", rows)
-    found = trajectories.load(tmp_path / "t.jsonl")
+    found = trajectories.load_trajectories(tmp_path / "t.jsonl")
     return [trajectories.build_example(row, config, vocabulary, model64.config) for row in found]
 
 
@@ -118,7 +118,7 @@ def test_every_trajectory_comes_once_per_epoch():
             SimpleNamespace(config=config, accelerator=SimpleNamespace(num_processes=processes, process_index=rank))
             for rank in range(processes)
         ]
-        return [row for run in runs for row in sft.draw(run, list(range(6)), step)]
+        return [row for run in runs for row in sft.draw_trajectories(run, list(range(6)), step)]
 
     order = [row for step in range(3) for row in drawn(1, step)]
     assert sorted(order[:6]) == sorted(order[6:]) == list(range(6)) and order[:6] != order[6:]

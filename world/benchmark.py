@@ -252,6 +252,7 @@ def build(
     split: str,
     n_videos: int,
     seed: int = 0,
+    *,
     duration: int = 20,
     n_events: int = 3,
     workers: int | None = None,

@@ -73,14 +73,14 @@ def asked_pattern(sample: Sample) -> str:
     return sample.options["ABCD".index(sample.answer)]
 
 
-def span_text(spans: Spans) -> str:
+def written_spans(spans: Spans) -> str:
     """Spans as the policy writes them: (3.0,8.0),(12.0,14.0)."""
     return ",".join(f"({start:.1f},{end:.1f})" for start, end in spans)
 
 
 def demonstration(sample: Sample, spans: Spans) -> str:
     """A whole response that claims these spans."""
-    times = span_text(spans)
+    times = written_spans(spans)
     think = f"<think>{asked_colour(sample)}<time>{times}</time></think>"
     return f"{think}<answer>{sample.answer}</answer><glue>[{times}]</glue>{END}"
 
@@ -93,7 +93,7 @@ def overwide(spans: Sequence[Span], most: float, duration: float, rng: random.Ra
 
 def locations(samples: Sequence[Sample]) -> list[str]:
     """For each question's colour, when it is on."""
-    return [f"{asked_colour(sample)}<time>{span_text(list(sample.evidence))}</time>" for sample in samples]
+    return [f"{asked_colour(sample)}<time>{written_spans(list(sample.evidence))}</time>" for sample in samples]
 
 
 def glimpse(sample: Sample) -> str:
@@ -103,7 +103,7 @@ def glimpse(sample: Sample) -> str:
     return "none" if sample.kind == "fine" else asked_colour(sample)
 
 
-def timeline(samples: Sequence[Sample], duration: int) -> str:
+def timeline_answer(samples: Sequence[Sample], duration: int) -> str:
     """The colour of every second."""
     colours = ["none"] * duration
     for sample in samples:
@@ -190,7 +190,7 @@ def unasked_prompts(lessons: Sequence[Lesson], config: Config, vocabulary: Vocab
 def perception_batch(lessons: Sequence[Lesson], config: Config, vocabulary: Vocabulary, model_config) -> Batch:
     """When each colour of these videos is on, and the colour of every second, where a response has its thoughts."""
     prompt_list = unasked_prompts(lessons, config, vocabulary, model_config)
-    answers = [[*locations(s.samples), timeline(s.samples, config.world_duration)] for s in lessons]
+    answers = [[*locations(s.samples), timeline_answer(s.samples, config.world_duration)] for s in lessons]
     kinds = [[0] * len(lesson.samples) + [1] for lesson in lessons]
     return Batch.of(prompt_list, [[vocabulary.ids(answer) for answer in group] for group in answers], kinds)
 
@@ -200,9 +200,9 @@ def glance_batch(lessons: Sequence[Lesson], config: Config, vocabulary: Vocabula
     answers, kinds = [], []
     for lesson in lessons:
         found = list(map(vocabulary.ids, locations(lesson.samples)))
-        shown = [vocabulary.ids(f" {glimpse(sample)}") for sample in lesson.samples]
-        answers.append([when + what for when, what in zip(found, shown, strict=True)])
-        kinds.append([[0] * len(when) + [1] * len(what) for when, what in zip(found, shown, strict=True)])
+        glimpses = [vocabulary.ids(f" {glimpse(sample)}") for sample in lesson.samples]
+        answers.append([when + what for when, what in zip(found, glimpses, strict=True)])
+        kinds.append([[0] * len(when) + [1] * len(what) for when, what in zip(found, glimpses, strict=True)])
     return Batch.of(unasked_prompts(lessons, config, vocabulary, model_config), answers, kinds)
 
 
@@ -299,14 +299,14 @@ def train_cycle(
         factor = min(1.0, (step + 1) / config.warmup) * 0.5 * (1 + math.cos(math.pi * step / len(phases)))
         for group in optimizer.param_groups:
             group["lr"] = config.lr * factor
-        some = rng.sample(lessons, config.prompts_per_step)
+        chosen_lessons = rng.sample(lessons, config.prompts_per_step)
         batches = {"zoom": zoom_batch(rng.sample(lessons, config.zoom_batch), config, vocabulary, model_config, rng)}
         if phase.examples == "perception":
-            batches["perception"] = perception_batch(some, config, vocabulary, model_config)
+            batches["perception"] = perception_batch(chosen_lessons, config, vocabulary, model_config)
         elif phase.examples == "glances":
-            batches["glance"] = glance_batch(some, config, vocabulary, model_config)
+            batches["glance"] = glance_batch(chosen_lessons, config, vocabulary, model_config)
         else:  # a demonstration per question takes about twice the time
-            few = some[: max(1, config.prompts_per_step // 2)]
+            few = chosen_lessons[: max(1, config.prompts_per_step // 2)]
             batches["demonstration"] = demonstration_batch(few, config, vocabulary, phase.widen, rng)
         for name, batch in batches.items():
             loss = policy(batch.prompts, batch.ids, batch.mask, partial(cross_entropy, batch))

@@ -14,7 +14,7 @@ from episodes import ClipEnvironment
 from prompts import CALL_END
 from rollout import Response
 from world import benchmark
-from world.lessons import asked_colour, asked_pattern, glimpse, span_text
+from world.lessons import asked_colour, asked_pattern, glimpse, written_spans
 
 
 class Stuck(Exception):
@@ -33,7 +33,7 @@ class Oracle:
         hidden = [span for span in sample.evidence if not shows(episode, span, sample.kind)]
         seen = " ".join([colour, *noted(sample, episode)])
         if hidden:
-            seen += f"<time>{span_text(hidden)}</time>"
+            seen += f"<time>{written_spans(hidden)}</time>"
         if not episode.turns:
             seen += f" {glimpse(sample)}"
         if not hidden or (sample.kind == "coarse" and failure is None):

@@ -167,7 +167,7 @@ def test_pretty_printed_json_and_a_list_in_data_are_read(tmp_path):
 @pytest.mark.parametrize("indent", [None, 1])
 @pytest.mark.parametrize("chunk", [1, 7, 64, 1 << 20])
 def test_a_list_is_read_piece_by_piece(tmp_path, monkeypatch, chunk, indent):
-    monkeypatch.setattr(rows, "CHUNK", chunk)
+    monkeypatch.setattr(rows, "READ_CHARACTERS", chunk)
     values = [{"k": k, "text": '[\\n"],}é' * k, "deep": [[k], {"x": None}]} for k in range(20)]
     path = write_json(tmp_path / "x.json", values)
     path.write_text("\ufeff  \n" + json.dumps(values, indent=indent, ensure_ascii=chunk == 7), encoding="utf-8")
@@ -197,7 +197,7 @@ def test_a_list_is_read_piece_by_piece(tmp_path, monkeypatch, chunk, indent):
 def test_mistakes_in_json_are_one_line(tmp_path, monkeypatch, text, message, chunk):
     if chunk == 3 and len(text) > 6000:
         chunk = 1000
-    monkeypatch.setattr(rows, "CHUNK", chunk)
+    monkeypatch.setattr(rows, "READ_CHARACTERS", chunk)
     path = tmp_path / "x.json"
     path.write_text(text)
     with pytest.raises(DataError, match=rf"x\.json: {message}") as error:

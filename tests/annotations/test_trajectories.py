@@ -125,7 +125,7 @@ def test_the_layouts_mean_the_same(tmp_path):
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (tmp_path / "a.json").write_text(json.dumps(lines))
     for name in ("a.jsonl", "a.json"):
-        one, two, three = trajectories.load(tmp_path / name, "root")
+        one, two, three = trajectories.load_trajectories(tmp_path / name, "root")
         assert one.messages == two.messages == three.messages and one.system == two.system == three.system == "Look."
         assert one.messages[2].videos[1] == trajectories.TrajectoryClip("root/a.mp4", (4.0,), 1.0)
 
@@ -148,7 +148,7 @@ def test_lists_of_contents_and_qwens_layout_mean_the_same(tmp_path):
     qwen |= {"id": "1", "video": ["a.mp4", "b.mp4"]}
     path = tmp_path / "a.json"
     path.write_text(json.dumps({"data": [plain, listed, qwen]}))
-    one, two, three = trajectories.load(path, "root")
+    one, two, three = trajectories.load_trajectories(path, "root")
     assert one.messages == two.messages == three.messages and one.system is two.system is three.system is None
     assert [clip.video for message in one.messages for clip in message.videos] == ["root/a.mp4", "root/b.mp4"]
     single = row(video="a.mp4", conversations=[{"from": "human", "value": "<video>Q"}, {"from": "gpt", "value": "A"}])
@@ -213,13 +213,13 @@ def test_bad_files_are_named(tmp_path, samples, config, vocabulary, model64):
     path = tmp_path / "a.jsonl"
     path.write_text('{"messages": [}\n')
     with pytest.raises(DataError, match="row 1: not JSON"):
-        trajectories.load(path)
+        trajectories.load_trajectories(path)
 
     def one(words: str, times: list[float], video: str = samples[0].video) -> trajectories.Trajectory:
         shown = [{"video": video, "times": times}]
         said = [{"role": "user", "text": "<video>Q", "videos": shown}, {"role": "assistant", "text": words}]
         path.write_text(json.dumps({"messages": said}) + "\n")
-        return trajectories.load(path)[0]
+        return trajectories.load_trajectories(path)[0]
 
     with pytest.raises(DataError, match=r"row 1: the assistant's text has the special token <\|im_end\|>"):
         trajectories.build_example(one("A<|im_end|>", [1.0]), config, vocabulary, model64.config)

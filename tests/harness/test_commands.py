@@ -59,7 +59,7 @@ sys.exit(f"imported: {{slow}}" if slow else 0)
 
 def test_names_and_defaults_agree_with_what_they_stand_for():
     assert list(infer.STRATEGIES) == commands.strategies()
-    assert tuple(filters.FILTERS) == commands.FILTERS
+    assert tuple(filters.FILTERS) == commands.FILTER_NAMES
     curate = commands.extra("curate", "What it does.").parse_args([])
     assert curate.timeout == chat.Endpoint.timeout
     assert filters.FILTERS["stage2"].threshold == 0.1 and filters.FILTERS["qvhighlights"].threshold == 120

@@ -8,7 +8,7 @@ from PIL import Image
 from scored import result
 
 from report import ReportError, plots
-from report.drawing import COLOURS
+from report.drawing import LINE_COLOURS
 from report.scores import bin_edges
 from report.tables import clue_table
 from rewards import union_length
@@ -35,7 +35,7 @@ def test_bins_and_means_by_hand(figures):
         drawn = {c.get_label(): c[0] for c in axes.containers}
         assert list(drawn) == ["Zoom-Zero", "GRPO (baseline)", "whole video as answer"]
         assert drawn["GRPO (baseline)"].get_markerfacecolor() == "white"
-        assert drawn["Zoom-Zero"].get_markerfacecolor() == drawn["Zoom-Zero"].get_color() == COLOURS[0]
+        assert drawn["Zoom-Zero"].get_markerfacecolor() == drawn["Zoom-Zero"].get_color() == LINE_COLOURS[0]
     left, right = ([t.get_text() for t in axes.get_xticklabels()] for axes in figures[0].axes)
     assert left == ["1.0–3.0\nn = 2", "3.0–6.0\nn = 4"]
     assert right == ["5.0–15.0\nn = 2", "15.0–30.0\nn = 4"]

@@ -58,7 +58,7 @@ def test_widened_spans_contain_the_evidence_and_stay_in_the_video():
 def test_perception_says_every_second_and_every_colour(samples):
     video = [sample for sample in samples if sample.video == samples[0].video]
     located = lessons.locations(video)
-    words = lessons.timeline(video, 20).removesuffix(lessons.END).split()
+    words = lessons.timeline_answer(video, 20).removesuffix(lessons.END).split()
     assert len(words) == 20
     for sample, text in zip(video, located, strict=True):
         colour = lessons.asked_colour(sample)
