@@ -139,7 +139,7 @@ def evaluate_episodes(model, views: Sequence[View], config: Config, vocabulary: 
     """A greedy episode for each view, as rows; with how many calls it made, and what it saw. Its "spans" are those of
     its calls: where it has looked."""
     rows = []
-    for group in roll_out(model, views, config, vocabulary, None, environments(views, config)):
+    for group in roll_out(model, views, config, vocabulary, None, environments=environments(views, config)):
         [episode] = group.responses
         videos = [video for prompt in group.prompts for video in prompt.videos]
         turns = [turn.text for turn in episode.turns]

@@ -212,7 +212,9 @@ def play_all(
         groups: list[Sequence[Response]] = [()] * len(views)
         if model is not None:
             with torch.no_grad():
-                rolled = roll_out(model.model, views, config, model.vocabulary, 0, environments(views, config))
+                rolled = roll_out(
+                    model.model, views, config, model.vocabulary, 0, environments=environments(views, config)
+                )
             groups = [group.responses for group in rolled]
 
         def line(view: View, attempts: Sequence[Response]) -> dict:

@@ -233,7 +233,7 @@ def play_episode(agent: Agent, sample: Sample, settings: Settings) -> Result:
     """The model asks for clips until it answers; the result's spans are those of its clips. VideoZoomer section 3.1."""
     view = view_video(sample, agent.config, agent.frames)
     scene = environments([view], agent.config, agent.frames)
-    [group] = roll_out(agent.model, [view], agent.config, agent.vocabulary, None, scene, keep_hidden=True)
+    [group] = roll_out(agent.model, [view], agent.config, agent.vocabulary, None, environments=scene, keep_hidden=True)
     [episode] = group.responses
     looks, kind, clip, part, refusal, past, new = [], "glance", view.clip, None, "", 0, len(group.prompt)
     for turn in episode.turns:

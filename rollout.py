@@ -273,6 +273,7 @@ def roll_out(
     config: Config,
     vocabulary: Vocabulary,
     step: int | None,
+    *,
     environments: Sequence[Environment] = (),
     keep_hidden: bool = False,
 ) -> list[Group]:
@@ -284,7 +285,9 @@ def roll_out(
     groups = []
     for start in range(0, len(views), config.rollout_batch):
         part = slice(start, start + config.rollout_batch)
-        groups += roll_out_batch(model, views[part], config, vocabulary, step, environments[part], keep_hidden)
+        groups += roll_out_batch(
+            model, views[part], config, vocabulary, step, environments=environments[part], keep_hidden=keep_hidden
+        )
     return groups
 
 
@@ -294,6 +297,7 @@ def roll_out_batch(
     config: Config,
     vocabulary: Vocabulary,
     step: int | None,
+    *,
     environments: Sequence[Environment],
     keep_hidden: bool,
 ) -> list[Group]:

@@ -92,7 +92,7 @@ def collect(run: Run, session: Session, step: int, drawn: Sequence[Drawn]) -> li
         with session.phase("rollout"):
             if not config.train_vision:  # then rollout, reference and update see the same visual tokens
                 keep_tokens(run.model, [view.video for view in views])
-            groups = roll_out(run.model, views, config, run.vocabulary, step, environments(views, config))
+            groups = roll_out(run.model, views, config, run.vocabulary, step, environments=environments(views, config))
         session.stop.check()
         failed = clip_failures(groups)
         with session.phase("zoom"):

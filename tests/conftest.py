@@ -233,7 +233,7 @@ def recipe(tmp_path, talker, small_world) -> Path:
 
 def roll_out_episodes(model, views, config, vocabulary, step: int | None) -> list[Group]:
     """Groups of episodes in the environment that the template has."""
-    return roll_out(model, views, config, vocabulary, step, environments(views, config))
+    return roll_out(model, views, config, vocabulary, step, environments=environments(views, config))
 
 
 def pay(groups, config) -> None:

@@ -277,8 +277,8 @@ def test_reflection_from_the_command_line(arguments, samples, tmp_path, monkeypa
     exemplars.main(["play", *arguments, "--out", str(tmp_path / "play")])
     rolled = exemplars.roll_out
 
-    def astray(model, views, config, words, *others):
-        groups = rolled(model, views, config, words, *others)
+    def astray(model, views, config, words, step, **options):
+        groups = rolled(model, views, config, words, step, **options)
         for group in groups:
             wrong = "ABCD"[("ABCD".index(group.view.sample.answer) + 1) % 4]
             group.responses = [

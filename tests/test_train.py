@@ -662,9 +662,9 @@ def test_a_stop_during_a_step_repeats_that_step(recipe, tmp_path, monkeypatch):
     """Stopped before the first update: the checkpoint is the start, and no thread is left behind."""
     roll_out = train.roll_out
 
-    def interrupted(*arguments):
+    def interrupted(*arguments, **options):
         os.kill(os.getpid(), signal.SIGTERM)
-        return roll_out(*arguments)
+        return roll_out(*arguments, **options)
 
     monkeypatch.setattr(train, "roll_out", interrupted)
     with pytest.raises(Stopped):
@@ -679,7 +679,7 @@ def test_a_stop_during_a_step_repeats_that_step(recipe, tmp_path, monkeypatch):
 
 
 def test_a_second_ctrl_c_ends_at_once(recipe, monkeypatch):
-    def interrupted(*arguments):
+    def interrupted(*arguments, **options):
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)
         pytest.fail("went on")

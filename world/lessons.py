@@ -275,7 +275,7 @@ def cold_start(
     shares = sum(phase.share for cycle in cycles for phase in cycle)
     for cycle in cycles:
         phases = [phase for phase in cycle for _ in range(max(1, config.steps * phase.share // shares))]
-        train_cycle(policy, lessons, config, vocabulary, accelerator, phases, rng)
+        train_cycle(policy, lessons, config, vocabulary, accelerator, phases=phases, rng=rng)
 
 
 def train_cycle(
@@ -284,6 +284,7 @@ def train_cycle(
     config: Config,
     vocabulary: Vocabulary,
     accelerator: Accelerator,
+    *,
     phases: Sequence[Phase],
     rng: random.Random,
 ) -> None:
