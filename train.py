@@ -10,7 +10,8 @@ whole group (see policy.py).
 
 Ctrl-C and SIGTERM end the run at the next border between phases, with a checkpoint, and the exit code is 130 or 143.
 Everything random follows from `seed`, the step and the sample, so a run that was stopped and resumed leaves the same
-metrics and weights as one that was not. Other errors end it with a message and exit code 1.
+metrics and weights as one that was not (on a GPU nearly: flash attention's backward does not repeat its bits). Other
+errors end it with a message and exit code 1.
 """
 
 from __future__ import annotations
