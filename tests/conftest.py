@@ -309,6 +309,17 @@ const spin = setInterval(() => {
   for (let k = 0; k < 1e6; k++) work += Math.sqrt(k);
   if (document.title !== untitled) clearInterval(spin);
 }, 1);
+// A player seeks and presents pictures when it can, so one look proves nothing: what `read` returns, once it has been
+// as `expected` eight looks in a row, or after 12 s whatever it is then.
+const settled = async (read, expected) => {
+  let found, row = 0;
+  for (const end = performance.now() + 12000; row < 8 && performance.now() < end;) {
+    await new Promise(done => setTimeout(done, 20));
+    found = read();
+    row = found === expected ? row + 1 : 0;
+  }
+  return found;
+};
 """
 
 

@@ -630,11 +630,14 @@ def test_without_options_the_spans_of_an_event(own, tmp_path, capsys, monkeypatc
 
 CLICK = """
 const player = document.querySelector("video"), jump = document.querySelector(WHERE);
-let clicked = false, played = false;
+let played = false;
 player.play = () => { played = true; return Promise.resolve(); };  // stay where the click led, however slow the machine
-const click = () => { if (!clicked) { clicked = true; jump.click(); } };
-player.addEventListener("seeked", () => { if (clicked) document.title = `at ${player.currentTime} ${played}`; });
-if (player.readyState >= 2) click(); else player.addEventListener("loadeddata", click);
+const read = () => `at ${player.seeking ? "no" : player.currentTime} ${played}`;
+(async () => {
+  await settled(() => player.readyState >= 2 && !player.seeking, true);
+  jump.click();
+  document.title = await settled(read, EXPECTED);
+})();
 """
 
 
@@ -647,24 +650,28 @@ def test_a_click_seeks_the_video_in_a_browser(own, tmp_path, where, embed):
     look.clip = clip_of([float(k) for k in range(20)], 1.0)
     result = infer.Result("A", {"A": 0.9, "B": 0.1}, 0.9, [(5.0, 8.5)], [look])
     answer_page(answer_record(result, "A", sample, "one-stage"), page, play_source(own[-1], page, embed))
-    title = page_in_browser(page, CLICK.replace("WHERE", json.dumps(where)))
-    assert title == ("at 3 false" if where.startswith("figure") else "at 5 true")  # a span plays, a frame is shown
+    expected = "at 3 false" if where.startswith("figure") else "at 5 true"  # a span plays, a frame is shown
+    script = CLICK.replace("WHERE", json.dumps(where)).replace("EXPECTED", json.dumps(expected))
+    assert page_in_browser(page, script) == expected
 
 
-# Seeks to a frame of the page, and reads the number in the picture that is then shown.
+# Seeks to a frame of the page, and reads the time and the number in the picture that is then shown.
 READ = """
 const player = document.querySelector("video"), canvas = document.createElement("canvas");
-player.addEventListener("seeked", () => {
-  canvas.width = 160; canvas.height = 96;
+canvas.width = 160; canvas.height = 96;
+const read = () => {
   const context = canvas.getContext("2d");
   context.drawImage(player, 0, 0, 160, 96);
   const row = context.getImageData(0, 6, 160, 1).data;
   let number = 0;
   for (let bit = 0; bit < 20; bit++) if (row[4 * (8 * bit + 4)] > 128) number += 2 ** bit;
-  document.title = `frame ${number}`;
-});
-const click = () => document.querySelector("figure:nth-of-type(3)").click();
-if (player.readyState >= 2) click(); else player.addEventListener("loadeddata", click);
+  return `${player.seeking ? "seeking" : "at"} ${player.currentTime}, frame ${number}`;
+};
+(async () => {
+  await settled(() => player.readyState >= 2 && !player.seeking, true);
+  document.querySelector("figure:nth-of-type(3)").click();
+  document.title = await settled(read, EXPECTED);
+})();
 """
 
 
@@ -680,7 +687,8 @@ def test_the_player_counts_from_the_first_frame_in_a_browser(tmp_path, first):
     look.clip = clip_of([0.5 * k + 0.01 for k in range(4)], 0.5)
     result = infer.Result("A", {"A": 0.9, "B": 0.1}, 0.9, [], [look])
     answer_page(answer_record(result, "A", sample, "one-stage", info.begin), page, play_source(path, page, True))
-    assert page_in_browser(page, READ) == "frame 25"  # at 1.01 s
+    expected = f"at {first / 25 + 1.01:g}, frame 25"
+    assert page_in_browser(page, READ.replace("EXPECTED", json.dumps(expected))) == expected
 
 
 # ---------------------------------------------------------------- what is refused
