@@ -120,7 +120,13 @@ def scenes(add: Add) -> None:
     add("--seed", type=int, default=0, help="of the built-in videos and of training [0]")
 
 
-EXTRA = {one.__name__: one for one in (infer, evaluate, filters, exemplars, curate, scenes)}
+def walkthrough(add: Add) -> None:
+    add("--agent", action="store_true", help="an episode of several turns (VideoZoomer), instead of one and a zoom")
+    add("--clip", type=float, nargs=2, metavar=("LOW", "HIGH"), help="clip_low and clip_high together")
+    add("--out", help="file that is written beside what is printed, such as docs/walkthrough.md [none]")
+
+
+EXTRA = {one.__name__: one for one in (infer, evaluate, filters, exemplars, curate, scenes, walkthrough)}
 
 
 def extra(program: str, doc: str) -> argparse.ArgumentParser:
