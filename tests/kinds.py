@@ -11,7 +11,19 @@ import av
 import pytest
 from av.bitstream import BitStreamFilterContext
 
-from tests.numbered import FILES, HEIGHT, IRREGULAR, OPEN_GOP, WIDTH, X264, coded_picture, get, texture, write_video
+from tests.numbered import (
+    FILES,
+    HEIGHT,
+    IRREGULAR,
+    OPEN_GOP,
+    WIDTH,
+    X264,
+    coded_picture,
+    get,
+    same_priority,
+    texture,
+    write_video,
+)
 
 Truth = tuple[Path, list[float], list[int]]  # a file, the time and the number of each of its frames
 REFRESH = {**X264, "x264-params": "intra-refresh=1:keyint=20:bframes=0"}
@@ -72,7 +84,7 @@ def hidden_packets(folder: Path) -> Truth:
     path, ground = folder / "hidden.mkv", texture(WIDTH, HEIGHT)
     if "libsvtav1" not in av.codecs_available:
         pytest.skip("this PyAV has no encoder libsvtav1")
-    with av.open(str(path), "w") as file:
+    with same_priority(), av.open(str(path), "w") as file:
         stream = file.add_stream("libsvtav1", rate=25, options=FILES["av1.mkv"]["options"])
         stream.width, stream.height, stream.pix_fmt = WIDTH, HEIGHT, "yuv420p"
         splitter = BitStreamFilterContext("av1_frame_split", stream)

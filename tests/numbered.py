@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import struct
+from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
 
@@ -43,6 +46,17 @@ def read_number(frame: torch.Tensor) -> int:
     return sum(1 << bit for bit, x in enumerate(middles) if row[x] > 128)
 
 
+@contextlib.contextmanager
+def same_priority() -> Iterator[None]:
+    """SVT-AV1, where it may (as root), puts the thread that opens it at a real-time priority: not beyond this block."""
+    before = (os.sched_getscheduler(0), os.sched_getparam(0)) if hasattr(os, "sched_getscheduler") else None
+    try:
+        yield
+    finally:
+        if before:
+            os.sched_setscheduler(0, *before)
+
+
 def write_video(
     path: str | Path,
     n: int = 60,
@@ -62,7 +76,7 @@ def write_video(
     """Write frames 0 .. n - 1, at `rate` or at the given presentation times in units of `clock`."""
     width, height = size
     ground = texture(width, height)
-    with av.open(str(path), "w", format=format, options=container or {}) as file:
+    with same_priority(), av.open(str(path), "w", format=format, options=container or {}) as file:
         stream = file.add_stream(codec, rate=rate, options=X264 if options is None else options)
         stream.width, stream.height, stream.pix_fmt = width, height, pix_fmt
         if clock is not None:

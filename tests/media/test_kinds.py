@@ -35,6 +35,13 @@ def test_every_kind_shows_its_frames_at_their_times(folder, kind):
         assert read_number(decode(path, [middles[k]])[0][0]) == numbers[k]
 
 
+@pytest.mark.skipif(not hasattr(os, "sched_getscheduler"), reason="a scheduler that cannot be asked")
+def test_making_a_file_leaves_the_process_its_priority(tmp_path):
+    before = os.sched_getscheduler(0), os.sched_getparam(0)
+    get(tmp_path, "av1.mkv")
+    assert (os.sched_getscheduler(0), os.sched_getparam(0)) == before
+
+
 def test_a_clock_that_goes_back_and_forth_is_refused(folder, monkeypatch):
     times = [0, 80, 40, 120]
     frames = [SimpleNamespace(pts=time, dts=time) for time in times]
