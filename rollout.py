@@ -28,27 +28,24 @@ from annotations.samples import warn_of_misfit
 from config import Config
 from engine.confidence import letter_probabilities
 from engine.sampling import Sampler, generate, stops_at
-from policy import (
-    Observation,
-    Prompt,
-    Video,
-    Vocabulary,
-    build_prompt,
-    keep_tokens,
-    last_hidden,
-)
+from policy import Observation, Prompt, Video, Vocabulary, build_prompt, keep_tokens, last_hidden
 from prompts import Spans, ToolCall
 from video import Budget, Clip, ClipPlan, FrameCache, VideoError, VideoInfo, load_clip, load_clips, plan_clip, probe
 
 
 @dataclass
 class View:
-    """A sample and what the coarse pass shows of its video: the frames, and the same as patches."""
+    """A sample and what the coarse pass shows of its video: the frames, and the same as patches.
+
+    `draw`: its place among all prompts of a training run, and how often that was redrawn. It is part of the responses'
+    seeds, so that a sample drawn twice is answered anew.
+    """
 
     sample: Sample
     info: VideoInfo
     clip: Clip
     video: Video
+    draw: tuple[int, ...] = ()
 
 
 @dataclass
@@ -308,8 +305,8 @@ def roll_out_batch(
     responses = [response for group in groups for response in group.responses]
 
     def seed(row: int, number: int) -> int:
-        turn = [number] if environments else []
-        return response_seed(config.seed, step, views[row // size].sample.id, row % size, *turn)
+        view, turn = views[row // size], [number] if environments else []
+        return response_seed(config.seed, step, *view.draw, view.sample.id, row % size, *turn)
 
     stop = stops_at(vocabulary.tokenizer, [prompts.CALL_END]) if environments else None
     sampler = Sampler(

@@ -9,9 +9,9 @@ things are ours throughout: the KL is exact over the vocabulary and not estimate
 whole group (see policy.py).
 
 Ctrl-C and SIGTERM end the run at the next border between phases, with a checkpoint, and the exit code is 130 or 143.
-Everything random follows from `seed`, the step and the sample, so a run that was stopped and resumed leaves the same
-metrics and weights as one that was not (on a GPU nearly: flash attention's backward does not repeat its bits). Other
-errors end it with a message and exit code 1.
+Everything random follows from `seed`, the place in the run and the sample, so a run that was stopped and resumed leaves
+the same metrics and weights as one that was not (on a GPU nearly: flash attention's backward does not repeat its bits).
+Other errors end it with a message and exit code 1.
 """
 
 from __future__ import annotations
@@ -51,13 +51,7 @@ from harness.run import TrainingError, finish, program, training_accelerator
 from harness.session import Session
 from harness.setup import Run, load_run
 from kl import Reference
-from policy import (
-    ModelError,
-    Observation,
-    Prompt,
-    group_hidden,
-    keep_tokens,
-)
+from policy import ModelError, Observation, Prompt, group_hidden, keep_tokens
 from report.curves import plot_curves
 from report.episodes import episode_record, episodes_page
 from rewards import facets, paid_facets
@@ -132,7 +126,8 @@ def redraw(run: Run, session: Session, epochs: Epochs, step: int, groups: list[G
         own = others[accelerator.process_index :: accelerator.num_processes] or others
         with session.phase("decode"):  # the candidates behind are spare, should a video be unreadable
             candidates = [[*own[k % len(own) :: len(flat)], *shuffled] for k in range(len(flat))]
-            drawn = [session.reading.view(samples, config) for samples in candidates]
+            draws = [(groups[k].view.draw[0], attempt + 1) for k in flat]
+            drawn = [session.reading.view(*pair, config) for pair in zip(candidates, draws, strict=True)]
         fresh = collect(run, session, step, drawn)
         for k, group in zip(flat, fresh, strict=True):
             group.rewards = facets(group, config)

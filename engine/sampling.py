@@ -301,7 +301,7 @@ class Sampler:
     def _draws(self, row: int) -> Tensor:
         """A row's random numbers for a turn, [max_tokens]."""
         generator = torch.Generator().manual_seed(self.seed(row, self.progress[row].number))
-        return torch.rand(self.max_tokens, generator=generator).double()
+        return torch.rand(self.max_tokens, generator=generator, dtype=torch.float64)
 
     def _rounded(self, length: int) -> int:
         """Up to a multiple of a window."""

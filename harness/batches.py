@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
@@ -44,13 +44,13 @@ class Reading:
     unreadable: dict[str, VideoError] = field(default_factory=dict)  # by video
     named: set[str] = field(default_factory=set)  # unreadable videos that the log has named
 
-    def view(self, candidates: list[Sample], config: Config) -> Drawn:
-        """The first candidate whose video can be read. Raises TrainingError if there is none."""
+    def view(self, candidates: list[Sample], draw: tuple[int, int], config: Config) -> Drawn:
+        """The first candidate whose video can be read; `draw` is its view's. Raises TrainingError if there is none."""
         failed: list[tuple[Sample, VideoError]] = []
         for sample in candidates:
             if sample.video not in self.unreadable:
                 try:
-                    return Drawn(view_video(sample, config), failed)
+                    return Drawn(replace(view_video(sample, config), draw=draw), failed)
                 except VideoError as error:
                     self.unreadable[sample.video] = error
             failed.append((sample, self.unreadable[sample.video]))
@@ -76,8 +76,9 @@ class Reading:
             )
 
 
-def draw(config: Config, accelerator: Accelerator, epochs: Epochs, step: int) -> Iterator[list[Sample]]:
-    """For each of this process' prompts of a step: the sample, and others to take if its video cannot be read.
+def draw(config: Config, accelerator: Accelerator, epochs: Epochs, step: int) -> Iterator[tuple[int, list[Sample]]]:
+    """For each of this process' prompts of a step: its place among all prompts of the run, the sample, and others to
+    take if its video cannot be read.
 
     The order is a permutation per epoch that depends on the seed alone. Each of the step's updates gets a consecutive
     part, and of that each process, so that an update sees the same prompts however many processes there are.
@@ -89,7 +90,7 @@ def draw(config: Config, accelerator: Accelerator, epochs: Epochs, step: int) ->
         for position in range(first, first + count):
             epoch, index = divmod(position, len(epochs))
             spare = torch.randint(len(epochs), (SPARE,), generator=generator(config.seed, "spare", position))
-            yield [epochs.sample(epoch, i) for i in [index, *spare.tolist()]]
+            yield position, [epochs.sample(epoch, i) for i in [index, *spare.tolist()]]
 
 
 def view_batches(
@@ -98,9 +99,9 @@ def view_batches(
     """This process' views of each step, decoded in the background while the model computes."""
     share = config.prompts_per_step // accelerator.num_processes
     jobs = (
-        partial(reading.view, candidates, config)
+        partial(reading.view, candidates, (place, 0), config)
         for step in range(first_step, config.steps)
-        for candidates in draw(config, accelerator, epochs, step)
+        for place, candidates in draw(config, accelerator, epochs, step)
     )
     with prefetch(jobs, ahead=2 * share) as views:
         for _ in range(first_step, config.steps):

@@ -636,7 +636,7 @@ def test_groups_without_variance_are_redrawn_within_a_bound(samples, config, mon
 
     def group_of(sample):
         turn = SimpleNamespace(text="", offsets=[(0, 0)], ids=torch.tensor([1]), observations=[])
-        return Group(SimpleNamespace(sample=sample), None, [turn, turn])
+        return Group(SimpleNamespace(sample=sample, draw=(0, 0)), None, [turn, turn])
 
     def facets(group, config):
         return {"accuracy": [0.0, float(group.view.sample.id not in flat)]}
@@ -648,7 +648,7 @@ def test_groups_without_variance_are_redrawn_within_a_bound(samples, config, mon
 
     monkeypatch.setattr(train, "collect", collect)
     monkeypatch.setattr(train, "facets", facets)
-    reader = session(lambda candidates, _: SimpleNamespace(view=SimpleNamespace(sample=candidates[0])))
+    reader = session(lambda candidates, *_: SimpleNamespace(view=SimpleNamespace(sample=candidates[0])))
     for first in (samples[:3] + samples[8:10], samples[8:10]):
         groups = list(map(group_of, first))
         score(groups)
@@ -670,7 +670,7 @@ def test_groups_without_variance_are_redrawn_within_a_bound(samples, config, mon
 
 
 def flat_group(sample) -> SimpleNamespace:
-    return SimpleNamespace(view=SimpleNamespace(sample=sample), advantages=torch.zeros(1))
+    return SimpleNamespace(view=SimpleNamespace(sample=sample, draw=(7, 0)), advantages=torch.zeros(1))
 
 
 def test_two_processes_redraw_different_samples(samples, config, monkeypatch):
@@ -682,7 +682,7 @@ def test_two_processes_redraw_different_samples(samples, config, monkeypatch):
         raise StopIteration  # seen enough
 
     monkeypatch.setattr(train, "collect", collect)
-    reader = session(lambda candidates, _: candidates[0])
+    reader = session(lambda candidates, *_: candidates[0])
     all_names = [(sample.video, sample.id) for sample in samples[:6]]
     monkeypatch.setattr(train, "gather_object", lambda names: all_names)
     for rank in (0, 1):
@@ -702,7 +702,8 @@ def test_redraws_follow_the_weights_of_a_mixture_and_have_spares(samples, config
         redrawn.extend(candidates[0] for candidates in drawn)
         raise StopIteration
 
-    def view(candidates, config):
+    def view(candidates, draw, config):
+        assert draw == (7, 1)  # the place of what is replaced, and the attempt
         assert set(ids) <= {sample.id for sample in candidates}  # should it come to that
         return candidates
 

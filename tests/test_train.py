@@ -108,6 +108,37 @@ def test_the_configuration_of_a_run_reads_back(finished):
     assert replace(saved, tracker="none", eval_controls=False) == given
 
 
+def responses_of(parsed, samples, *options) -> list[tuple]:
+    """Per group of a run's first step, the ids of its responses."""
+    _, groups = rolled_out(parsed, samples, *options)
+    return [tuple(tuple(response.ids.tolist()) for response in group.responses) for group in groups]
+
+
+def test_a_sample_drawn_twice_in_a_step_is_answered_anew(parsed, samples):
+    assert len(set(responses_of(parsed, samples[:1]))) == 4
+    assert responses_of(parsed, samples[:1]) == responses_of(parsed, samples[:1], "--rollout_batch", "1")
+
+
+def test_a_redraw_that_falls_back_on_a_tried_sample_is_answered_anew(recipe, samples, tmp_path, monkeypatch):
+    """There is one sample, and no group is ever good enough."""
+    seen = []
+    roll_out = train.roll_out
+
+    def noted(*arguments, **options):
+        groups = roll_out(*arguments, **options)
+        seen.extend(tuple(tuple(response.ids.tolist()) for response in group.responses) for group in groups)
+        return groups
+
+    monkeypatch.setattr(train, "roll_out", noted)
+    monkeypatch.setattr(
+        train, "facets", lambda group, config: dict.fromkeys(rewards.FACETS, [0.0] * len(group.responses))
+    )
+    write_samples(tmp_path / "one.jsonl", samples[:1])
+    options = f"--train_data {tmp_path / 'one.jsonl'} --max_redraws 2 --steps 1 --prompts_per_step 2".split()
+    main(["--config", str(recipe), *options])
+    assert len(seen) == 6 and len(set(seen)) == 6
+
+
 # ---------------------------------------------------------------- gradients and their independence
 
 
@@ -328,7 +359,7 @@ def ranked(rank: int, processes: int) -> SimpleNamespace:
 
 def drawn_ids(config, samples, step, processes=1, sets=None) -> list[list[str]]:
     epochs = Epochs(sets or [DataSet(samples)], partial(generator, config.seed))
-    return [[c[0].id for c in draw(config, ranked(rank, processes), epochs, step)] for rank in range(processes)]
+    return [[c[0].id for _, c in draw(config, ranked(rank, processes), epochs, step)] for rank in range(processes)]
 
 
 def test_every_sample_comes_once_per_epoch(parsed, samples):
@@ -344,6 +375,17 @@ def test_each_update_sees_the_same_prompts_on_any_number_of_processes(parsed, sa
     (alone,) = drawn_ids(config, samples, 3)
     first, second = drawn_ids(config, samples, 3, processes=2)
     assert first[:2] + second[:2] == alone[:4] and first[2:] + second[2:] == alone[4:]
+
+
+def test_a_prompt_has_the_same_place_on_any_number_of_processes(parsed, samples):
+    config = parsed("--prompts_per_step", "8", "--updates_per_rollout", "2")
+    epochs = Epochs([DataSet(samples[:3], 2.0)], partial(generator, config.seed))
+
+    def places(processes: int) -> list[tuple[int, str]]:
+        drawn = [pair for rank in range(processes) for pair in draw(config, ranked(rank, processes), epochs, 3)]
+        return sorted((place, candidates[0].id) for place, candidates in drawn)
+
+    assert places(1) == places(2) == places(4) and [place for place, _ in places(1)] == list(range(24, 32))
 
 
 def test_samples_of_a_mixture_come_as_often_as_their_weight_says(parsed, samples):

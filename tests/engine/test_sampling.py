@@ -52,8 +52,10 @@ def test_sampled_tokens_follow_the_distribution_of_a_full_pass(model64, vocabula
     prompts, _, _ = scene
     ids, mask = decode(model64, vocabulary, prompts, temperature=1.3)
     logits = model64.lm_head(group_hidden(model64, prompts, ids, mask))
-    draws = [[torch.rand(24, generator=torch.Generator().manual_seed(100 * b + g)) for g in range(3)] for b in range(2)]
-    uniform = torch.stack([torch.stack(row) for row in draws])[..., : ids.shape[2]].double()
+    seeds = [[torch.Generator().manual_seed(100 * b + g) for g in range(3)] for b in range(2)]
+    draws = [[torch.rand(24, generator=generator, dtype=torch.float64) for generator in row] for row in seeds]
+    uniform = torch.stack([torch.stack(row) for row in draws])[..., : ids.shape[2]]
+    assert (uniform * 2**24 % 1).any()  # finer than float32, as the distribution that they choose from
     again = choose_tokens(logits, uniform[mask], 1.3, torch.tensor(vocabulary.banned))
     assert torch.equal(again, ids[mask])
 
