@@ -15,6 +15,9 @@ from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+# Before they are read: no test asks the hub for a name that is no folder, or lets OpenMP's threads wait at full speed.
+os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState

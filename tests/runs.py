@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import runpy
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -29,6 +30,14 @@ def environment() -> dict[str, str]:
 def call(*arguments: object, script: Sequence[str] = ("train.py",)) -> subprocess.CompletedProcess:
     command = [sys.executable, *script, *map(str, arguments)]
     return subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=600)
+
+
+def end_of(script: str, *arguments: object) -> object:
+    """What a program that is called in this process as from the command line gives to sys.exit."""
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as stop:
+        patch.setattr(sys, "argv", [script, *map(str, arguments)])
+        runpy.run_path(str(ROOT / script), run_name="__main__")
+    return stop.value.code
 
 
 def without_times(rows: list[dict]) -> list[dict]:

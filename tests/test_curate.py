@@ -298,6 +298,7 @@ def test_other_options_need_another_folder(told, long_world):
         run(told, "--oracle", long_world, "--budget", "44")
 
 
+@pytest.mark.processes
 def test_two_processes_share_the_videos(told, long_world, tmp_path):
     options = ["--out", str(tmp_path / "two"), *OPTIONS, "--oracle", str(long_world)]
     asked = run_in_two_processes("curate", "question_row", options, tmp_path)
@@ -440,6 +441,7 @@ curate.main(sys.argv[2:])
 """
 
 
+@pytest.mark.processes
 def test_nothing_is_lost_or_asked_twice_after_kill_9(judge, impatient, long_world, tmp_path):
     """Killed among the questions and, after a restart, among the verdicts."""
     script, out = tmp_path / "killed.py", tmp_path / "killed"

@@ -743,6 +743,7 @@ main = train.main
 """
 
 
+@pytest.mark.processes
 def test_a_process_with_nothing_to_redraw_waits_for_the_other(small_recipe, tmp_path, monkeypatch):
     """With shards, whose weights both must gather: every group of process 0 is flat, none of process 1."""
     (tmp_path / "one_flat.py").write_text(ONE_FLAT)

@@ -299,6 +299,7 @@ def test_reflection_from_the_command_line(arguments, samples, tmp_path, monkeypa
         assert "".join(m["text"] for m in row["messages"]).count("<answer>") == 1
 
 
+@pytest.mark.processes
 def test_two_processes_share_the_questions(arguments, samples, tmp_path):
     given = ["play", *arguments, "--out", str(tmp_path / "out")]
     asked = run_in_two_processes("exemplars", "identity", given, tmp_path)

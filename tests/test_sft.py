@@ -174,6 +174,7 @@ def test_an_epoch_sets_the_steps_and_micro_batches_change_nothing(arguments, tmp
     assert len(losses[0]) == 2 and losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
+@pytest.mark.processes
 def test_two_processes_with_shards_are_one_run(arguments, tmp_path, monkeypatch):
     given = [*arguments, "--train_vision", "false"]
     sft.main([*given, "--out", str(tmp_path / "one")])
@@ -183,6 +184,7 @@ def test_two_processes_with_shards_are_one_run(arguments, tmp_path, monkeypatch)
     assert_same_run(tmp_path / "one", tmp_path / "two", tolerance=1e-3)
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("script", [TWO_SHARDED, TWO_WHOLE], ids=["shards", "copies"])
 def test_a_process_with_text_alone_keeps_step_with_one_that_sees_a_video(arguments, tmp_path, monkeypatch, script):
     """The vision tower is trained, and a process whose rows have no video has no gradient for it."""
