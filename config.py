@@ -124,6 +124,9 @@ class Config:
     cache: str = data("cache", "Folder of the built-in benchmark's videos.", used_by=ALL)
     world_seed: int = data(0, "Seed of the built-in benchmark.", least=0, used_by=ALL)
     world_duration: int = data(20, "Seconds of each video of the built-in benchmark.", above=0)
+    world_min_duration: int = data(
+        0, "With it, lengths of the built-in benchmark's videos vary from it to world_duration; 0: all alike.", least=0
+    )
     world_events: int = data(3, "Events in each video of the built-in benchmark.", above=0)
     world_train_videos: int = data(400, "Training videos of the built-in benchmark.", above=0, used_by=LEARNING)
     world_test_videos: int = data(80, "Test videos of the built-in benchmark.", above=0, used_by=TESTING)
@@ -151,6 +154,7 @@ class Config:
     zoom_budget: int = seen(0, "L_v of the zoom pass if it differs (released code 4096); 0 for the same.", least=0)
     v_min: int = seen(16, "V_min, least tokens per frame.", above=0, used_by=ALL)
     v_max: int = seen(768, "V_max, most tokens per frame; at least v_min.", used_by=ALL)
+    zoom_v_max: int = seen(0, "V_max of the zoom pass and of clips if it differs; 0 for the same.", least=0)
     paired_frames: bool = seen(
         False, "The budget counts pairs of frames, as Qwen's utilities do, not frames (Eq. 3).", used_by=ALL
     )
@@ -288,6 +292,11 @@ class Config:
         "bf16", "Compute precision; weights and optimiser stay float32.", ("no", "bf16"), decides=True
     )
     threads: int = machine(0, "CPU threads per process; 0 leaves torch's own choice.", least=0, free=True)
+
+    @property
+    def zoom_limits(self) -> tuple[int, int, int]:
+        """L_v, V_min and V_max of the zoom pass, and of the clips of an episode."""
+        return self.zoom_budget or self.budget, self.v_min, self.zoom_v_max or self.v_max
 
     @property
     def multi_turn(self) -> bool:
@@ -512,8 +521,13 @@ def check(config: Config) -> None:
             raise ConfigError(f"{name} {'is a share,' if most == 1 else 'must be'} at most {most}, not {value}")
     if config.v_max < config.v_min or config.budget < config.v_min:
         raise ConfigError(f"v_min = {config.v_min} must be at most v_max = {config.v_max} and budget = {config.budget}")
-    if 0 < config.zoom_budget < config.v_min:
-        raise ConfigError(f"v_min = {config.v_min} must be at most zoom_budget = {config.zoom_budget}")
+    for name in ("zoom_budget", "zoom_v_max"):
+        if 0 < getattr(config, name) < config.v_min:
+            raise ConfigError(f"v_min = {config.v_min} must be at most {name} = {getattr(config, name)}")
+    if config.world_min_duration > config.world_duration:
+        raise ConfigError(
+            f"world_min_duration = {config.world_min_duration} must be at most world_duration = {config.world_duration}"
+        )
     if config.max_frames and config.max_frames < config.min_frames:
         raise ConfigError(f"min_frames = {config.min_frames} must be at most max_frames = {config.max_frames}")
     if config.multi_turn:

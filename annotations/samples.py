@@ -369,7 +369,11 @@ def locate(name: str, split: str, config: Config) -> tuple[str | Path, str, str 
     if name != "world":
         return name, config.data_format, config.video_root or None
     n_videos = config.world_train_videos if split == "train" else config.world_test_videos
-    world = {"duration": config.world_duration, "n_events": config.world_events}
+    world = {
+        "duration": config.world_duration,
+        "min_duration": config.world_min_duration,
+        "n_events": config.world_events,
+    }
     path = benchmark.build(config.cache, split, n_videos, config.world_seed, **world)
     return path, "records", path.parent
 

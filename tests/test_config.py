@@ -116,6 +116,8 @@ def test_the_command_line_takes_hyphens_for_underscores(recipe):
         (["--v_min", "40", "--v_max", "39"], "v_min = 40 must be at most v_max = 39"),
         (["--budget", "10", "--v_min", "16"], "v_min = 16 must be at most .* budget = 10"),
         (["--zoom_budget", "2"], "v_min = 16 must be at most zoom_budget = 2"),
+        (["--zoom_v_max", "2"], "v_min = 16 must be at most zoom_v_max = 2"),
+        (["--world_min_duration", "21"], "world_min_duration = 21 must be at most world_duration = 20"),
         (["--beta_time", "0", "--kl", "k3"], "needs kl = exact, not k3"),
         (["--kl_clamp", "10"], "kl_clamp = 10.0 clamps the k3 estimate, which needs kl = k3, not exact"),
         (["--kl_clamp=-1", "--kl", "k3"], "kl_clamp must not be negative"),
@@ -277,11 +279,9 @@ def test_a_program_takes_only_the_options_that_it_reads(recipe):
 
 def test_the_options_that_decide_an_answer_keep_their_names():
     """Journals have them in "made_with": another name, or one more, and nothing can be resumed."""
-    names = (
-        "template system_prompt question_first fps zoom_fps budget zoom_budget v_min v_max paired_frames min_frames "
-    )
-    names += "max_frames max_turns max_calls frames_per_call total_frames state_duration max_tokens zoom_sees_think "
-    names += "zoom_answer mixed_precision"
+    names = "template system_prompt question_first fps zoom_fps budget zoom_budget v_min v_max zoom_v_max "
+    names += "paired_frames min_frames max_frames max_turns max_calls frames_per_call total_frames state_duration "
+    names += "max_tokens zoom_sees_think zoom_answer mixed_precision"
     assert set(decisive(Config())) == set(names.split())
     assert set(decisive(Config(), "curate", configuration.SEEN)) == {"fps", "budget", "v_min", "v_max", "paired_frames"}
     assert decisive(Config(fps=3))["fps"] == 3

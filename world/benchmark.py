@@ -209,14 +209,26 @@ def write_video(events: Sequence[Event], path: Path, duration: int, backdrops: S
 # ---------------------------------------------------------------- the data set
 
 
-def layouts(split: str, seed: int, duration: int, n_events: int) -> Iterator[list[Event]]:
-    """The endless, reproducible sequence of a split's layouts."""
+def draw_duration(rng: np.random.Generator, least: int, most: int) -> int:
+    """Whole seconds in [least, most], as often below the geometric mean of both as above; no draw if they are equal."""
+    if least == most:
+        return most
+    return min(most, int(least * ((most + 1) / least) ** rng.random()))
+
+
+def layouts(
+    split: str, seed: int, duration: int, n_events: int, min_duration: int = 0
+) -> Iterator[tuple[int, list[Event]]]:
+    """The endless, reproducible sequence of a split's layouts, each with its video's seconds: `duration`, or drawn from
+    `min_duration` to it.
+    """
     index = 0
     while True:
         rng = np.random.default_rng([seed, index])
-        events = draw_layout(rng, duration, n_events)
+        seconds = draw_duration(rng, min_duration or duration, duration)
+        events = draw_layout(rng, seconds, n_events)
         if split_of(events) == split:
-            yield events
+            yield seconds, events
         index += 1
 
 
@@ -254,26 +266,29 @@ def build(
     seed: int = 0,
     *,
     duration: int = 20,
+    min_duration: int = 0,
     n_events: int = 3,
     workers: int | None = None,
 ) -> Path:
     """Write a split's videos and its questions, unless they are there, and return the path of its JSON-lines file.
 
     The file has rows of `{"id", "video", "question", "options", "answer", "glue", "duration", "kind"}`; `video` is
-    relative to it. Videos of a smaller build of the same world are used again. `duration` is in seconds. Raises
-    ValueError if the events do not fit.
+    relative to it. Videos of a smaller build of the same world are used again. `duration` is in seconds; with
+    `min_duration`, lengths are drawn from it to `duration`. Raises ValueError if the events do not fit.
     """
     check_split(split)
-    folder = Path(root) / f"world-v2-seed{seed}-{duration}s-{n_events}events"
+    lengths = f"{min_duration}to{duration}s" if min_duration else f"{duration}s"
+    folder = Path(root) / f"world-v2-seed{seed}-{lengths}-{n_events}events"
     index = folder / f"{split}-{n_videos}.jsonl"
     if index.exists():
         return index
     jobs, rows = [], []
-    for events, k in zip(layouts(split, seed, duration, n_events), range(n_videos), strict=False):
+    drawn = layouts(split, seed, duration, n_events, min_duration)
+    for (seconds, events), k in zip(drawn, range(n_videos), strict=False):
         video = f"{split}/{k:05d}.mp4"
-        jobs.append(Job(video, duration, events))
+        jobs.append(Job(video, seconds, events))
         for n, row in enumerate(questions(events)):
-            rows.append({"id": f"{split}-{k:05d}-{n}", "video": video, "duration": float(duration), **row})
+            rows.append({"id": f"{split}-{k:05d}-{n}", "video": video, "duration": float(seconds), **row})
     return write_all(index, split, jobs, rows, workers)
 
 

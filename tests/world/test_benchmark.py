@@ -48,7 +48,7 @@ def test_rows_have_the_public_format_and_load_as_samples(built):
 def test_no_video_is_in_two_splits_and_a_larger_build_begins_with_the_smaller(tmp_path):
     shown = {}
     for split in benchmark.SPLITS:
-        for events in itertools.islice(benchmark.layouts(split, 0, DURATION, 3), 300):
+        for _, events in itertools.islice(benchmark.layouts(split, 0, DURATION, 3), 300):
             assert shown.setdefault(repr(events), split) == split
     small = benchmark.build(tmp_path, "val", 2, workers=1).read_text()
     assert benchmark.build(tmp_path, "val", 3, workers=1).read_text().startswith(small)
@@ -83,7 +83,7 @@ def test_the_world_is_the_same_in_every_process():
 
 def test_layouts_are_what_the_module_promises():
     kinds = set()
-    for events in itertools.islice(benchmark.layouts("train", 3, DURATION, 3), 500):
+    for _, events in itertools.islice(benchmark.layouts("train", 3, DURATION, 3), 500):
         for before, after in itertools.pairwise(events):
             assert after.start - before.end >= 1
         assert events[0].start >= 0 and events[-1].end <= DURATION
@@ -104,9 +104,22 @@ def test_layouts_are_what_the_module_promises():
     assert kinds == set(benchmark.KINDS)
 
 
+def test_lengths_vary_within_a_data_set_and_the_split_and_the_events_fit(tmp_path):
+    drawn = list(itertools.islice(benchmark.layouts("train", 0, 60, 3, 15), 1000))
+    lengths = [seconds for seconds, _ in drawn]
+    assert (min(lengths), max(lengths)) == (15, 60)
+    assert sum(length < 30 for length in lengths) == pytest.approx(500, abs=40)  # 30 is the middle of 15 and 60
+    assert all(benchmark.split_of(events) == "train" and events[-1].end <= seconds for seconds, events in drawn)
+    path = benchmark.build(tmp_path, "train", 3, duration=18, min_duration=15, workers=1)
+    rows = {row["video"]: row for row in map(json.loads, path.read_text().splitlines())}
+    expected = [seconds for seconds, _ in itertools.islice(benchmark.layouts("train", 0, 18, 3, 15), 3)]
+    assert [row["duration"] for row in rows.values()] == expected
+    assert [video.probe(path.parent / name).duration for name in rows] == pytest.approx(expected)
+
+
 def test_answers_are_balanced():
     counts = dict.fromkeys(itertools.product(("coarse", "fine"), "ABCD"), 0)
-    for events in itertools.islice(benchmark.layouts("train", 0, DURATION, 3), 1000):
+    for _, events in itertools.islice(benchmark.layouts("train", 0, DURATION, 3), 1000):
         for row in benchmark.questions(events):
             if row["kind"] in ("coarse", "fine"):
                 counts[row["kind"], row["answer"][1]] += 1
@@ -254,6 +267,6 @@ def test_long_videos_are_the_same_again_and_differ_between_seeds_and_splits(long
 
 def test_the_short_world_keeps_its_pixels():
     """The videos that shipped policies were trained on must not change."""
-    events = next(benchmark.layouts("train", 0, DURATION, 3))
+    _, events = next(benchmark.layouts("train", 0, DURATION, 3))
     frames = b"".join(benchmark.draw_frame(events, k / benchmark.FPS, DURATION).tobytes() for k in range(0, 160, 8))
     assert hashlib.sha256(frames).hexdigest()[:16] == "c922f9d07a8eed0d"
