@@ -86,7 +86,7 @@ class ClipEnvironment:
         """The frames of a legal call. Raises VideoError."""
         config = self.config
         fps = max(call.fps, 1 / self.view.info.duration)  # no step is longer than the video
-        budget = Budget(config.zoom_budget or config.budget, config.v_min, config.v_max)
+        budget = Budget(*config.zoom_limits)
         return plan_clip(self.view.info, [call.span], fps, budget)
 
     def load(self, plan: ClipPlan) -> tuple[Clip, list[Video]]:

@@ -364,7 +364,7 @@ def visible_spans(spans: Spans | None, duration: float) -> Spans:
 
 def zoom_clips(view: View, requests: Sequence[Spans], config: Config, cache: FrameCache | None = None) -> list[Clip]:
     """The zoomed clips of one video, one per list of spans (an empty list is the whole video), decoded together."""
-    budget = Budget(config.zoom_budget or config.budget, config.v_min, config.v_max, config.paired_frames)
+    budget = Budget(*config.zoom_limits, config.paired_frames)
     # The rate is raised where the coarse pass was sparse, and never lowered (Zoom-Zero, footnote 1 and Table 13).
     fps = max(config.zoom_fps, 1 / view.clip.step)
     plans = [plan_clip(view.info, spans or None, fps, budget) for spans in requests]

@@ -285,16 +285,16 @@ def load_shown(trajectory: Trajectory, config: Config) -> list[list[Video]]:
 
 def plan_shown(clip: TrajectoryClip, message: TrajectoryTurn, first: bool, info: VideoInfo, config: Config) -> ClipPlan:
     """Times and size of the frames of one of a message's clips; it is the `first` message or a later one."""
-    budget = config.budget if first else config.zoom_budget or config.budget
+    limits = (config.budget, config.v_min, config.v_max) if first else config.zoom_limits
     if clip.times:
         if clip.times[-1] >= info.duration:
             cause = f"the trajectory shows {clip.times[-1]:g} s of a video of {info.duration:.3f} s"
             raise VideoError(info.path, cause, "leave it out")
         n = max(message.planned, sum(len(other.times) or 1 for other in message.videos))
         paired = config.paired_frames and first  # later frames are clips of one
-        tokens = frame_budget(n, 1.0, budget, config.v_min, config.v_max, paired)[1]
+        tokens = frame_budget(n, 1.0, *limits, paired)[1]
         return ClipPlan(clip.times, clip.step, *frame_size(info.height, info.width, tokens, config.v_min))
     if first:
         return coarse_plan(info, config)
     fps = min(config.zoom_fps, config.frames_per_call / info.duration)
-    return plan_clip(info, None, fps, Budget(budget, config.v_min, config.v_max))
+    return plan_clip(info, None, fps, Budget(*limits))

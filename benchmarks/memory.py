@@ -122,11 +122,11 @@ def cache_bytes_per_token(model: Qwen2_5_VLConfig, width: int = 2) -> int:
     return 2 * t.num_hidden_layers * t.num_key_value_heads * head_size(model) * width
 
 
-def visual_tokens(recipe: Config, budget: int) -> int:
+def visual_tokens(recipe: Config, budget: int, v_max: int) -> int:
     """Most visual tokens of a clip under Eq. 3, over all numbers of frames: two frames share the tokens of one."""
     budget = 2 * budget if recipe.paired_frames else budget
     counts = range(1, budget // recipe.v_min + 1)
-    return max(ceil(n / 2) * int(min(budget / n, recipe.v_max)) for n in counts)
+    return max(ceil(n / 2) * int(min(budget / n, v_max)) for n in counts)
 
 
 # ---------------------------------------------------------------- the parts
@@ -178,8 +178,8 @@ def parts(model: Qwen2_5_VLConfig, recipe: Config, gpus: int = 1, fsdp: bool = F
         patch = block.forward + 4 * pixels + 4 * 5 * v.hidden_size // v.num_heads
         return max(tokens * work.forward, min(VISION_CHUNK, 4 * visual) * patch)
 
-    visual = visual_tokens(recipe, recipe.budget)
-    zoomed = visual_tokens(recipe, recipe.zoom_budget or recipe.budget)
+    visual = visual_tokens(recipe, recipe.budget, recipe.v_max)
+    zoomed = visual_tokens(recipe, recipe.zoom_budget or recipe.budget, recipe.zoom_v_max or recipe.v_max)
     prompt, responses = visual + TEXT_TOKENS, recipe.group_size * recipe.max_tokens
     per_token = cache_bytes_per_token(model, width)
     batch = recipe.rollout_batch
@@ -294,7 +294,7 @@ def main(arguments: list[str] | None = None) -> None:
     n = Parameters.of(model)
     found = parts(model, recipe, given.gpus, given.fsdp)
 
-    visual = visual_tokens(recipe, recipe.budget)
+    visual = visual_tokens(recipe, recipe.budget, recipe.v_max)
     prompt = visual + TEXT_TOKENS
     tokens = recipe.group_size * recipe.max_tokens
     print(

@@ -53,7 +53,7 @@ def test_cache_per_token():
 @pytest.mark.parametrize("paired", [False, True])
 def test_no_clip_has_more_visual_tokens(paired):
     recipe = Config(paired_frames=paired)
-    most = memory.visual_tokens(recipe, recipe.budget)
+    most = memory.visual_tokens(recipe, recipe.budget, recipe.v_max)
     found = []
     for seconds in [*range(1, 60), 100, 333, 600, 3600]:
         info = VideoInfo("v.mp4", float(seconds), 25.0, 1280, 720)
@@ -91,7 +91,7 @@ def test_weights_by_number_of_devices():
 def test_caches_and_activations_follow_the_recipe():
     model, recipe = memory.shape("7b"), Config()
     found = named(memory.parts(model, recipe))
-    prompt = memory.visual_tokens(recipe, recipe.budget) + memory.TEXT_TOKENS
+    prompt = memory.visual_tokens(recipe, recipe.budget, recipe.v_max) + memory.TEXT_TOKENS
     assert found["rollout: prompts' keys and values"] == 8 * prompt * 56 * 1024
     assert found["rollout: responses' keys and values"] == 8 * 8 * 512 * 56 * 1024
     row = prompt + 8 * 512

@@ -148,6 +148,10 @@ def test_zooming_gives_more_pixels_and_a_higher_rate(samples, config):
     assert len(whole.times) == 40 and whole.frames.shape[2] == 56
     (half,) = zoom_clips(view, [[(3.0, 8.0)]], replace(config, zoom_budget=40))
     assert half.frames.shape == (10, 3, 56, 56)
+    few = replace(config, v_max=4, zoom_v_max=9)
+    (larger,) = zoom_clips(view, [[(3.0, 8.0)]], few)
+    assert larger.frames.shape == (10, 3, 84, 84)
+    assert view_video(samples[0], few).clip.frames.shape[2:] == (56, 56)
 
 
 def test_equal_spans_share_one_zoom(samples, config, vocabulary, model, monkeypatch):

@@ -68,7 +68,7 @@ def test_an_episode_written_as_messages_gives_what_the_rollout_gave(samples, con
 
 
 def test_frames_of_a_file_that_holds_fewer_keep_their_size(folder, samples, config, vocabulary, model64):
-    config.zoom_budget, config.v_max, config.frames_per_call = 600, 64, 60
+    config.zoom_budget, config.zoom_v_max, config.frames_per_call = 600, 64, 60
     view = view_video(replace(samples[0], video=str(get(folder, "vfr.mp4"))), config)
     asked = json.dumps({"segment": [0, view.info.duration], "fps": view.info.fps})
     episode = replay(ClipEnvironment(view, config), [f"<video_zoom>{asked}</video_zoom>", ANSWER], vocabulary)
