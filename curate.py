@@ -31,7 +31,7 @@ from __future__ import annotations
 from harness import commands
 
 if __name__ == "__main__":
-    commands.answer_help("curate", __doc__)  # the imports below take seconds
+    commands.begin("curate", __doc__)  # the imports below take seconds
 
 import argparse
 import hashlib

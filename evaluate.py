@@ -24,13 +24,14 @@ from __future__ import annotations
 from harness import commands
 
 if __name__ == "__main__":
-    commands.answer_help("evaluate", __doc__)  # the imports below take seconds
+    commands.begin("evaluate", __doc__)  # the imports below take seconds
 
 import contextlib
 import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,9 @@ from config import Config
 from engine.loading import load
 from engine.sharding import whole_weights
 from episodes import environments
+from harness.checkpoints import SCORES
+from harness.folder import delete
+from harness.journal import save_whole
 from harness.run import finish, patient_accelerator, program, share
 from media.file import VideoError
 from policy import ModelError, Vocabulary
@@ -214,6 +218,7 @@ def save_and_print(
     """
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
+    delete(out, SCORES)  # some are not written every time
     numbers = {}
     for label, rows in results.items():
         write_results(out / f"results-{label}.jsonl", rows)
@@ -261,18 +266,28 @@ def before_and_after(run: Any, test: Sequence[Sample]) -> Iterator[None]:
             return evaluate(run.model, test, run.config, run.vocabulary, accelerator, label)
 
     path = out / "results-before.jsonl"
-    if run.config.resume and path.exists():
-        before = stored_rows(path)
-    else:
+    before = stored_before(path, test) if run.config.resume else None
+    if before is None:  # of the model that training starts from: its state is loaded later
         before = rows("before training")
         if accelerator.is_main_process:
-            part = path.with_suffix(".part")
-            write_results(part, before)
-            part.replace(path)
+            save_whole(path, partial(write_results, rows=before))
     yield
     after = rows("after training")
     if accelerator.is_main_process:
         save_and_print({"before": before, "after": after}, out, test, run.config.data_format)
+
+
+def stored_before(path: Path, test: Sequence[Sample]) -> list[dict] | None:
+    """The rows before training that a run has left; None, and why, if they are not whole or about other questions."""
+    try:
+        rows = stored_rows(path)
+    except DataError as error:
+        log.warning("%s; the model before training is evaluated anew", error)
+        return None
+    if [row["id"] for row in rows] != [sample.id for sample in test]:
+        log.warning("%s is not about these questions; the model before training is evaluated anew", path)
+        return None
+    return rows
 
 
 # ---------------------------------------------------------------- command line

@@ -27,7 +27,7 @@ from __future__ import annotations
 from harness import commands
 
 if __name__ == "__main__":
-    commands.answer_help("exemplars", __doc__)  # the imports below take seconds
+    commands.begin("exemplars", __doc__)  # the imports below take seconds
 
 import argparse
 import itertools
@@ -54,7 +54,7 @@ from annotations.samples import check_samples, check_videos, load_samples
 from config import Config, ConfigError
 from engine.qwen2_5_vl import BANNED_TOKENS, EOS_TOKENS
 from episodes import ClipEnvironment, environments, messages
-from filters import finished_rows, identity, save_whole
+from filters import finished_rows, identity
 from harness import journal
 from harness.chat import Cached, Chat, ChatError, Message, RequestError, Shown, connect
 from harness.run import patient_accelerator, program, share
@@ -276,7 +276,7 @@ def run(options: argparse.Namespace, config: Config) -> None:
             print(f"{len(kept)} reflections, {begun} of them with turns of the policy")
             print(f"{n} of them are {n / len(together):.3f} of {len(together)} trajectories")
             kept = together
-        save_whole(training, partial(trajectories.save_rows, rows=kept))
+        journal.save_whole(training, partial(trajectories.save_rows, rows=kept))
         print(f"{training}: what is to be learned; {path}: a line per question")
 
 

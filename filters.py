@@ -31,7 +31,7 @@ from __future__ import annotations
 from harness import commands
 
 if __name__ == "__main__":
-    commands.answer_help("filters", __doc__)  # the imports below take seconds
+    commands.begin("filters", __doc__)  # the imports below take seconds
 
 import argparse
 import json
@@ -303,13 +303,6 @@ def verdict(row: Mapping, chosen: Filter, rule: str, threshold: float | None) ->
     return {**row, "kept": reason is None, "reason": reason}
 
 
-def save_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Write a file that appears whole or not at all."""
-    part = path.with_suffix(".part")
-    write(part)
-    part.replace(path)
-
-
 def filter_summary(samples: Sequence[Sample], rows: Sequence[Mapping]) -> str:
     """How many samples are kept and why others are not, with the means of Zoom-Zero's Table 7, as text."""
     kept = [sample for sample, row in zip(samples, rows, strict=True) if row["kept"]]
@@ -353,14 +346,14 @@ def run(options: argparse.Namespace, rule: str, threshold: float | None, config:
     if accelerator.is_main_process:
         rows = [verdict(done[sample.id], chosen, rule, threshold) for sample in samples]
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        save_whole(path, lambda part: part.write_text(lines, encoding="utf-8"))
+        journal.save_whole(path, lambda part: part.write_text(lines, encoding="utf-8"))
         training.unlink(missing_ok=True)
         print(f"{options.filter}, {rule}:\n{filter_summary(samples, rows)}")
         kept = [sample for sample, row in zip(samples, rows, strict=True) if row["kept"]]
         if not kept:
             raise DataError(f"{training}: not written, since no sample is kept; {path} has the reasons")
         kept = [replace(sample, video=identity(sample, config)["video"]) for sample in kept]
-        save_whole(training, partial(write_samples, samples=kept))
+        journal.save_whole(training, partial(write_samples, samples=kept))
         print(f"{training}: the kept samples; {path}: a line for each")
 
 

@@ -40,7 +40,7 @@ from __future__ import annotations
 from harness import commands
 
 if __name__ == "__main__":
-    commands.answer_help("infer", __doc__)  # the imports below take seconds
+    commands.begin("infer", __doc__)  # the imports below take seconds
 
 import argparse
 import math

@@ -23,7 +23,7 @@ from __future__ import annotations
 from harness import commands
 
 if __name__ == "__main__":
-    commands.answer_help("scenes", __doc__)  # the imports below take seconds
+    commands.begin("scenes", __doc__)  # the imports below take seconds
 
 import copy
 import hashlib

@@ -17,7 +17,7 @@ from __future__ import annotations
 from harness import commands
 
 if __name__ == "__main__":
-    commands.answer_help("sft", __doc__)  # the imports below take seconds
+    commands.begin("sft", __doc__)  # the imports below take seconds
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -133,13 +133,13 @@ def main(arguments: list[str] | None = None) -> None:
     with accelerator.main_process_first():
         test = load_test(config)
     evaluate.check_test_samples(test, config)
-    claim_folder(config, accelerator)
-    start_tracker(config, accelerator)
-    run = load_run(replace(config, kl="none", zoom_judge="policy"), accelerator)  # there is no reference
-    with evaluate.before_and_after(run, test):
-        train(run, rows)
-    accelerator.print(f"{config.out}/: config.yaml, metrics.jsonl, checkpoint/")
-    finish(accelerator)
+    with claim_folder(config, accelerator):
+        start_tracker(config, accelerator)
+        run = load_run(replace(config, kl="none", zoom_judge="policy"), accelerator)  # there is no reference
+        with evaluate.before_and_after(run, test):
+            train(run, rows)
+        accelerator.print(f"{config.out}/: config.yaml, metrics.jsonl, checkpoint/")
+        finish(accelerator)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from __future__ import annotations
 from harness import commands
 
 if __name__ == "__main__":
-    commands.answer_help("train", __doc__)  # the imports below take seconds
+    commands.begin("train", __doc__)  # the imports below take seconds
 
 import contextlib
 import math
@@ -52,19 +52,21 @@ from harness.session import Session
 from harness.setup import Run, load_run
 from kl import Reference
 from policy import ModelError, Observation, Prompt, group_hidden, keep_tokens
+from report import ReportError
 from report.curves import plot_curves
 from report.episodes import episode_record, episodes_page
 from rewards import facets, paid_facets
 from rollout import Group, roll_out, zoom_pass
 
 
-def train(run: Run, sets: Sequence[DataSet]) -> list[Group]:
-    """The loop. Returns the groups of the last step, for the page of episodes. Raises Stopped after a signal."""
+def train(run: Run, sets: Sequence[DataSet]) -> None:
+    """The loop. Raises Stopped after a signal."""
     config, accelerator = run.config, run.accelerator
     epochs = Epochs(sets, partial(generator, config.seed))
     headline = {name: f"reward/{name}_mean" for name in paid_facets(config)}
     groups: list[Group] = []
-    with Session(run, partial(view_batches, config, accelerator, epochs), headline) as session:
+    batches = partial(view_batches, config, accelerator, epochs)
+    with Session(run, batches, headline, at_end=lambda: draw_episodes(run, groups)) as session:
         for step in session.steps():  # resume, signals, checkpoints
             groups = collect(run, session, step, session.next_batch())  # coarse pass, zoom pass
             for group in groups:
@@ -75,7 +77,14 @@ def train(run: Run, sets: Sequence[DataSet]) -> list[Group]:
                 totals = update(run, groups) | {"redrawn": float(redrawn)}  # Eq. 2
             figures = step_figures(groups, totals, sum(session.seconds.values()), config, accelerator)
             session.log(figures | {"failed_videos": session.reading.failures})
-    return groups
+
+
+def draw_episodes(run: Run, groups: Sequence[Group]) -> None:
+    """The page of the main process' groups of the last step."""
+    if run.accelerator.is_main_process:
+        out = Path(run.config.out)
+        episodes = [episode_record(group, run.config) for group in groups[: run.config.n_episodes]]
+        episodes_page(episodes, out / "episodes.html", f"{out.name}: groups of the last step")
 
 
 def collect(run: Run, session: Session, step: int, drawn: Sequence[Drawn]) -> list[Group]:
@@ -298,20 +307,17 @@ def main(arguments: list[str] | None = None) -> None:
         sets = load_training(config)
         test = load_test(config)
     evaluate.check_test_samples(test, config)
-    claim_folder(config, accelerator)
-    start_tracker(config, accelerator)
-    run = load_run(config, accelerator)
-    out = Path(config.out)
-    with evaluate.before_and_after(run, test):
-        groups = train(run, sets)
-        if accelerator.is_main_process:
-            plot_curves([out], out / "curves.png")
-            if groups:  # none when a finished run is resumed
-                episodes = [episode_record(group, config) for group in groups[: config.n_episodes]]
-                episodes_page(episodes, out / "episodes.html", f"{out.name}: groups of the last step")
-    accelerator.print(f"{out}/: config.yaml, metrics.jsonl, curves.png, episodes.html, checkpoint/")
-    finish(accelerator)
+    with claim_folder(config, accelerator):
+        start_tracker(config, accelerator)
+        run = load_run(config, accelerator)
+        out = Path(config.out)
+        with evaluate.before_and_after(run, test):
+            train(run, sets)
+            if accelerator.is_main_process:
+                plot_curves([out], out / "curves.png")
+        accelerator.print(f"{out}/: config.yaml, metrics.jsonl, curves.png, episodes.html, checkpoint/")
+        finish(accelerator)
 
 
 if __name__ == "__main__":
-    program(main, DataError, ModelError, RewardError)
+    program(main, DataError, ModelError, RewardError, ReportError)

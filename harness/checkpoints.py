@@ -1,89 +1,217 @@
-"""What a run keeps in its folder: who may write there, the checkpoint, and the state to resume from."""
+"""What a run keeps in its folder: the checkpoint to load, the state to resume from, and who may replace them.
+
+The state is tensors and numbers alone, in safetensors and JSON: nothing in it can be code. Each process writes what it
+holds of weights and moments, so that a sharded run resumes on any number of processes.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
-import shutil
-from collections.abc import Mapping
+import warnings
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
+from safetensors import SafetensorError
+from torch import Tensor
+from torch.distributed import checkpoint as shards
+from torch.distributed.checkpoint.api import CheckpointException
 
 import config as configuration
-from config import Config
-from harness.run import TrainingError
+from config import Config, ConfigError
+from harness.folder import claimed, delete
+from harness.journal import save_whole, sync
+from harness.run import TrainingError, in_words, main_does
+from harness.setup import new_scheduler
 
 log = logging.getLogger("zoomgrpo")
-# What a run leaves in `out`; --overwrite deletes it.
-LEFT_BEHIND = ("config.yaml", "metrics.jsonl", "zoomgrpo", "curves.png", "episodes.html", "evaluation.json")
-LEFT_BEHIND += ("evaluation.html", "clue.png", "reliability.png", "results-before.jsonl", "results-after.jsonl")
-LEFT_BEHIND += tuple(name + end for name in ("state", "checkpoint") for end in ("", ".part", ".old"))
+SAVED = ("checkpoint", "state")  # folders, in the order in which new ones are put in their place
+# All that a run writes into `out`; --overwrite deletes it.
+SCORES = ("evaluation.json", "evaluation.html", "clue.png", "reliability.png", "results-after.jsonl")
+BEGUN = ("metrics.jsonl", "zoomgrpo", "curves.png", "episodes.html", *SCORES)
+BEGUN += tuple(name + end for name in SAVED for end in ("", ".part", ".old"))
+OWNED = (*BEGUN, "config.yaml", "results-before.jsonl")
+OWNED += tuple(f"{name}.part" for name in ("config.yaml", "metrics.jsonl", "results-before.jsonl"))
 
 
-def claim_folder(config: Config, accelerator: Accelerator) -> None:
-    """Make `out` ours and write the configuration there. Raises TrainingError if it holds another run."""
+@contextlib.contextmanager
+def claim_folder(config: Config, accelerator: Accelerator) -> Iterator[None]:
+    """Make `out` this run's and write the configuration there; within, no other program writes to it.
+
+    Raises TrainingError if it holds another run, or with --resume none that can be resumed.
+    """
     out = Path(config.out)
-    if not accelerator.is_main_process:
-        return
-    begun = [name for name in ("metrics.jsonl", "state", "state.old") if (out / name).exists()]
-    if config.resume and (out / "config.yaml").exists():
-        before = configuration.read_recipe(out / "config.yaml")
-        for name, value in asdict(config).items():
-            if not configuration.OPTIONS[name]["free"] and name in before and before[name] != value:
-                log.warning("resuming with another %s: %r, before %r", name, value, before[name])
+    with claimed(out, accelerator):
+        main_does(accelerator, partial(prepare_folder, config, out))
+        yield
+
+
+def prepare_folder(config: Config, out: Path) -> None:
+    """The folder as the run needs it. Raises TrainingError."""
+    settle(out)
+    begun = any((out / name).exists() for name in BEGUN)
+    saved = (out / "state").exists()
+    if config.resume and not saved:
+        anew = "begin it anew with --overwrite" if begun else "run without --resume to begin"
+        raise TrainingError(f"{out / 'state'}: no checkpoint to resume from; {anew}")
+    if config.resume:
+        if read_progress(out)["step"] < config.steps:
+            delete(out, SCORES)  # of fewer steps
+        compare(config, out / "config.yaml")
     elif begun and not config.overwrite:
-        raise TrainingError(
-            f"{out} holds a run already: continue it with --resume, replace it with --overwrite, or choose another "
-            "--out"
-        )
-    elif begun:
-        for name in LEFT_BEHIND:
-            if (out / name).is_dir():
-                shutil.rmtree(out / name)
-            else:
-                (out / name).unlink(missing_ok=True)
-    out.mkdir(parents=True, exist_ok=True)
-    configuration.save(replace(config, resume=False, overwrite=False), out / "config.yaml")
+        found = "a run already: continue it with --resume," if saved else "a run that has no checkpoint yet:"
+        raise TrainingError(f"{out} holds {found} replace it with --overwrite, or choose another --out")
+    else:
+        delete(out, OWNED)
+    save_whole(out / "config.yaml", partial(configuration.save, replace(config, resume=False, overwrite=False)))
+
+
+def compare(config: Config, path: Path) -> None:
+    """Name the options that a resumed run has changed."""
+    if not path.exists():
+        log.warning("%s is gone: the options of this command line count, and are written there anew", path)
+        return
+    try:
+        before = configuration.read_recipe(path)
+    except ConfigError as error:
+        log.warning("%s; the options of this command line count, and are written there anew", error)
+        return
+    for name, value in asdict(config).items():
+        if not configuration.OPTIONS[name]["free"] and name in before and before[name] != value:
+            log.warning("resuming with another %s: %r, before %r", name, value, before[name])
+
+
+# ---------------------------------------------------------------- saving
 
 
 def save_checkpoint(run: Any, progress: Mapping[str, int]) -> None:
-    """Write `checkpoint/` (for from_pretrained) and `state/` (for --resume); each appears whole or not at all.
+    """Write `checkpoint/` (for from_pretrained) and `state/` (for --resume): whole or not at all, and on disk.
 
-    run: `setup.Run`. progress: what `resume` returns, such as the number of steps done.
+    Raises TrainingError if they cannot be written.
+
+    run: `setup.Run`. progress: what `resume` returns: steps done, samples drawn and failed.
     """
     out, accelerator = Path(run.config.out), run.accelerator
-    if accelerator.is_main_process:
-        for name in ("state", "checkpoint"):
-            shutil.rmtree(out / f"{name}.part", ignore_errors=True)  # of a run that was killed while it saved
-    accelerator.wait_for_everyone()
-    # As one tensor per weight: safetensors would complain about tied ones.
-    accelerator.save_state(str(out / "state.part"), safe_serialization=False)
+    main_does(accelerator, partial(delete, out, [f"{name}.part" for name in SAVED]))  # of a save that was interrupted
+    with in_a_line(out / "state.part", "written"):
+        writer = shards.HuggingFaceStorageWriter(str(out / "state.part"), save_distributed=True)
+        shards.save(held_tensors(run), storage_writer=writer, no_dist=accelerator.num_processes == 1)
     weights = accelerator.get_state_dict(run.policy)  # of a sharded policy: whole, in the main process' memory
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        # Each tied weight once: gathered from shards, its two names would be two tensors.
-        weights = {name: weights[f"model.{name}"] for name, _ in run.model.named_parameters()}
+    main_does(accelerator, partial(finish_save, run, out, weights, progress))
+
+
+def held_tensors(run: Any) -> dict[str, Tensor]:
+    """What this process holds of the policy's weights, and of the optimiser's moments as NAME/MOMENT."""
+    found: dict[str, Tensor] = {}
+    for name, weight in run.accelerator.unwrap_model(run.policy).named_parameters():
+        found[name] = weight.detach()
+        found |= {f"{name}/{moment}": value for moment, value in run.optimizer.state.get(weight, {}).items()}
+    return found
+
+
+def finish_save(run: Any, out: Path, weights: Mapping[str, Tensor], progress: Mapping[str, int]) -> None:
+    """The main process' part. step.json comes last: with it, both folders are complete."""
+    # Each tied weight once: gathered from shards, its two names would be two tensors.
+    weights = {name: weights[f"model.{name}"] for name, _ in run.model.named_parameters()}
+    try:
         run.model.save_pretrained(out / "checkpoint.part", state_dict=weights)
         run.vocabulary.tokenizer.save_pretrained(out / "checkpoint.part")
-        (out / "state.part" / "step.json").write_text(json.dumps(progress))
-        for name in ("state", "checkpoint"):
-            shutil.rmtree(out / f"{name}.old", ignore_errors=True)
-            if (out / name).exists():
-                (out / name).rename(out / f"{name}.old")
-            (out / f"{name}.part").rename(out / name)
-            shutil.rmtree(out / f"{name}.old", ignore_errors=True)
-    accelerator.wait_for_everyone()
+    except SafetensorError as error:
+        raise TrainingError(f"{out / 'checkpoint.part'}: cannot be written: {error}") from None
+    for name in SAVED:
+        for path in (out / f"{name}.part").rglob("*"):
+            sync(path)
+    done = dict(progress) | {"updates": run.scheduler.last_epoch}
+    save_whole(out / "state.part" / "step.json", lambda part: part.write_text(json.dumps(done)))
+    settle(out)
+
+
+def settle(out: Path) -> None:
+    """Put what was saved last in its place, however often that is interrupted.
+
+    As long as a complete state.part is there, what stands beside it is complete too, or in its place already.
+    """
+    complete = (out / "state.part" / "step.json").exists()
+    for name in SAVED:
+        here, part, old = (out / f"{name}{end}" for end in ("", ".part", ".old"))
+        if complete and part.exists():
+            delete(out, [old.name])
+            if here.exists():
+                here.rename(old)
+            part.rename(here)
+        elif old.exists() and not here.exists():
+            old.rename(here)
+        delete(out, [old.name])
+    if complete:
+        sync(out)
+
+
+# ---------------------------------------------------------------- resuming
 
 
 def resume(run: Any) -> dict[str, int]:
-    """Load the last checkpoint of the run and return its progress. Raises TrainingError without one."""
+    """Load the last checkpoint of the run and return its progress. Raises TrainingError if it cannot be read."""
     out = Path(run.config.out)
-    # state.old is the last one if the run was killed between the two renames of save_checkpoint.
-    found = [out / name for name in ("state", "state.old") if (out / name / "step.json").exists()]
-    if not found:
-        raise TrainingError(f"{out / 'state'}: no checkpoint to resume from; run without --resume to start anew")
-    run.accelerator.load_state(str(found[0]))
-    return json.loads((found[0] / "step.json").read_text())
+    progress = read_progress(out)
+    with in_a_line(out / "state", "read", f"; {rescue(out)}"):
+        reader = shards.HuggingFaceStorageReader(str(out / "state"))
+        make_moments(run, reader.read_metadata().state_dict_metadata)
+        shards.load(held_tensors(run), storage_reader=reader, no_dist=run.accelerator.num_processes == 1)
+    run.scheduler = new_scheduler(run.optimizer.optimizer, run.config, progress["updates"])
+    return progress
+
+
+def read_progress(out: Path) -> dict[str, int]:
+    """What `save_checkpoint` was told, and how many updates there were. Raises TrainingError."""
+    path = out / "state" / "step.json"
+    try:
+        progress = {name: int(value) for name, value in json.loads(path.read_text()).items()}
+    except (OSError, ValueError, AttributeError, TypeError) as error:
+        raise TrainingError(f"{path}: cannot be read: {error}; {rescue(out)}") from None
+    lacking = {"step", "drawn", "failures", "updates"} - set(progress)
+    if lacking:
+        raise TrainingError(f"{path}: does not tell {', '.join(sorted(lacking))}; {rescue(out)}")
+    return progress
+
+
+def rescue(out: Path) -> str:
+    return f"begin anew with --overwrite, or from its weights with --model {out / 'checkpoint'} and another --out"
+
+
+def make_moments(run: Any, saved: Iterable[str]) -> None:
+    """Room for the moments that a state has, which AdamW makes at its first step only."""
+    moments: dict[str, list[str]] = defaultdict(list)
+    for key in saved:
+        name, _, moment = key.partition("/")
+        moments[name] += [moment] if moment else []
+    fused = run.optimizer.defaults["fused"]
+    for name, weight in run.accelerator.unwrap_model(run.policy).named_parameters():
+        for moment in moments[name]:
+            step = torch.zeros((), device=weight.device if fused else "cpu")
+            run.optimizer.state[weight][moment] = step if moment == "step" else torch.zeros_like(weight)
+
+
+@contextlib.contextmanager
+def in_a_line(path: Path, done: str, advice: str = "") -> Iterator[None]:
+    """Raise TrainingError for what keeps shards from being read or written, in whatever process."""
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "torch.distributed is disabled")
+            yield
+    except CheckpointException as found:
+        error = next(iter(found.failures.values()))[0]
+        if not isinstance(error, Exception):  # a second Ctrl-C
+            raise error from None
+        problem: Exception = error
+    except SafetensorError as error:
+        problem = error
+    else:
+        return
+    raise TrainingError(f"{path}: cannot be {done}: {in_words(problem).splitlines()[0]}{advice}")

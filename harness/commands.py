@@ -1,12 +1,15 @@
-"""What each program takes beside the options of config.py.
+"""What each program takes beside the options of config.py, and what it does before its imports, which take seconds.
 
-Nothing here takes long to import, so that `--help` is answered at once: a program asks for it before its other imports.
+Nothing here takes long to import, so that `--help` is answered at once and no signal meets a program unprepared.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
+import os
 import re
+import signal
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,6 +18,8 @@ from pathlib import Path
 import config
 
 FILTER_NAMES = ("stage2", "plm_video", "qvhighlights")
+LAUNCHERS = {"accelerate", "accelerate-launch", "accelerate.commands.launch", "torchrun", "torch.distributed.run"}
+PR_SET_PDEATHSIG = 1  # of Linux' prctl
 ENDPOINT = "address of a chat endpoint [that of OPENAI_BASE_URL]; its key is in OPENAI_API_KEY"
 
 Add = Callable[..., argparse.Action]
@@ -137,8 +142,38 @@ def extra(program: str, doc: str) -> argparse.ArgumentParser:
     return parser
 
 
+def begin(program: str, doc: str) -> None:
+    """Answer --help, or be ready for signals: Ctrl-C, SIGTERM, and the death of the launcher."""
+    answer_help(program, doc)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, leave)
+    follow_launcher()
+
+
 def answer_help(program: str, doc: str) -> None:
     """Print the help and leave, if the command line asks for it."""
     if {"-h", "--help"} & set(sys.argv[1:]):
         config.build_parser(extra(program, doc), program).print_help()
         sys.exit()
+
+
+def leave(number: int, frame: object) -> None:
+    """End the program at once, where nothing needs to be saved: while it loads, and between journal lines."""
+    print(f"stopped by {signal.Signals(number).name}; what was finished is kept", file=sys.stderr)
+    sys.exit(128 + number)
+
+
+def follow_launcher() -> None:
+    """Get SIGTERM when `accelerate launch` or torchrun, if that has started this process, ends.
+
+    A signal to `accelerate launch` alone, or kill -9 of either, would leave training running without anybody above.
+    """
+    parent = os.getppid()
+    try:
+        words = Path(f"/proc/{parent}/cmdline").read_text(errors="replace").split("\0")[:4]
+    except OSError:
+        return  # not Linux
+    if LAUNCHERS & {Path(word).name for word in words}:
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+        if os.getppid() != parent:  # it ended meanwhile
+            leave(signal.SIGTERM, None)

@@ -1,18 +1,20 @@
-"""Journals: JSON-lines files to which finished work is added line by line, and which survive whatever interrupts it.
+"""Files that survive what interrupts a program: journals, to which finished work is added line by line, and files that
+appear whole or not at all.
 
-A line is written under a lock, so lines of several processes never mix, and is on disk when `append` returns. What a
-process killed in the middle of a line (`kill -9`) or a full disk leaves behind is never read, and is cut off before the
-next line is written.
+A journal's line is written under a lock, so lines of several processes never mix, and is on disk when `append` returns.
+What a process killed in the middle of a line (`kill -9`) or a full disk leaves behind is never read, and is cut off
+before the next line is written.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import io
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -87,6 +89,28 @@ def check_made_with(rows: Iterable[Row], made_with: dict) -> None:
             name = changed[0]
             then, now = theirs.get(name), made_with.get(name)
             raise row.error("made_with", f"{name} was {then!r} and is {now!r} now; give another --out")
+
+
+def save_whole(path: str | Path, write: Callable[[Path], object]) -> None:
+    """Have `write` write a file, which appears under its name whole or not at all, whatever interrupts it."""
+    path = Path(path)
+    part = path.with_name(f"{path.name}.part")
+    write(part)
+    sync(part)
+    part.replace(path)
+    sync(path.parent)
+
+
+def sync(path: str | Path) -> None:
+    """Have a file's content, or the names in a folder, on disk when this returns."""
+    number = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # some file systems cannot with a folder
+            raise
+    finally:
+        os.close(number)
 
 
 def as_line(row: dict) -> bytes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import math
@@ -14,7 +15,8 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from config import Config, ConfigError
+from config import Config, ConfigError, clipped
+from harness.journal import save_whole
 from rewards import paid_facets
 from rollout import Group
 
@@ -30,15 +32,19 @@ def start_tracker(config: Config, accelerator: Accelerator) -> None:
 
 
 def keep_metrics(path: Path, done: int, accelerator: Accelerator) -> None:
-    """Start metrics.jsonl, or cut it back to the steps that the checkpoint has (a crash may have cut a line short)."""
-    if accelerator.is_main_process:
-        lines = path.read_text().splitlines(keepends=True)[:done] if done and path.exists() else []
-        kept = [line for line in lines if line.endswith("}\n")]
-        if len(kept) < done:
-            log.warning("%s: has only %d of the %d steps done", path, len(kept), done)
-        part = path.with_suffix(".part")
-        part.write_text("".join(kept))
-        part.replace(path)
+    """Start metrics.jsonl, or cut it back to the steps that the checkpoint has. Lines that cannot be read are left out
+    (a crash may have cut one short); steps without a line are named.
+    """
+    if not accelerator.is_main_process:
+        return
+    lines = {}  # by step
+    for line in path.read_bytes().splitlines(keepends=True) if done and path.exists() else []:
+        with contextlib.suppress(ValueError, TypeError, KeyError):
+            lines[json.loads(line)["step"]] = line.rstrip(b"\n") + b"\n"
+    if lacking := [step for step in range(done) if step not in lines]:
+        log.warning("%s: no line that can be read for steps %s; curves go on without", path, clipped(lacking))
+    kept = b"".join(lines[step] for step in range(done) if step in lines)
+    save_whole(path, lambda part: part.write_bytes(kept))
 
 
 def log_step(run: Any, step: int, metrics: Mapping[str, float]) -> None:

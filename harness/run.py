@@ -3,19 +3,29 @@
 from __future__ import annotations
 
 import logging
+import re
 import signal
 import sys
 from collections.abc import Callable, Sequence
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, LoggerType, set_seed
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    InitProcessGroupKwargs,
+    LoggerType,
+    broadcast_object_list,
+    set_seed,
+)
 
 from config import Config, ConfigError
 
 log = logging.getLogger("zoomgrpo")
+T = TypeVar("T")
+# What Gloo and NCCL say in the processes that are left when one has ended.
+GONE = re.compile("Connection (closed|reset) by peer|Broken pipe|remote process exited|Read timeout|Connection refused")
 
 
 class TrainingError(Exception):
@@ -105,6 +115,23 @@ def share(tasks: Sequence[Any], accelerator: Accelerator) -> list[int]:
     return [i for i, task in enumerate(tasks) if number[task.video] % n == rank]
 
 
+def main_does(accelerator: Accelerator, do: Callable[[], T]) -> T | None:
+    """What `do` returns in the main process, None in the others, which wait. All raise TrainingError if it raises
+    TrainingError or OSError: one that went on alone would wait for the others for ever.
+    """
+    result, problem = None, None
+    if accelerator.is_main_process:
+        try:
+            result = do()
+        except (TrainingError, OSError) as error:
+            problem = in_words(error)
+    (problem,) = broadcast_object_list([problem])
+    accelerator.wait_for_everyone()  # as in `finish`
+    if problem:
+        raise TrainingError(problem)
+    return result
+
+
 def finish(accelerator: Accelerator) -> None:
     """The end of a program of several processes; one that left right after a gather could deadlock, since Gloo's
     thread still gives the gathered tensors back.
@@ -121,11 +148,22 @@ def program(main: Callable[[], None], *expected: type[Exception]) -> None:
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     try:
         main()
-    except (ConfigError, TrainingError, *expected) as error:
-        sys.exit(f"error: {error}")
+    except (ConfigError, TrainingError, OSError, *expected) as error:
+        sys.exit(f"error: {in_words(error)}")
+    except RuntimeError as error:
+        if not GONE.search(str(error)):
+            raise
+        sys.exit("error: another process of this run has ended; its own message says why")
     except Stopped as stop:
         print(f"stopped by {signal.Signals(stop.number).name}, with a checkpoint; --resume continues", file=sys.stderr)
         sys.exit(128 + stop.number)
     except KeyboardInterrupt:
         print("stopped at once; what was finished is kept", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
+
+
+def in_words(error: Exception) -> str:
+    """The message of an error; one of the system names the file first, as all others do."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename or 'writing'}: {error.strerror}"
+    return str(error)

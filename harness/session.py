@@ -24,11 +24,17 @@ class Session:
     repeated by --resume, which leaves the same metrics and weights.
 
     run: `setup.Run`. batches: from the first step, an iterator of what each step gets. headline: which metrics the
-    progress bar shows, {its name there: the metric's}.
+    progress bar shows, {its name there: the metric's}. at_end: called after the last step, before it counts as done.
     """
 
-    def __init__(self, run: Any, batches: Callable[[Reading, int], Iterator[list]], headline: Mapping[str, str]):
-        self.run, self.make_batches, self.headline = run, batches, headline
+    def __init__(
+        self,
+        run: Any,
+        batches: Callable[[Reading, int], Iterator[list]],
+        headline: Mapping[str, str],
+        at_end: Callable[[], None] = lambda: None,
+    ):
+        self.run, self.make_batches, self.headline, self.at_end = run, batches, headline, at_end
         self.reading = Reading()
         self.seconds: dict[str, float] = {}  # of the step, by phase
         self.done = 0  # steps
@@ -65,6 +71,8 @@ class Session:
             yield self.done
             self.done += 1
             self.counted = self.reading.drawn, self.reading.failures
+            if self.done == config.steps:
+                self.at_end()
             if self.done == config.steps or self.done % config.save_every == 0:
                 self.save()
             self.stop.check()

@@ -10,6 +10,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.optim.lr_scheduler import LambdaLR
 
 import kl
 from config import Config
@@ -28,7 +29,7 @@ class Run:
     reference: torch.nn.Module | None  # frozen
     vocabulary: Vocabulary
     optimizer: torch.optim.Optimizer
-    scheduler: torch.optim.lr_scheduler.LRScheduler
+    scheduler: LambdaLR
     kl_weights: Tensor  # [V]
     time_tokens: Tensor  # ids
 
@@ -46,6 +47,11 @@ def learning_rate(config: Config, update_number: int) -> float:
     total = config.steps * config.updates_per_rollout
     progress = (update_number - config.warmup) / max(1, total - config.warmup)
     return 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+
+
+def new_scheduler(optimizer: torch.optim.Optimizer, config: Config, updates: int = 0) -> LambdaLR:
+    """The scheduler after so many updates."""
+    return LambdaLR(optimizer, partial(learning_rate, config), last_epoch=updates - 1)
 
 
 def load_run(config: Config, accelerator: Accelerator) -> Run:
@@ -67,14 +73,13 @@ def load_run(config: Config, accelerator: Accelerator) -> Run:
     # Otherwise a step on a GPU holds the square roots of all second moments, 4 bytes per parameter.
     fused = True if accelerator.device.type == "cuda" else None
     optimizer = torch.optim.AdamW(trainable, lr=config.lr, weight_decay=config.weight_decay, fused=fused)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, partial(learning_rate, config))
+    scheduler = new_scheduler(optimizer, config)
     if accelerator.is_fsdp2 and config.mixed_precision == "bf16":
         # accelerate's choice would round the loss, its statistics and the sums of gradients to bfloat16.
         accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy(
             param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False
         )
     policy, optimizer = accelerator.prepare(policy, optimizer)
-    accelerator.register_for_checkpointing(scheduler)
 
     time_tokens = kl.time_token_ids(tokenizer).to(accelerator.device)
     weights = torch.full((model.lm_head.weight.shape[0],), config.beta, device=accelerator.device)
