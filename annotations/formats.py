@@ -523,8 +523,7 @@ def read_video_r1(path: Path, report: Report) -> Iterator[Sample]:
 
 def read_videochat_r1(path: Path, report: Report) -> Iterator[Sample]:
     """VideoChat-R1: records that leave out what they have not: "options", "answer", "glue" or "duration"."""
-    absent = {"options": [], "answer": None, "glue": [], "duration": None}
-    yield from read_records(path, report, absent)
+    yield from read_records(path, report, others=True)
 
 
 def read_easy_r1(path: Path, report: Report) -> Iterator[Sample]:

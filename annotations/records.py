@@ -4,8 +4,9 @@ It is the record released with Zoom-Zero: a JSON list, or one JSON object per li
 
     {"video": "a.mp4", "question": "...", "options": ["...", ...], "answer": "(C)", "glue": [[3, 8]], "duration": 16}
 
-with optional "id", "kind" and "meta". All six fields must be there: an absence is written out (`[]` for no options
-or no evidence, `null` for no answer or an unknown duration).
+with optional "id", "kind" and "meta". A video and a question are all that is needed to ask. The other fields may be
+missing, or empty (`[]`, `null`), where a row has none but these: with a field that is not ours, a row is of another
+format, or a name is misspelled, and what is missing is an error.
 """
 
 from __future__ import annotations
@@ -23,21 +24,23 @@ from prompts import LETTERS
 RECORD_FIELDS = itemgetter("id", "video", "question", "options", "answer", "glue", "duration")
 LETTER_MARKS = [f"({letter})" for letter in LETTERS]
 NUMBERS = (int, float)
+ABSENT = {"options": [], "answer": None, "glue": [], "duration": None}  # what a field that is not there stands for
+OURS = {"id", "video", "question", "kind", "meta", *ABSENT}
 NOT_AN_OPTION = "the answer is not among the options"
 
 
-def read_records(path: Path, report: Report, absent: dict | None = None) -> Iterator[Sample]:
+def read_records(path: Path, report: Report, others: bool = False) -> Iterator[Sample]:
     """Our records, also as released with Zoom-Zero, where "glue" may be a text holding the list.
 
     Without an "id", the sample's id is the file's name and the row. Without options, an answer other than "(C)" is
-    the free-text reference. `absent`: what stands for fields that are not there.
+    the free-text reference. `others`: fields that are not ours may be there, too.
     """
     for number, row in enumerate(read_rows(path), start=1):
         if sample := usual_record(row.fields):
             yield sample
             continue
-        if absent:
-            row = Row(row.file, row.where, absent | row.fields)
+        if others or row.fields.keys() <= OURS:
+            row = Row(row.file, row.where, ABSENT | row.fields)
         options = read_options(row, "options")
         answer = row.get("answer", str, type(None))
         reference = answer is not None and not options and not re.fullmatch(r"\([A-Z]\)", answer)

@@ -151,7 +151,7 @@ def test_every_example_of_a_call_is_legal(scene, per_call):
     prompt = prompts.coarse_text("videozoomer", "Why?", ["rain", "sun"], limits=environment.limits)
     texts = [prompt, prompts.parse_tool_call("<video_zoom>{</video_zoom>")]
     if per_call == Config().frames_per_call:
-        texts.append((ROOT / "README.md").read_text())
+        texts.append((ROOT / "docs/videozoomer.md").read_text())
     for text in texts:
         examples = re.findall(r'{"segment".*?}', text)
         assert examples

@@ -383,6 +383,25 @@ def test_a_published_file_looks_like_its_own_format(published, name):
     assert looks_like(published / name) == name.partition("/")[0]
 
 
+def test_a_video_and_a_question_are_enough_to_ask(tmp_path):
+    asked = {"video": "a.mp4", "question": "When does the dog jump?"}
+    [sample] = read_samples(write_rows(tmp_path / "asked.jsonl", [asked]))
+    assert (sample.video, sample.question) == ("a.mp4", "When does the dog jump?")
+    assert (sample.options, sample.answer, sample.evidence, sample.duration) == ((), None, (), None)
+    [sample] = read_samples(write_rows(tmp_path / "chosen.jsonl", [asked | {"options": ["at once", "later"]}]))
+    assert sample.options == ("at once", "later") and sample.answer is None
+    for name in asked:
+        rest = {key: value for key, value in asked.items() if key != name}
+        with pytest.raises(DataError, match=f"'{name}': is missing"):
+            read_samples(write_rows(tmp_path / f"no-{name}.jsonl", [rest]))
+
+
+def test_a_misspelled_field_is_not_an_absent_one(tmp_path):
+    row = {"video": "a.mp4", "question": "When?", "option": ["at once", "later"]}
+    with pytest.raises(DataError, match="'options': is missing; there are .*option"):
+        read_samples(write_rows(tmp_path / "misspelled.jsonl", [row]))
+
+
 def test_a_file_of_another_format_says_which(published, tmp_path):
     path = published / "rextime/rextime_val.jsonl"
     with pytest.raises(

@@ -44,7 +44,7 @@ def test_save_and_load_is_the_identity(tmp_path):
 
 @pytest.mark.parametrize("field", sorted(RECORD))
 def test_missing_field_names_file_row_and_field(tmp_path, field):
-    broken = {key: value for key, value in RECORD.items() if key != field}
+    broken = {f"{key}s" if key == field else key: value for key, value in RECORD.items()}  # misspelled
     with pytest.raises(DataError, match=rf"x\.jsonl: row 2, field '{field}': is missing"):
         read_samples(write_rows(tmp_path / "x.jsonl", [RECORD, broken]))
 
