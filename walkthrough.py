@@ -137,15 +137,15 @@ def show_question(page: Page, group: Group) -> None:
     page.say(*(f"    {name:<10}{fact}" for name, fact in facts.items()))
 
 
-def show_budget(page: Page, seconds: float, clip: video.Clip, tokens: int, config: Config) -> None:
-    """Eq. 3 for a clip of so many seconds, and the frames that come out."""
-    fps, n = 1 / clip.step, len(clip.times)
-    frames, _ = video.frame_budget(seconds, fps, tokens, config.v_min, config.v_max, config.paired_frames)
-    v_res = video._tokens_per_frame(n, tokens, config.v_min, config.v_max)
+def show_budget(page: Page, seconds: float, clip: video.Clip, limits: tuple[int, int, int], config: Config) -> None:
+    """Eq. 3 for a clip of so many seconds within L_v, V_min and V_max, and the frames that come out."""
+    fps, n, (tokens, v_min, v_max) = 1 / clip.step, len(clip.times), limits
+    frames, _ = video.frame_budget(seconds, fps, *limits, config.paired_frames)
+    v_res = video._tokens_per_frame(n, *limits)
     height, width = clip.frames.shape[-2:]
-    page.at(video.frame_budget, "Eq. 3: N", f"N = min({fps:g} * {seconds:g}, {tokens} / {config.v_min}) = {frames}")
+    page.at(video.frame_budget, "Eq. 3: N", f"N = min({fps:g} * {seconds:g}, {tokens} / {v_min}) = {frames}")
     several = "" if n == frames else f" ({n} frames: each span rounds up)"
-    numbers = f"V_res = max({config.v_min}, min({tokens} / {n}, {config.v_max})) = {v_res:.4g}{several}"
+    numbers = f"V_res = max({v_min}, min({tokens} / {n}, {v_max})) = {v_res:.4g}{several}"
     page.at(video._tokens_per_frame, "Eq. 3: V_res", numbers)
     page.at(video.frame_size, "", f"{height} x {width} pixels: {height * width // video.TOKEN**2} tokens of 28 x 28")
     page.at(video.sample_times, "", times_text(clip.times))
@@ -154,7 +154,7 @@ def show_budget(page: Page, seconds: float, clip: video.Clip, tokens: int, confi
 def show_frames(page: Page, group: Group, config: Config) -> None:
     view = group.view
     page.head("2. Frames and their times", "The coarse pass shows the whole video, within a budget of visual tokens.")
-    show_budget(page, view.info.duration, view.clip, config.budget, config)
+    show_budget(page, view.info.duration, view.clip, (config.budget, config.v_min, config.v_max), config)
     t, h, w = view.video.grid
     page.head("3. Patches, grid, visual tokens", "Two frames share a temporal grid; a visual token is 2 x 2 patches.")
     shapes = f"frames {list(view.clip.frames.shape)} -> patches {list(view.video.patches.shape)}, grid {t} x {h} x {w}"
@@ -194,7 +194,7 @@ def show_zooms(page: Page, group: Group, g: int, config: Config) -> None:
     page.at(rollout.zoom_pass, "", f"response {g}: {spans_text(chosen.spans)}")
     if chosen.zoom:
         seconds = rewards.union_length(rollout.visible_spans(chosen.spans, group.view.info.duration))
-        show_budget(page, seconds, chosen.zoom.clip, config.zoom_budget or config.budget, config)
+        show_budget(page, seconds, chosen.zoom.clip, config.zoom_limits, config)
         letters = ", ".join(f"{letter} {p:.4f}" for letter, p in chosen.zoom.letters.items())
         page.at(rollout.answer_clips, "", f"p(letter | clip, question): {letters}")
     rows = []

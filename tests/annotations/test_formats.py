@@ -398,7 +398,7 @@ def test_a_video_and_a_question_are_enough_to_ask(tmp_path):
 
 def test_a_misspelled_field_is_not_an_absent_one(tmp_path):
     row = {"video": "a.mp4", "question": "When?", "option": ["at once", "later"]}
-    with pytest.raises(DataError, match="'options': is missing; there are .*option"):
+    with pytest.raises(DataError, match=r"'options': is missing; there are .*option"):
         read_samples(write_rows(tmp_path / "misspelled.jsonl", [row]))
 
 
