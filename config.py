@@ -105,6 +105,13 @@ class Config:
         6, "Groups shown on the page of episodes at the end of the run.", least=0, free=True, used_by=("train",)
     )
 
+    family: str = run(
+        "qwen2_5_vl",
+        "Architecture of the built-in policy, where there is no `model`: sft.py makes one from nothing.",
+        ("qwen2_5_vl", "qwen3_vl"),
+        used_by=("sft",),
+    )
+
     # ---- data
     train_data: str = data(
         "data/train.jsonl",
@@ -155,6 +162,9 @@ class Config:
     v_min: int = seen(16, "V_min, least tokens per frame.", above=0, used_by=ALL)
     v_max: int = seen(768, "V_max, most tokens per frame; at least v_min.", used_by=ALL)
     zoom_v_max: int = seen(0, "V_max of the zoom pass and of clips if it differs; 0 for the same.", least=0)
+    outer_tags: bool = seen(
+        False, "Qwen3-VL: vision tags around a whole clip too, as transformers 5's processor has them."
+    )
     paired_frames: bool = seen(
         False, "The budget counts pairs of frames, as Qwen's utilities do, not frames (Eq. 3).", used_by=ALL
     )

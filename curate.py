@@ -56,6 +56,7 @@ from annotations.answers import letter_of_answer, strip_letters
 from annotations.rows import DataError, Row, Sample, control, read_rows
 from annotations.samples import VIDEO_SUFFIXES, spread, write_samples
 from config import Config, ConfigError
+from engine.loading import patch_side
 from harness import chat, journal
 from harness.chat import Cached, Chat, ChatError, Local, Message, Reply, RequestError, Shown, Usage, one_line
 from harness.run import patient_accelerator, program, share
@@ -66,7 +67,7 @@ from policy import ModelError
 from prompts import LETTERS, Spans
 from report.plots import plot_statistics, round_edges
 from scenes import SceneError
-from video import Budget, load_clip, plan_clip
+from video import PATCH, Budget, load_clip, plan_clip
 from world import films
 
 NEIGHBOURS = 5  # scenes before, and as many after
@@ -119,6 +120,7 @@ class Viewer:
 
     folder: Path
     config: Config
+    patch: int = PATCH  # of who looks
     frames: FrameCache = field(default_factory=lambda: FrameCache(FRAME_BYTES))
 
     def path(self, video: str) -> str:
@@ -127,7 +129,7 @@ class Viewer:
     def show(self, video: str, span: tuple[float, float]) -> Shown:
         """The frames of [start, end) seconds, under Eq. 3's budget. Raises VideoError."""
         info, config = probe(self.path(video)), self.config
-        budget = Budget(config.budget, config.v_min, config.v_max, config.paired_frames)
+        budget = Budget(config.budget, config.v_min, config.v_max, config.paired_frames, self.patch)
         plan = plan_clip(info, [span], config.fps, budget)
         return Shown(video, span, load_clip(plan, self.path(video), cache=self.frames))
 
@@ -400,7 +402,8 @@ def curate(options: argparse.Namespace, config: Config, accelerator: Accelerator
     out = Path(options.out)
     with accelerator.main_process_first():
         source = sources(options, config)
-    viewer, known = Viewer(source.folder, config), source.known
+    patch = patch_side(options.model) if options.model else PATCH
+    viewer, known = Viewer(source.folder, config, patch), source.known
     judge = connect_judge(options, config, source.truth, accelerator.device)
     find = scene_finder(options, viewer, known)
     in_turn = partial(run_stage, accelerator=accelerator)

@@ -18,16 +18,27 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
 import prompts
 from config import Config
+from engine.loading import patch_side
 from media.file import VideoError
 from media.frames import FrameCache
 from policy import Observation, Prompt, Video, Vocabulary, build_prompt
 from prompts import CALL_END, ToolCall
-from rollout import Group, Response, ToolReply, View, coarse_words, episode_limits, observation_ids, read_turn
+from rollout import (
+    Group,
+    Response,
+    ToolReply,
+    View,
+    coarse_words,
+    episode_limits,
+    observation_ids,
+    read_turn,
+)
 from video import Budget, Clip, ClipPlan, load_clip, plan_clip
 
 KEPT_BYTES = 2**28  # of decoded frames kept for further calls about the same videos
@@ -86,14 +97,16 @@ class ClipEnvironment:
         """The frames of a legal call. Raises VideoError."""
         config = self.config
         fps = max(call.fps, 1 / self.view.info.duration)  # no step is longer than the video
-        budget = Budget(*config.zoom_limits)
+        budget = Budget(*config.zoom_limits, patch=patch_side(config.model))
         return plan_clip(self.view.info, [call.span], fps, budget)
 
     def load(self, plan: ClipPlan) -> tuple[Clip, list[Video]]:
         """These frames, together and one by one. Raises VideoError."""
         if plan not in self.loaded:
             clip = load_clip(plan, self.view.sample.video, cache=self.cache)
-            self.loaded[plan] = clip, [Video.from_frames(frame[None], clip.step) for frame in clip.frames]
+            frames = zip(clip.frames, clip.times, strict=True)
+            alone = [replace(clip, frames=frame[None], times=[time]) for frame, time in frames]
+            self.loaded[plan] = clip, list(map(Video.of, alone))
         return self.loaded[plan]
 
 
@@ -176,5 +189,5 @@ def lay_out(episode: Response, prompt: Prompt, vocabulary: Vocabulary, model_con
         after, position = after + len(turn.ids), position + len(turn.ids)
         if turn.reply:
             ids = observation_ids(turn, vocabulary)
-            turn.observation = Observation(after, build_prompt(ids, turn.reply.videos, model_config, position))
-            position = turn.observation.prompt.next_position
+            piece = build_prompt(ids, turn.reply.videos, model_config, vocabulary, position)
+            turn.observation, position = Observation(after, piece), piece.next_position

@@ -112,7 +112,7 @@ def load_policy(config: Config, device: torch.device) -> tuple[torch.nn.Module, 
     """The configured checkpoint on its device; with mixed precision, its weights on a GPU are bfloat16 throughout."""
     half = config.mixed_precision == "bf16" and device.type == "cuda"
     model, tokenizer = load(config.model, torch.bfloat16 if half else torch.float32)
-    return model.to(device).eval(), Vocabulary.of(tokenizer)
+    return model.to(device).eval(), Vocabulary.of(tokenizer, config.outer_tags)
 
 
 def view_all(samples: Sequence[Sample], config: Config) -> tuple[list[View], dict[str, VideoError]]:

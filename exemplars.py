@@ -52,7 +52,7 @@ from annotations import trajectories
 from annotations.rows import DataError, Sample
 from annotations.samples import check_samples, check_videos, load_samples
 from config import Config, ConfigError
-from engine.qwen2_5_vl import BANNED_TOKENS, EOS_TOKENS
+from engine.families import BANNED_TOKENS, EOS_TOKENS
 from episodes import ClipEnvironment, environments, messages
 from filters import finished_rows, identity
 from harness import journal

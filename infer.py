@@ -63,6 +63,7 @@ from annotations.samples import check_videos, load_samples
 from config import Config, ConfigError, suiting_recipe
 from engine.confidence import letter_probabilities, span_probability
 from engine.flops import forward_flops, patch_grids
+from engine.loading import patch_side
 from episodes import environments
 from harness import journal
 from harness.commands import Settings
@@ -266,7 +267,7 @@ NEED_OPTIONS = ("coarse-to-fine", "ground-then-answer", "agent")  # they end wit
 
 def other_view(view: View, clip: Clip) -> View:
     """The same question about other frames of the same video."""
-    return replace(view, clip=clip, video=Video.from_frames(clip.frames, clip.step))
+    return replace(view, clip=clip, video=Video.of(clip))
 
 
 def alone(view: View) -> View:
@@ -287,10 +288,10 @@ def window_views(
     """A view of each part at the coarse pass' frame rate, decoded together. Raises VideoError."""
     config = agent.config
     tokens = settings.window_budget or config.budget
-    budget = Budget(tokens, config.v_min, config.v_max, config.paired_frames)
+    budget = Budget(tokens, config.v_min, config.v_max, config.paired_frames, patch_side(config.model))
     plans = [plan_clip(info, part, config.fps, budget) for part in parts]
     clips = load_clips(sample.video, plans, cache=agent.frames)
-    return [View(sample, info, clip, Video.from_frames(clip.frames, clip.step)) for clip in clips]
+    return [View(sample, info, clip, Video.of(clip)) for clip in clips]
 
 
 def widened(spans: Spans, duration: float) -> Spans:

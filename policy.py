@@ -5,7 +5,7 @@
 - `group_hidden`: prompts and their responses are one row without padding; each response sees its prompt and itself
   (`engine/attention.py`), at the positions it would have alone. Log-probabilities and gradients are those of G passes.
 
-What a model family does its own way is in `engine/qwen2_5_vl.py`, sampling in `engine/sampling.py`.
+What a model family does its own way is in `engine/families.py`, sampling in `engine/sampling.py`.
 
 Shapes: B prompts, G responses per prompt, T response tokens, N tokens in a row, H hidden size. Responses come padded on
 the right; masks say what is real.
@@ -16,22 +16,22 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from math import floor
+from math import floor, prod
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase, Qwen2_5_VLForConditionalGeneration
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from engine.attention import TREE_ATTENTION, GroupCache, Stretch, Tree
-from engine.qwen2_5_vl import BANNED_TOKENS, EOS_TOKENS, TEMPORAL_PATCH, encode_clips
+from engine.families import BANNED_TOKENS, EOS_TOKENS, family_of
 from prompts import LETTERS
-from video import normalise_patches, patchify_uint8
+from video import PATCH, Clip, normalise_patches, patchify_uint8
 
 VISION_CHUNK = 32768  # patches that the vision tower takes at a time: 8,192 visual tokens
 
 
 class ModelError(ValueError):
-    """A checkpoint that is not there, not a Qwen2.5-VL, or not all there."""
+    """A checkpoint that is not there, of no family, or not all there."""
 
 
 # ---------------------------------------------------------------- prompts and positions
@@ -41,19 +41,25 @@ class ModelError(ValueError):
 class Video:
     """The pixels of one clip as the vision tower takes them.
 
-    `patches`: uint8 [t * h * w, 1176]; `grid`: (t, h, w) in temporal pairs and 14-pixel patches; `step`: seconds
-    between frames; `tokens`: [n, H] if the vision tower has encoded it already and does not change.
+    `patches`: uint8 [t * h * w, 6 * side^2]; `grid`: (t, h, w) in pairs of frames and in patches; `step`: seconds
+    between frames, which are of these `times`; `tokens`: [n, W] if the vision tower has encoded it already and does not
+    change.
     """
 
     patches: Tensor
     grid: tuple[int, int, int]
     step: float
+    times: Sequence[float] = ()
     tokens: Tensor | None = None
 
     @classmethod
-    def from_frames(cls, frames: Tensor, step: float) -> Video:
-        """frames uint8 [N, 3, H, W], `step` seconds apart."""
-        return cls(*patchify_uint8(frames), step)
+    def of(cls, clip: Clip) -> Video:
+        return cls(*patchify_uint8(clip.frames, clip.patch), clip.step, clip.times)
+
+    @classmethod
+    def from_frames(cls, frames: Tensor, step: float, patch: int = PATCH) -> Video:
+        """frames uint8 [N, 3, H, W], `step` seconds apart from 0 on."""
+        return cls.of(Clip(frames, [k * step for k in range(len(frames))], step, patch))
 
     @property
     def n_tokens(self) -> int:
@@ -64,21 +70,23 @@ class Video:
 @dataclass(frozen=True)
 class Vocabulary:
     """The tokenizer with the ids that sampling needs: `eos` ends a response, `banned` are never sampled (vision
-    tokens).
+    tokens). `outer_tags`: see engine/qwen3_vl.py.
     """
 
     tokenizer: PreTrainedTokenizerBase
     eos: tuple[int, ...]
     banned: tuple[int, ...]
+    outer_tags: bool = False
 
     @classmethod
-    def of(cls, tokenizer: PreTrainedTokenizerBase) -> Vocabulary:
-        """Raises ModelError if the tokenizer lacks one of Qwen2.5-VL's special tokens."""
+    def of(cls, tokenizer: PreTrainedTokenizerBase, outer_tags: bool = False) -> Vocabulary:
+        """Raises ModelError if the tokenizer lacks one of Qwen's special tokens."""
         vocabulary = tokenizer.get_vocab()
         missing = [token for token in (*EOS_TOKENS, *BANNED_TOKENS) if token not in vocabulary]
         if missing:
             raise ModelError(f"this is not a Qwen2.5-VL tokenizer: it has no {', '.join(missing)}")
-        return cls(tokenizer, tuple(vocabulary[t] for t in EOS_TOKENS), tuple(vocabulary[t] for t in BANNED_TOKENS))
+        eos, banned = (tuple(vocabulary[token] for token in tokens) for tokens in (EOS_TOKENS, BANNED_TOKENS))
+        return cls(tokenizer, eos, banned, outer_tags)
 
     def ids(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -126,7 +134,7 @@ def mrope_positions(
     """Time, row and column positions of a prompt, by the rule the released checkpoints were trained with.
 
     `segments`: in order, either a number of text tokens or a video as (t, rows, columns, seconds per temporal grid),
-    rows and columns in merged 28-pixel tokens. Text advances by 1 on all three axes. A video that starts at p has time
+    rows and columns in visual tokens. Text advances by 1 on all three axes. A video that starts at p has time
     p + floor(k * tokens_per_second * seconds per grid), row p + i, column p + j; what follows it starts at the largest
     of its positions + 1. Returns (int64 [3, L], next position).
     """
@@ -145,34 +153,26 @@ def mrope_positions(
     return torch.cat(parts, dim=1) if parts else torch.zeros(3, 0, dtype=torch.long), p
 
 
-def build_prompt(ids: Sequence[int], videos: Sequence[Video], config, start: int = 0) -> Prompt:
-    """A prompt from token ids in which each `<|video_pad|>` stands for one of the clips, in order, and becomes one
-    token per 28x28 patch; positions begin at `start`.
+def build_prompt(
+    ids: Sequence[int], videos: Sequence[Video], config, vocabulary: Vocabulary | None = None, start: int = 0
+) -> Prompt:
+    """A prompt from token ids in which each `<|video_pad|>` stands for one of the clips, in order, and becomes what its
+    family shows of it, with a token per 2x2 patches; positions begin at `start`. Qwen3-VL needs a vocabulary.
     """
     pad = config.video_token_id
     if ids.count(pad) != len(videos):
         raise ValueError(f"the prompt has {ids.count(pad)} <|video_pad|> for {len(videos)} clips")
-    full: list[int] = []
-    segments: list[int | tuple[int, int, int, float]] = []
-    remaining = iter(videos)
-    for token in ids:
-        if token == pad:
-            video = next(remaining)
-            t, h, w = video.grid
-            full += [pad] * video.n_tokens
-            segments.append((t, h // 2, w // 2, video.step * TEMPORAL_PATCH))
-        else:
-            full.append(token)
-            segments.append(1)
-    positions, next_position = mrope_positions(segments, config.vision_config.tokens_per_second, start)
-    return Prompt(torch.tensor(full, dtype=torch.long), positions, list(videos), next_position)
+    items = family_of(config).lay_out(ids, videos, config, vocabulary)
+    full = [token for item in items for token in ([item] if isinstance(item, int) else [pad] * prod(item[:3]))]
+    positions, end = mrope_positions([1 if isinstance(item, int) else item for item in items], 1, start)
+    return Prompt(torch.tensor(full, dtype=torch.long), positions, list(videos), end)
 
 
 # ---------------------------------------------------------------- the language model
 
 
-def encode_videos(model: Qwen2_5_VLForConditionalGeneration, videos: Sequence[Video]) -> list[Tensor]:
-    """The visual tokens [n, H] of each clip; a clip object that is there twice is encoded once.
+def encode_videos(model: PreTrainedModel, videos: Sequence[Video]) -> list[Tensor]:
+    """The visual tokens [n, W] of each clip; a clip object that is there twice is encoded once.
 
     The tower works on chunks of at most `VISION_CHUNK` patches (whole temporal grids), which bounds its memory.
     """
@@ -190,10 +190,10 @@ def encode_videos(model: Qwen2_5_VLForConditionalGeneration, videos: Sequence[Vi
             chunks[-1].append((video.patches[first * h * w : (first + n) * h * w], (n, h, w)))
             first, room = first + n, room - n * h * w
     encoded = []
-    device = model.get_input_embeddings().weight.device
+    family, device = family_of(model.config), model.get_input_embeddings().weight.device
     for chunk in filter(None, chunks):
-        patches = normalise_patches(torch.cat([patches for patches, _ in chunk]).to(device))
-        encoded.append(encode_clips(model.model.visual, patches, [grid for _, grid in chunk]))
+        patches = normalise_patches(torch.cat([patches for patches, _ in chunk]).to(device), family.pixels)
+        encoded.append(family.encode_clips(model.model.visual, patches, [grid for _, grid in chunk]))
     by_clip = {}
     if distinct:
         tokens = torch.cat(encoded).split([video.n_tokens for video in distinct])
@@ -202,16 +202,18 @@ def encode_videos(model: Qwen2_5_VLForConditionalGeneration, videos: Sequence[Vi
 
 
 @torch.no_grad()
-def keep_tokens(model: Qwen2_5_VLForConditionalGeneration, videos: Sequence[Video]) -> None:
+def keep_tokens(model: PreTrainedModel, videos: Sequence[Video]) -> None:
     """Encode these clips once and for all; only for a vision tower that is not trained."""
     for video, tokens in zip(videos, encode_videos(model, videos), strict=True):
         video.tokens = tokens
 
 
 def embed_prompts(
-    model: Qwen2_5_VLForConditionalGeneration, prompts: Sequence[Prompt], following: Sequence[Prompt] = ()
+    model: PreTrainedModel, prompts: Sequence[Prompt], following: Sequence[Prompt] = ()
 ) -> tuple[Tensor, Tensor]:
-    """All prompts, and pieces of text and clips that follow, in one row: embeddings [N, H], positions int64 [3, N]."""
+    """All prompts, and pieces of text and clips that follow, in one row: embeddings [N, W], with zeros for text beyond
+    H where the family's visual tokens are wider, and positions int64 [3, N].
+    """
     table = model.get_input_embeddings()
     pieces = [*prompts, *following]
     rows = [torch.cat([p.ids for p in part]).to(table.weight.device) for part in (prompts, following) if part]
@@ -219,25 +221,25 @@ def embed_prompts(
     videos = [video for piece in pieces for video in piece.videos]
     if videos:
         features = torch.cat(encode_videos(model, videos)).to(embeds)
+        embeds = nn.functional.pad(embeds, (0, features.shape[1] - embeds.shape[1]))
         embeds = embeds.masked_scatter((ids == model.config.video_token_id)[:, None], features)
     return embeds, torch.cat([piece.positions for piece in pieces], dim=1).to(ids.device)
 
 
 def row_hidden(
-    model: Qwen2_5_VLForConditionalGeneration,
+    model: PreTrainedModel,
     embeds: Tensor,
     positions: Tensor,
     tree: Tree | Sequence[Stretch] | None,
     cache: GroupCache | None = None,
 ) -> Tensor:
-    """Hidden states [N, H] of a row, from embeddings [N, H] and positions int64 [3, N]; see `tree_attention`."""
+    """Hidden states [N, H] of a row, from embeddings [N, W] and positions int64 [3, N]; see `tree_attention`."""
     language_model = model.model.language_model
     if language_model.config._attn_implementation != TREE_ATTENTION:
         language_model.set_attn_implementation(TREE_ATTENTION)
     return language_model(
-        inputs_embeds=embeds[None],
+        **family_of(model.config).language_inputs(embeds, language_model.config.hidden_size),
         position_ids=positions[:, None],
-        attention_mask={"full_attention": None},
         use_cache=False,
         tree=tree,
         cache=cache,
@@ -249,7 +251,7 @@ def last_tokens(prompts: Sequence[Prompt]) -> list[int]:
     return [end - 1 for end in itertools.accumulate(map(len, prompts))]
 
 
-def last_hidden(model: Qwen2_5_VLForConditionalGeneration, prompts: Sequence[Prompt]) -> Tensor:
+def last_hidden(model: PreTrainedModel, prompts: Sequence[Prompt]) -> Tensor:
     """The hidden state after each prompt, [B, H]: its projection is the distribution of the first response token."""
     return row_hidden(model, *embed_prompts(model, prompts), Tree(tuple(map(len, prompts))))[last_tokens(prompts)]
 
@@ -282,7 +284,7 @@ def _response_pieces(prompt: Prompt, ids: Tensor, observations: Sequence[Observa
 
 
 def group_hidden(
-    model: Qwen2_5_VLForConditionalGeneration,
+    model: PreTrainedModel,
     prompts: Sequence[Prompt],
     responses: Tensor,
     mask: Tensor,
@@ -317,7 +319,7 @@ class Policy(nn.Module):
     use of a weight.
     """
 
-    def __init__(self, model: Qwen2_5_VLForConditionalGeneration):
+    def __init__(self, model: PreTrainedModel):
         super().__init__()
         self.model = model
 
@@ -350,6 +352,7 @@ class Policy(nn.Module):
 
     def nothing_seen(self) -> Tensor:
         """0, by way of the vision tower: a process whose prompts have no video takes part in its collectives too."""
-        blank = Video.from_frames(torch.zeros(1, 3, 56, 56, dtype=torch.uint8), 1.0)
+        side = self.model.config.vision_config.patch_size
+        blank = Video.from_frames(torch.zeros(1, 3, 4 * side, 4 * side, dtype=torch.uint8), 1.0, side)
         [tokens] = encode_videos(self.model, [blank])
         return 0 * tokens.sum()

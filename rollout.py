@@ -27,6 +27,7 @@ from annotations.rows import Sample
 from annotations.samples import warn_of_misfit
 from config import Config
 from engine.confidence import letter_probabilities
+from engine.loading import patch_side
 from engine.sampling import Sampler, generate, stops_at
 from policy import Observation, Prompt, Video, Vocabulary, build_prompt, keep_tokens, last_hidden
 from prompts import Spans, ToolCall
@@ -229,7 +230,7 @@ def view_video(sample: Sample, config: Config, cache: FrameCache | None = None) 
     info = probe(sample.video)
     warn_of_misfit(sample, info.duration)
     clip = load_clip(coarse_plan(info, config), sample.video, cache=cache)
-    return View(sample, info, clip, Video.from_frames(clip.frames, clip.step))
+    return View(sample, info, clip, Video.of(clip))
 
 
 def coarse_plan(info: VideoInfo, config: Config) -> ClipPlan:
@@ -237,7 +238,8 @@ def coarse_plan(info: VideoInfo, config: Config) -> ClipPlan:
     fps = max(config.fps, config.min_frames / info.duration)
     if config.max_frames:
         fps = min(fps, config.max_frames / info.duration)
-    return plan_clip(info, None, fps, Budget(config.budget, config.v_min, config.v_max, config.paired_frames))
+    limits = config.budget, config.v_min, config.v_max
+    return plan_clip(info, None, fps, Budget(*limits, config.paired_frames, patch_side(config.model)))
 
 
 def user_chat(words: str, config: Config) -> str:
@@ -261,7 +263,7 @@ def coarse_words(view: View, config: Config) -> str:
 def coarse_prompt(view: View, config: Config, vocabulary: Vocabulary, model_config) -> Prompt:
     """The prompt of the coarse pass."""
     chat = user_chat(coarse_words(view, config), config)
-    return build_prompt(vocabulary.ids(chat), [view.video], model_config)
+    return build_prompt(vocabulary.ids(chat), [view.video], model_config, vocabulary)
 
 
 def roll_out(
@@ -364,7 +366,7 @@ def visible_spans(spans: Spans | None, duration: float) -> Spans:
 
 def zoom_clips(view: View, requests: Sequence[Spans], config: Config, cache: FrameCache | None = None) -> list[Clip]:
     """The zoomed clips of one video, one per list of spans (an empty list is the whole video), decoded together."""
-    budget = Budget(*config.zoom_limits, config.paired_frames)
+    budget = Budget(*config.zoom_limits, config.paired_frames, patch_side(config.model))
     # The rate is raised where the coarse pass was sparse, and never lowered (Zoom-Zero, footnote 1 and Table 13).
     fps = max(config.zoom_fps, 1 / view.clip.step)
     plans = [plan_clip(view.info, spans or None, fps, budget) for spans in requests]
@@ -423,7 +425,7 @@ def answer_clips(
             ids, letters = vocabulary.forced_letter(chat, len(sample.options))
         else:
             ids, letters = vocabulary.ids(chat), []
-        zoom_prompts.append(build_prompt(ids, [Video.from_frames(clip.frames, clip.step)], model.config))
+        zoom_prompts.append(build_prompt(ids, [Video.of(clip)], model.config, vocabulary))
         candidates.append(letters)
     zooms: list[Zoom] = []
     for start in range(0, len(jobs), config.zoom_batch):

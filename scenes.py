@@ -51,7 +51,7 @@ from harness.run import program
 from media.decode import probe
 from media.file import VideoError
 from policy import ModelError, Video, encode_videos
-from video import Budget, decode, plan_clip
+from video import PATCH, Budget, decode, plan_clip
 from world import films
 
 Shot = tuple[float, float]
@@ -144,17 +144,18 @@ def tower_name(model: nn.Module) -> str:
     return digest.hexdigest()[:16]
 
 
-def shot_frames(path: str | Path, shots: Sequence[Shot], tokens: int) -> Tensor:
+def shot_frames(path: str | Path, shots: Sequence[Shot], tokens: int, patch: int = PATCH) -> Tensor:
     """Evenly spaced frames of each shot: uint8 [n, FRAMES, 3, H, W]; a shot shorter than a frame repeats that frame.
 
-    Raises VideoError, also for a shot that begins after the end of the video.
+    tokens: per frame, of 2x2 patches of so many pixels a side. Raises VideoError, also for a shot that begins after the
+    end of the video.
     """
     info = probe(path)
     late = [start for start, _ in shots if start >= info.duration]
     if late:
         cause = f"a shot begins at {late[0]:.3f} s, the video ends at {info.duration:.3f} s"
         raise VideoError(path, cause, "are these the shots of this file?")
-    plan = plan_clip(info, None, 1.0, Budget(tokens, tokens, tokens))
+    plan = plan_clip(info, None, 1.0, Budget(tokens, tokens, tokens, patch=patch))
     times = [start + (k + 0.5) / FRAMES * (end - start) for start, end in shots for k in range(FRAMES)]
     frames, _ = decode(path, times, size=(plan.height, plan.width))
     return frames.view(len(shots), FRAMES, *frames.shape[1:])
@@ -169,8 +170,9 @@ def shot_features(
     tokens: per frame. folder: where features are kept; they are taken from there while video, shots and tower are the
     same. Raises VideoError, and SceneError if they cannot be written.
     """
+    width, patch = model.config.text_config.hidden_size, model.config.vision_config.patch_size
     if not shots:
-        return torch.zeros(0, 2 * model.config.text_config.hidden_size)
+        return torch.zeros(0, 2 * width)
     kept = None
     if folder is not None:
         key = (*_identity(path), [list(map(float, shot)) for shot in shots], tower_name(model), tokens, FRAMES)
@@ -179,9 +181,9 @@ def shot_features(
             return torch.from_numpy(np.load(kept))
     features = []
     for first in range(0, len(shots), SHOTS_AT_ONCE):
-        frames = shot_frames(path, shots[first : first + SHOTS_AT_ONCE], tokens)
-        seen = encode_videos(model, [Video.from_frames(shot, 1.0) for shot in frames])
-        features += [torch.cat(torch.std_mean(visual.float(), 0, correction=0)[::-1]).cpu() for visual in seen]
+        frames = shot_frames(path, shots[first : first + SHOTS_AT_ONCE], tokens, patch)
+        seen = encode_videos(model, [Video.from_frames(shot, 1.0, patch) for shot in frames])
+        features += [torch.cat(torch.std_mean(x[:, :width].float(), 0, correction=0)[::-1]).cpu() for x in seen]
     stacked = torch.stack(features)
     if kept is not None:
         part = kept.with_suffix(f".{os.getpid()}.part")

@@ -4,8 +4,7 @@
   for the coarse pass over the whole video, and for the zoom pass over a few spans.
 - `decode` returns the frames shown at given times, `load_clips` those of several plans; each is resized, by the rule of
   Qwen's utilities, as soon as it is decoded.
-- `patchify_uint8` lays frames out as Qwen2.5-VL's vision tower takes them. Normalisation is last: patches travel as
-  bytes.
+- `patchify_uint8` lays frames out as Qwen's vision towers take them. Normalisation is last: patches travel as bytes.
 
 Differences from the paper: Eq. 3 leaves F * s unrounded, here every sampling interval that begins within the video has
 a frame; frames are t_k = start + k * step with the very step that M-RoPE is told, where Qwen's utilities spread them
@@ -38,11 +37,10 @@ from media.frames import FrameCache
 from media.source import Source
 from prompts import Span
 
-TOKEN = 28  # pixels along a side of a visual token, which is 2 x 2 patches
-PATCH = 14  # pixels along a side of a patch
+PATCH = 14  # pixels along a side of a patch of Qwen2.5-VL; a visual token is 2 x 2 patches
 MAX_ASPECT = 200  # Qwen's limit for the longer side over the shorter one
-MEAN = (0.48145466, 0.4578275, 0.40821073)
-STD = (0.26862954, 0.26130258, 0.27577711)
+# CLIP's mean and deviation of each colour, as Qwen2.5-VL has them.
+CLIP_PIXELS = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
 SERIAL = 32768  # elements from which torch splits an operation between threads
 
 
@@ -53,13 +51,15 @@ SERIAL = 32768  # elements from which torch splits an operation between threads
 class Budget:
     """Visual tokens of a clip (L_v of Eq. 3), and of one of its frames at least (V_min) and at most (V_max).
 
-    `paired`: two frames, which share one temporal grid, count once. Qwen's utilities count so, Eq. 3 does not.
+    `paired`: two frames, which share one temporal grid, count once. Qwen's utilities count so, Eq. 3 does not. `patch`:
+    pixels along a side of the model's patches.
     """
 
     tokens: float
     v_min: float
     v_max: float
     paired: bool = False
+    patch: int = PATCH
 
 
 def frame_budget(
@@ -85,12 +85,14 @@ def _tokens_per_frame(n_frames: int, budget: float, v_min: float, v_max: float) 
     return float(max(v_min, min(budget / n_frames, v_max)))
 
 
-def frame_size(height: int, width: int, tokens_per_frame: float, v_min: float = 1) -> tuple[int, int]:
-    """(H, W) in pixels, multiples of 28, of a height x width frame shown with `tokens_per_frame` visual tokens.
+def frame_size(
+    height: int, width: int, tokens_per_frame: float, v_min: float = 1, patch: int = PATCH
+) -> tuple[int, int]:
+    """(H, W) in pixels, multiples of 2 patches, of a height x width frame shown with `tokens_per_frame` visual tokens.
 
-    v_min <= H * W / 784 <= tokens_per_frame, whatever the frame's own size: a small one is enlarged. The grids next to
-    the exact size are tried first, then all others; the one that distorts least is taken, of equal ones the largest.
-    Raises ValueError for an aspect ratio over 200.
+    v_min <= H * W / (2 patch)^2 <= tokens_per_frame, whatever the frame's own size: a small one is enlarged. The grids
+    next to the exact size are tried first, then all others; the one that distorts least is taken, of equal ones the
+    largest. Raises ValueError for an aspect ratio over 200.
     """
     if max(height, width) > MAX_ASPECT * min(height, width):
         raise ValueError(f"aspect ratio over {MAX_ASPECT}: {width} x {height} pixels")
@@ -108,7 +110,7 @@ def frame_size(height: int, width: int, tokens_per_frame: float, v_min: float = 
     if not grids:
         grids = [(r, c) for r in range(1, most + 1) for c in range(-(-least // r), most // r + 1)]
     r, c = min(grids, key=lambda grid: (abs(math.log(grid[1] * height / (grid[0] * width))), -grid[0] * grid[1]))
-    return r * TOKEN, c * TOKEN
+    return 2 * patch * r, 2 * patch * c
 
 
 # ---------------------------------------------------------------- at which times
@@ -151,7 +153,8 @@ def merge_spans(spans: Iterable[Span], info: VideoInfo, min_length: float) -> li
 
 @dataclass(frozen=True)
 class ClipPlan:
-    """Which frames to show: their times, the seconds between them that M-RoPE is told, and their size in pixels.
+    """Which frames to show: their times, the seconds between them that M-RoPE is told, and their size in pixels, of
+    which a `patch` has so many along a side.
 
     `distinct` (a zoom clip): no frame twice, even where the file itself shows one for longer than a step.
     """
@@ -161,6 +164,7 @@ class ClipPlan:
     height: int
     width: int
     distinct: bool = False
+    patch: int = PATCH
 
 
 def plan_clip(info: VideoInfo, spans: Sequence[Span] | None, fps: float, budget: Budget) -> ClipPlan:
@@ -193,8 +197,8 @@ def plan_clip(info: VideoInfo, spans: Sequence[Span] | None, fps: float, budget:
     if len(times) > most:
         times = [times[k * len(times) // most] for k in range(most)]
     tokens_per_frame = _tokens_per_frame(len(times), tokens, budget.v_min, budget.v_max)
-    height, width = frame_size(info.height, info.width, tokens_per_frame, budget.v_min)
-    return ClipPlan(tuple(times), step, height, width, distinct=spans is not None)
+    height, width = frame_size(info.height, info.width, tokens_per_frame, budget.v_min, budget.patch)
+    return ClipPlan(tuple(times), step, height, width, distinct=spans is not None, patch=budget.patch)
 
 
 # ---------------------------------------------------------------- pixels
@@ -354,18 +358,19 @@ def decode(
 
 @dataclass
 class Clip:
-    """Decoded frames uint8 [N, 3, H, W], the presentation time of each, and the seconds between them that M-RoPE is
-    told."""
+    """Decoded frames uint8 [N, 3, H, W], the presentation time of each, the seconds between them that M-RoPE is told,
+    and the pixels along a side of the model's patches."""
 
     frames: Tensor
     times: list[float]
     step: float
+    patch: int = PATCH
 
     @property
     def visual_tokens(self) -> int:
-        """Pairs of frames, 28x28 pixels."""
+        """Pairs of frames, 2x2 patches."""
         n, _, height, width = self.frames.shape
-        return math.ceil(n / 2) * (height // 28) * (width // 28)
+        return math.ceil(n / 2) * (height // (2 * self.patch)) * (width // (2 * self.patch))
 
 
 def load_clips(path: str | Path, plans: Sequence[ClipPlan], **options) -> list[Clip]:
@@ -383,7 +388,7 @@ def load_clips(path: str | Path, plans: Sequence[ClipPlan], **options) -> list[C
         rows = [k for k in range(len(times)) if k == 0 or times[k] != times[k - 1]]
         if plan.distinct and len(rows) < len(times):
             frames, times = frames[rows], [times[k] for k in rows]
-        clips.append(Clip(frames, times, plan.step))
+        clips.append(Clip(frames, times, plan.step, plan.patch))
     return clips
 
 
@@ -395,32 +400,33 @@ def load_clip(plan: ClipPlan, path: str | Path, **options) -> Clip:
 # ---------------------------------------------------------------- patches
 
 
-def patchify_uint8(frames: Tensor) -> tuple[Tensor, tuple[int, int, int]]:
-    """CPU frames uint8 [N, 3, H, W] -> patches uint8 [T * h * w, 1176] and the grid (T, h, w): T pairs, h x w patches
-    of 14 pixels.
+def patchify_uint8(frames: Tensor, patch: int = PATCH) -> tuple[Tensor, tuple[int, int, int]]:
+    """CPU frames uint8 [N, 3, H, W] -> patches uint8 [T * h * w, 6 * patch^2] and the grid (T, h, w): T pairs, h x w
+    patches of so many pixels a side.
 
     An odd number of frames repeats the last one. The four patches of a visual token are neighbours, as the vision tower
-    wants them. Raises ValueError if H or W is not a multiple of 28.
+    wants them. Raises ValueError if H or W is not a multiple of 2 patches.
     """
-    if frames.shape[-2] % TOKEN or frames.shape[-1] % TOKEN:
+    if frames.shape[-2] % (2 * patch) or frames.shape[-1] % (2 * patch):
         sides = f"{frames.shape[-2]} x {frames.shape[-1]}"
-        raise ValueError(f"frame sides must be multiples of {TOKEN} pixels, got {sides}")
+        raise ValueError(f"frame sides must be multiples of {2 * patch} pixels, got {sides}")
     if len(frames) % 2:
         frames = torch.cat([frames, frames[-1:]])
     n, _, height, width = frames.shape
-    t, h, w = n // 2, height // PATCH, width // PATCH
-    x = frames.numpy().reshape(t, 2, 3, h // 2, 2, PATCH, w // 2, 2, PATCH)  # numpy copies this twice as fast as torch
-    x = x.transpose(0, 3, 6, 4, 7, 2, 1, 5, 8)  # [T, h/2, w/2, 2, 2, 3, 2, 14, 14]
-    return torch.from_numpy(x.reshape(t * h * w, 3 * 2 * PATCH * PATCH)), (t, h, w)
+    t, h, w = n // 2, height // patch, width // patch
+    x = frames.numpy().reshape(t, 2, 3, h // 2, 2, patch, w // 2, 2, patch)  # numpy copies this twice as fast as torch
+    x = x.transpose(0, 3, 6, 4, 7, 2, 1, 5, 8)  # [T, h/2, w/2, 2, 2, 3, 2, patch, patch]
+    return torch.from_numpy(x.reshape(t * h * w, 6 * patch * patch)), (t, h, w)
 
 
 @lru_cache
-def _mean_and_deviation(device: torch.device) -> Tensor:
-    """CLIP's, for each value of a patch, [2, 1176]; copied to a device once, since the host waits for such a copy."""
-    return torch.tensor([MEAN, STD], device=device).repeat_interleave(2 * PATCH * PATCH, dim=1)
+def _repeated(values: tuple[tuple[float, ...], ...], times: int, device: torch.device) -> Tensor:
+    """Each colour's value so often, [2, 3 * times]; copied to a device once, since the host waits for such a copy."""
+    return torch.tensor(values, device=device).repeat_interleave(times, dim=1)
 
 
-def normalise_patches(patches: Tensor) -> Tensor:
-    """Patches uint8 [..., 1176] -> float32 with CLIP's mean and deviation, on the device of the patches."""
-    mean, std = _mean_and_deviation(patches.device)
+def normalise_patches(patches: Tensor, pixels: tuple[tuple[float, ...], tuple[float, ...]] = CLIP_PIXELS) -> Tensor:
+    """Patches uint8 [..., 6 * patch^2] -> float32 with this mean and deviation of each colour, on the device of the
+    patches."""
+    mean, std = _repeated(pixels, patches.shape[-1] // 3, patches.device)
     return patches.to(torch.float32, copy=True).div_(255).sub_(mean).div_(std)

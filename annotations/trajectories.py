@@ -36,6 +36,7 @@ import prompts
 from annotations.rows import DataError, Row, as_float, as_row, control, read_rows
 from annotations.samples import video_path
 from config import Config
+from engine.loading import patch_side
 from episodes import written_ids
 from media.decode import VideoInfo, probe
 from media.file import VideoError
@@ -249,7 +250,7 @@ def build_example(trajectory: Trajectory, config: Config, vocabulary: Vocabulary
     first, *rest = trajectory.messages
     system = config.system_prompt if trajectory.system is None else trajectory.system
     chat = prompts.chat_text(first.text.replace(MARK, prompts.VIDEO), 0, system or None)
-    prompt = build_prompt(vocabulary.ids(chat), next(user_clips), model_config)
+    prompt = build_prompt(vocabulary.ids(chat), next(user_clips), model_config, vocabulary)
     written: list[int] = []
     weight: list[float] = []
     observations = []
@@ -263,7 +264,7 @@ def build_example(trajectory: Trajectory, config: Config, vocabulary: Vocabulary
             written, weight, position = written + ids, weight + [message.weight] * len(ids), position + len(ids)
         else:
             between = prompts.next_turn(message.text.replace(MARK, prompts.VIDEO), written[-1] == vocabulary.eos[0])
-            piece = build_prompt(vocabulary.ids(between), next(user_clips), model_config, position)
+            piece = build_prompt(vocabulary.ids(between), next(user_clips), model_config, vocabulary, position)
             observations.append(Observation(len(written), piece))
             position = piece.next_position
     name = f"{trajectory.row.file}: {trajectory.row.where}"
@@ -280,11 +281,12 @@ def load_shown(trajectory: Trajectory, config: Config) -> list[list[Video]]:
             plans[clip.video].append(plan_shown(clip, message, k == 0, infos[clip.video], config))
     clips = {path: iter(load_clips(path, file_plans)) for path, file_plans in plans.items()}
     taken = [[next(clips[clip.video]) for clip in message.videos] for message in users]
-    return [[Video.from_frames(clip.frames, clip.step) for clip in turn_clips] for turn_clips in taken]
+    return [[Video.of(clip) for clip in turn_clips] for turn_clips in taken]
 
 
 def plan_shown(clip: TrajectoryClip, message: TrajectoryTurn, first: bool, info: VideoInfo, config: Config) -> ClipPlan:
     """Times and size of the frames of one of a message's clips; it is the `first` message or a later one."""
+    patch = patch_side(config.model)
     limits = (config.budget, config.v_min, config.v_max) if first else config.zoom_limits
     if clip.times:
         if clip.times[-1] >= info.duration:
@@ -293,8 +295,9 @@ def plan_shown(clip: TrajectoryClip, message: TrajectoryTurn, first: bool, info:
         n = max(message.planned, sum(len(other.times) or 1 for other in message.videos))
         paired = config.paired_frames and first  # later frames are clips of one
         tokens = frame_budget(n, 1.0, *limits, paired)[1]
-        return ClipPlan(clip.times, clip.step, *frame_size(info.height, info.width, tokens, config.v_min))
+        size = frame_size(info.height, info.width, tokens, config.v_min, patch)
+        return ClipPlan(clip.times, clip.step, *size, patch=patch)
     if first:
         return coarse_plan(info, config)
     fps = min(config.zoom_fps, config.frames_per_call / info.duration)
-    return plan_clip(info, None, fps, Budget(*limits))
+    return plan_clip(info, None, fps, Budget(*limits, patch=patch))

@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from engine.qwen2_5_vl import window_layout
+from engine.families import family_of
 from video import Clip
 
 
@@ -25,14 +25,12 @@ def forward_flops(model, clip: Clip, n_prompt: int, n_written: int, n_past: int 
     attention is causal: half of all pairs.
     """
     visual, layers = model.model.visual, model.model.language_model.layers
-    vision = visual.config
-    grids, window = patch_grids(clip, apart), vision.window_size // vision.patch_size // vision.spatial_merge_size
-    patches, pairs = sum(map(math.prod, grids)), 0
-    for block in range(len(visual.blocks) if patches else 0):
-        layout = window_layout(grids, None if block in vision.fullatt_block_indexes else window)
-        pairs += sum(n * length**2 for n, length in layout.groups)
+    grids = patch_grids(clip, apart)
+    patches = sum(map(math.prod, grids))
+    pairs = family_of(model.config).attended_pairs(visual, grids) if patches else 0
+    mergers = sum(weights(part) for name, part in visual.named_children() if "merger" in name)
     flops = 2 * (weights(visual.patch_embed) + weights(visual.blocks)) * patches
-    flops += 2 * weights(visual.merger) * patches / 4 + 4 * vision.hidden_size * pairs
+    flops += 2 * mergers * patches / 4 + 4 * visual.config.hidden_size * pairs
     P, T, d = n_prompt, n_written, layers[0].self_attn.q_proj.out_features
     flops += 2 * weights(layers) * (P + T - 1) + 2 * weights(model.lm_head) * T
     flops += len(layers) * d * (2 * P**2 + 4 * ((T - 1) * P + T * (T - 1) / 2) + 4 * n_past * (P + T - 1))
@@ -40,11 +38,12 @@ def forward_flops(model, clip: Clip, n_prompt: int, n_written: int, n_past: int 
 
 
 def patch_grids(clip: Clip, apart: bool = False) -> list[tuple[int, int, int]]:
-    """Pairs of frames, and rows and columns of 14-pixel patches, of a clip as the vision tower takes it; `apart`: of
-    each of its frames, shown as a clip of its own.
+    """Pairs of frames, and rows and columns of patches, of a clip as the vision tower takes it; `apart`: of each of its
+    frames, shown as a clip of its own.
     """
     n, _, height, width = clip.frames.shape
-    return [(1, height // 14, width // 14)] * n if apart else [((n + 1) // 2, height // 14, width // 14)]
+    rows, columns = height // clip.patch, width // clip.patch
+    return [(1, rows, columns)] * n if apart else [((n + 1) // 2, rows, columns)]
 
 
 def weights(module: torch.nn.Module) -> int:

@@ -1,4 +1,4 @@
-"""The model family Qwen2.5-VL: its special tokens, and our own traversal of its vision tower.
+"""The model family Qwen2.5-VL: how it is shown a clip, and our own traversal of its vision tower.
 
 Windows of equal length are attended to as one batch; transformers loops over them in Python. Weights and results are
 the same.
@@ -6,33 +6,38 @@ the same.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-TEMPORAL_PATCH = 2  # frames per temporal grid
-EOS_TOKENS = ("<|im_end|>", "<|endoftext|>")
-BANNED_TOKENS = (
-    "<|im_start|>",
-    "<|vision_start|>",
-    "<|vision_end|>",
-    "<|vision_pad|>",
-    "<|image_pad|>",
-    "<|video_pad|>",
-)
+if TYPE_CHECKING:
+    from policy import Video, Vocabulary
+
+Grid = tuple[int, int, int, float]  # visual tokens: t, rows, columns, time positions from one t to the next
 
 
-def missing_weights(names: Collection[str]) -> str:
-    """What is wrong with a checkpoint that lacks these weights."""
-    blind = any("visual." in name for name in names)
-    kind = "a checkpoint without vision weights, which cannot see a video" if blind else "an incomplete checkpoint"
-    shown = ", ".join(sorted(names)[:3]) + (", ..." if len(names) > 3 else "")
-    return f"{kind}: it lacks {len(names)} weights: {shown}"
+def lay_out(
+    ids: Sequence[int], videos: Sequence[Video], config, vocabulary: Vocabulary | None = None
+) -> list[int | Grid]:
+    """A prompt's tokens, in which each `<|video_pad|>` becomes its clip's grid, whose time is in the positions."""
+    rate, clips = config.vision_config.tokens_per_second, iter(videos)
+
+    def grid(clip: Video) -> Grid:
+        t, h, w = clip.grid
+        return t, h // 2, w // 2, 2 * clip.step * rate  # two frames to a temporal grid
+
+    return [grid(next(clips)) if token == config.video_token_id else token for token in ids]
+
+
+def language_inputs(embeds: Tensor, hidden_size: int) -> dict:
+    """What the language model is called with: embeddings [N, H] of a row, and no mask of its own making."""
+    return {"inputs_embeds": embeds[None], "attention_mask": {"full_attention": None}}
 
 
 # ---------------------------------------------------------------- the vision tower
@@ -80,7 +85,7 @@ def window_layout(grids: Sequence[tuple[int, int, int]], window: int | None) -> 
     return Layout(order, tuple((len(indices), length) for length, indices in stacked.items()))
 
 
-def _patch_positions(grids: Sequence[tuple[int, int, int]]) -> Tensor:
+def patch_positions(grids: Sequence[tuple[int, int, int]]) -> Tensor:
     """Row and column of every patch, in raw order: int64 [N, 2]."""
     parts = []
     for t, h, w in grids:
@@ -88,6 +93,13 @@ def _patch_positions(grids: Sequence[tuple[int, int, int]]) -> Tensor:
         position = torch.stack([row, column], dim=-1).view(h // 2, 2, w // 2, 2, 2).transpose(1, 2).reshape(-1, 2)
         parts.append(position.repeat(t, 1))
     return torch.cat(parts)
+
+
+def rotation(positions: Tensor, d: int) -> tuple[Tensor, Tensor]:
+    """Cosines and sines, float32 [N, 1, d], for patches at these rows and columns [N, 2] and heads of size d."""
+    frequency = 10000.0 ** -(torch.arange(0, d // 2, 2, device=positions.device, dtype=torch.float) / (d // 2))
+    angle = (positions[..., None] * frequency).flatten(1).repeat(1, 2)[:, None]
+    return angle.cos(), angle.sin()
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -111,10 +123,24 @@ def _vision_attention(
     return attn.proj(torch.cat(parts))
 
 
-def _vision_block(block: nn.Module, x: Tensor, cos: Tensor, sin: Tensor, groups: tuple[tuple[int, int], ...]) -> Tensor:
+def vision_block(block: nn.Module, x: Tensor, cos: Tensor, sin: Tensor, groups: tuple[tuple[int, int], ...]) -> Tensor:
     """One block of the tower on patches in a layout's order: x [N, D] -> [N, D]."""
     x = x + _vision_attention(block.attn, block.norm1(x), cos, sin, groups)
     return x + block.mlp(block.norm2(x))
+
+
+def _layouts(visual: nn.Module, grids: Sequence[tuple[int, int, int]]) -> dict[bool, Layout]:
+    """By whether a block's attention is full: over a temporal grid, not over its windows."""
+    config = visual.config
+    window = config.window_size // config.patch_size // config.spatial_merge_size
+    return {True: window_layout(grids, None), False: window_layout(grids, window)}
+
+
+def attended_pairs(visual: nn.Module, grids: Sequence[tuple[int, int, int]]) -> int:
+    """How many pairs of patches attention compares, over all blocks."""
+    layouts = _layouts(visual, grids)
+    full = [i in visual.config.fullatt_block_indexes for i in range(len(visual.blocks))]
+    return sum(n * length**2 for kind in full for n, length in layouts[kind].groups)
 
 
 def encode_clips(visual: nn.Module, patches: Tensor, grids: Sequence[tuple[int, int, int]]) -> Tensor:
@@ -124,16 +150,13 @@ def encode_clips(visual: nn.Module, patches: Tensor, grids: Sequence[tuple[int, 
     any split into clips gives the same tokens.
     """
     config, device = visual.config, patches.device
-    window = config.window_size // config.patch_size // config.spatial_merge_size
-    layouts = {True: window_layout(grids, None), False: window_layout(grids, window)}
+    layouts = _layouts(visual, grids)
     # In one copy: at each, the host waits until the device has done all that it was asked before.
-    indices = torch.stack([*_patch_positions(grids).T, *(layout.order for layout in layouts.values())]).to(device)
+    indices = torch.stack([*patch_positions(grids).T, *(layout.order for layout in layouts.values())]).to(device)
     positions, orders = indices[:2].T, dict(zip(layouts, indices[2:], strict=True))
 
-    d = config.hidden_size // config.num_heads
-    frequency = 10000.0 ** -(torch.arange(0, d // 2, 2, device=device, dtype=torch.float) / (d // 2))
-    angle = (positions[..., None] * frequency).flatten(1).repeat(1, 2)[:, None]  # [N, 1, d]
-    rotation = {full: (angle.cos()[order], angle.sin()[order]) for full, order in orders.items()}
+    cos, sin = rotation(positions, config.hidden_size // config.num_heads)
+    rotations = {full: (cos[order], sin[order]) for full, order in orders.items()}
 
     # The convolution over 2 x 14 x 14 pixels without overlap, as the matrix product that it is.
     kernel = visual.patch_embed.proj.weight.flatten(1)
@@ -144,9 +167,9 @@ def encode_clips(visual: nn.Module, patches: Tensor, grids: Sequence[tuple[int, 
         if current is not orders[full]:
             x = x[torch.argsort(current)[orders[full]]]
             current = orders[full]
-        cos, sin, groups = *rotation[full], layouts[full].groups
+        cos, sin, groups = *rotations[full], layouts[full].groups
         if visual.gradient_checkpointing and torch.is_grad_enabled():
-            x = checkpoint(_vision_block, block, x, cos, sin, groups, use_reentrant=False)
+            x = checkpoint(vision_block, block, x, cos, sin, groups, use_reentrant=False)
         else:
-            x = _vision_block(block, x, cos, sin, groups)
+            x = vision_block(block, x, cos, sin, groups)
     return visual.merger(x[torch.argsort(current)])

@@ -17,7 +17,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
-from transformers import PreTrainedTokenizerBase, Qwen2_5_VLForConditionalGeneration
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import kl
 from engine.attention import GroupCache, Stretch, Tree
@@ -179,7 +179,7 @@ class Sampler:
     @torch.no_grad()
     def __init__(
         self,
-        model: Qwen2_5_VLForConditionalGeneration,
+        model: PreTrainedModel,
         prompts: Sequence[Prompt],
         group_size: int,
         max_tokens: int,
@@ -196,7 +196,7 @@ class Sampler:
         `stop` (see `stops_at`) says so of its ids. seed(row, number of the turn): one per turn, so that a response does
         not depend on the batch it is in; None decodes greedily. `keep_hidden`: what each token was chosen from.
         """
-        self.model, self.max_tokens, self.temperature = model, max_tokens, temperature
+        self.model, self.vocabulary, self.max_tokens, self.temperature = model, vocabulary, max_tokens, temperature
         self.seed, self.stop, self.pace = seed, stop, decoding_pace(model)
         embeds, positions = embed_prompts(model, prompts)
         device, count = embeds.device, len(prompts) * group_size
@@ -266,7 +266,7 @@ class Sampler:
         for row in rows:
             ids, videos = observations[row]
             position = start[row] + count[row]
-            prompt = build_prompt(ids, videos, self.model.config, position)
+            prompt = build_prompt(ids, videos, self.model.config, self.vocabulary, position)
             observed[row] = Observation(self.progress[row].earlier + count[row], prompt)
             # The turn's last token has been chosen, but not computed.
             last = text_piece(self.rows.ids[row, count[row] - 1 : count[row]].cpu(), position - 1)
@@ -370,7 +370,7 @@ class Sampler:
 
 
 def generate(
-    model: Qwen2_5_VLForConditionalGeneration,
+    model: PreTrainedModel,
     prompts: Sequence[Prompt],
     group_size: int,
     max_tokens: int,

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
-from transformers import Qwen2_5_VLForConditionalGeneration
+from transformers import PreTrainedModel
 
 
 @contextlib.contextmanager
@@ -39,7 +39,7 @@ def prime_root(policy: nn.Module) -> None:
     policy(prompts=[], responses=None, mask=None, objective=None)
 
 
-def stream_layers(model: Qwen2_5_VLForConditionalGeneration) -> None:
+def stream_layers(model: PreTrainedModel) -> None:
     """Keep the decoder layers of a frozen model in the CPU's memory; each is copied to the model's device for as long
     as it computes. Results do not change. Of 7B in bfloat16, 13 of 17 GB leave the device; one layer has 0.5 GB.
     """

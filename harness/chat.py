@@ -42,6 +42,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+import prompts
 from engine.loading import load
 from engine.sampling import generate
 from harness.journal import JournalError
@@ -332,14 +333,14 @@ class Local:
         self.lock = threading.Lock()
 
     def reply(self, messages: Sequence[Message]) -> Reply:
-        """The frames of each `Shown` must have sides that are multiples of 28 pixels, as `plan_clip` makes them."""
+        """The frames of each `Shown` must have sides that are multiples of 2 patches, as `plan_clip` makes them."""
         text, clips = "", []
         for message in messages:
             clips += [part.clip for part in message.parts if not isinstance(part, str)]
-            marks = [p if isinstance(p, str) else "<|vision_start|><|video_pad|><|vision_end|>" for p in message.parts]
+            marks = [p if isinstance(p, str) else prompts.VIDEO for p in message.parts]
             text += f"<|im_start|>{message.role}\n{''.join(marks)}<|im_end|>\n"
         ids = self.vocabulary.ids(f"{text}<|im_start|>assistant\n")
-        prompt = build_prompt(ids, [Video.from_frames(clip.frames, clip.step) for clip in clips], self.model.config)
+        prompt = build_prompt(ids, list(map(Video.of, clips)), self.model.config, self.vocabulary)
         with self.lock:
             (sampled,) = generate(self.model, [prompt], 1, self.max_tokens, self.vocabulary)
         words = self.vocabulary.tokenizer.decode(sampled.ids, skip_special_tokens=True)

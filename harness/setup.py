@@ -64,7 +64,7 @@ def load_run(config: Config, accelerator: Accelerator) -> Run:
         if config.reference_device == "cpu":
             stream_layers(reference)
     model, tokenizer = load(config.model)
-    vocabulary = Vocabulary.of(tokenizer)
+    vocabulary = Vocabulary.of(tokenizer, config.outer_tags)
     model.model.visual.requires_grad_(config.train_vision)
     policy = Policy(model).train()  # there is no dropout; this only switches checkpointing on
     if config.gradient_checkpointing:
@@ -79,6 +79,10 @@ def load_run(config: Config, accelerator: Accelerator) -> Run:
         accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy(
             param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False
         )
+    if accelerator.is_fsdp2:
+        # Not the vision blocks: their parts are called one by one, so they must be whole with the rest of the policy.
+        layer = type(model.model.language_model.layers[0]).__name__
+        accelerator.state.fsdp_plugin.transformer_cls_names_to_wrap = [layer]
     policy, optimizer = accelerator.prepare(policy, optimizer)
 
     time_tokens = kl.time_token_ids(tokenizer).to(accelerator.device)

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import torch
 
+from engine.families import FAMILIES, family_of
 from engine.sampling import Sampled
 from policy import Prompt, Video, Vocabulary
 from video import normalise_patches
@@ -50,6 +51,11 @@ def separate_logp(model, prompt: Prompt, response: torch.Tensor, after: torch.Te
     ).logits[0]
     predicted = logits[len(prompt) - 1 : -1].log_softmax(-1)
     return predicted.gather(-1, response[:, None])[:, 0]
+
+
+def change_family(monkeypatch, model, **functions) -> None:
+    """Replace functions of the model's family, for as long as the test runs."""
+    monkeypatch.setitem(FAMILIES, model.config.model_type, replace(family_of(model.config), **functions))
 
 
 def ending_often(vocabulary: Vocabulary) -> Vocabulary:

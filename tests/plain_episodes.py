@@ -62,7 +62,7 @@ class PlainEpisodes:
         shown = {}
         for row, (ids, videos) in observations.items():
             start = self.histories[row].next_position
-            prompt = build_prompt(ids, videos, self.model.config, start)
+            prompt = build_prompt(ids, videos, self.model.config, start=start)
             shown[row] = Observation(self.sampled[row], prompt)
             self.histories[row] = joined(self.histories[row], prompt)
             self.numbers[row] += 1

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import drop_video_token, drop_weights, loud_model
-from passes import CLIP, random_video, separate_logp
+from passes import CLIP, change_family, random_video, separate_logp
 from qwen import QWEN
 from transformers import Qwen2_5_VLForConditionalGeneration
 
@@ -116,9 +116,10 @@ def test_a_prompt_with_the_wrong_number_of_clips_is_refused(vocabulary, model64)
 
 def test_a_clip_that_prompts_share_is_encoded_once(vocabulary, model64, monkeypatch):
     encoded = []
-    monkeypatch.setattr(
-        "policy.encode_clips",
-        lambda tower, patches, grids: encoded.append(grids) or encode_clips(tower, patches, grids),
+    change_family(
+        monkeypatch,
+        model64,
+        encode_clips=lambda tower, patches, grids: encoded.append(grids) or encode_clips(tower, patches, grids),
     )
     shared, other = random_video(0, 2, 56, 56), random_video(1, 4, 28, 56)
     clips = [[shared], [other], [shared]]
@@ -242,7 +243,7 @@ def test_kept_tokens_are_used_and_change_nothing(model64, scene, monkeypatch):
     prompts, ids, mask = scene
     before = group_hidden(model64, prompts, ids, mask)
     keep_tokens(model64, [video for prompt in prompts for video in prompt.videos])
-    monkeypatch.setattr("policy.encode_clips", None)  # not called again
+    change_family(monkeypatch, model64, encode_clips=None)  # not called again
     torch.testing.assert_close(group_hidden(model64, prompts, ids, mask), before, atol=1e-9, rtol=0)
 
 

@@ -41,6 +41,7 @@ from annotations.rows import Sample
 from annotations.samples import load_samples
 from config import Config, ConfigError
 from engine.loading import load
+from engine.qwen3_vl import time_stamps
 from policy import Policy, Prompt, Video, Vocabulary, build_prompt
 from prompts import Span, Spans
 from report.tables import table
@@ -112,10 +113,11 @@ def timeline_answer(samples: Sequence[Sample], duration: int) -> str:
     return " ".join(colours) + END
 
 
-def corpus() -> list[str]:
-    """Everything the tiny tokenizer should have as single tokens."""
+def corpus(family: str = "qwen2_5_vl") -> list[str]:
+    """Everything the tiny tokenizer of a family should have as single tokens."""
     spans = [(3.0, 8.0), (12.5, 14.0)]
     texts = [prompts.chat_text(""), prompts.chat_text("", system=None), "0123456789", " none"]
+    texts += time_stamps([0.0, 1.0]) if family == "qwen3_vl" else []
     for colour, names in itertools.product(benchmark.COLOURS, (benchmark.PATTERNS, benchmark.COUNTS)):
         for question in (f"Which pattern does {colour} show?", f"How often does {colour} blink?"):
             sample = Sample("", "", question, names, "A", tuple(spans), 20.0)
@@ -142,7 +144,7 @@ def load_lessons(samples: Sequence[Sample], config: Config, vocabulary: Vocabula
                 group,
                 view.video,
                 [coarse_prompt(v, config, vocabulary, model_config) for v in views],
-                [Video.from_frames(clip.frames, clip.step) for clip in clips],
+                [Video.of(clip) for clip in clips],
             )
         )
     return lessons
@@ -184,7 +186,7 @@ class Batch:
 def unasked_prompts(lessons: Sequence[Lesson], config: Config, vocabulary: Vocabulary, model_config) -> list[Prompt]:
     """The coarse pass of each video without a question, up to where a response has its thoughts."""
     ids = vocabulary.ids(user_chat("", config) + "<think>")
-    return [build_prompt(ids, [lesson.coarse], model_config) for lesson in lessons]
+    return [build_prompt(ids, [lesson.coarse], model_config, vocabulary) for lesson in lessons]
 
 
 def perception_batch(lessons: Sequence[Lesson], config: Config, vocabulary: Vocabulary, model_config) -> Batch:
@@ -229,7 +231,7 @@ def zoom_batch(
         sample = lesson.samples[k]
         chat = user_chat(prompts.zoom_text(config.template, sample.question, list(sample.options)), config)
         ids, letters = vocabulary.forced_letter(chat, len(sample.options))
-        prompt_list.append(build_prompt(ids, [lesson.zooms[k]], model_config))
+        prompt_list.append(build_prompt(ids, [lesson.zooms[k]], model_config, vocabulary))
         answers.append([[letters["ABCD".index(sample.answer)]]])
     return Batch.of(prompt_list, answers)
 
@@ -342,9 +344,9 @@ def teach(config: Config) -> None:
     if config.model:
         model, tokenizer = load(config.model)
     else:
-        tokenizer = tiny.build_tokenizer(corpus())
-        model = tiny.build_model(tokenizer, config.seed)
-    vocabulary = Vocabulary.of(tokenizer)
+        tokenizer = tiny.build_tokenizer(corpus(config.family))
+        model = tiny.build_model(tokenizer, config.seed, config.family)
+    vocabulary = Vocabulary.of(tokenizer, config.outer_tags)
     lessons = load_lessons(samples, config, vocabulary, model.config)
     policy = accelerator.prepare(Policy(model))
     cold_start(policy, lessons, config, vocabulary, accelerator)

@@ -61,7 +61,7 @@ def test_an_episode_written_as_messages_gives_what_the_rollout_gave(samples, con
     for ours, turn in zip(example.observations, episode.turns, strict=False):
         after, position = after + len(turn.ids), position + len(turn.ids)
         ids = vocabulary.ids(next_turn(turn.reply.text, "video_zoom" not in turn.text))
-        theirs = build_prompt(ids, turn.reply.videos, model64.config, position)
+        theirs = build_prompt(ids, turn.reply.videos, model64.config, start=position)
         assert ours.after == after and same(ours.prompt, theirs)
         position = theirs.next_position
     assert len(example.observations) == 3

@@ -10,11 +10,12 @@ from functools import partial
 import pytest
 import torch
 from conftest import loud_model
-from passes import CLIP, ending_often, padded, random_video, separate_logp
+from passes import CLIP, change_family, ending_often, padded, random_video, separate_logp
 from qwen import QWEN
 
 from engine.attention import Tree
-from engine.qwen2_5_vl import BANNED_TOKENS, encode_clips
+from engine.families import BANNED_TOKENS
+from engine.qwen2_5_vl import encode_clips
 from engine.sampling import Pace, Sampled, Sampler, choose_tokens, generate, stops_at
 from policy import (
     Observation,
@@ -404,8 +405,8 @@ def test_the_policy_takes_episodes(model64, scene, played):
 
 def test_a_clip_that_several_rows_are_shown_is_encoded_once(model64, vocabulary, monkeypatch):
     grids = []
-    monkeypatch.setattr(
-        "policy.encode_clips", lambda tower, patches, g: grids.append(g) or encode_clips(tower, patches, g)
+    change_family(
+        monkeypatch, model64, encode_clips=lambda tower, patches, g: grids.append(g) or encode_clips(tower, patches, g)
     )
     prompt = build_prompt(vocabulary.ids("red"), [], model64.config)
     sampler = Sampler(model64, [prompt], 3, 1, replace(vocabulary, eos=()))

@@ -1,0 +1,110 @@
+"""The model family Qwen3-VL: how it is shown a clip, our own traversal of its vision tower, DeepStack.
+
+What differs from Qwen2.5-VL: a clip's pairs of frames are written one by one, each after its time as text and between
+vision tags of its own, so time is in the words and not in the positions. The tower has no windows; its learned table of
+positions is interpolated to the size of the frames. Features of some of its inner layers are added to the first layers
+of the language model (DeepStack): they travel beside the visual token that they belong to.
+
+transformers 5's processor keeps the vision tags that stand around the whole clip in the chat template; that of 4.57,
+the authors' own, and vLLM drop them. So do we, unless the option `outer_tags` says otherwise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from engine.qwen2_5_vl import Grid, patch_positions, rotation, vision_block, window_layout
+
+if TYPE_CHECKING:
+    from policy import Video, Vocabulary
+
+
+def lay_out(ids: Sequence[int], videos: Sequence[Video], config, vocabulary: Vocabulary) -> list[int | Grid]:
+    """A prompt's tokens, in which each `<|video_pad|>` becomes its clip's pairs of frames, each after its time."""
+    start, pad, end = config.vision_start_token_id, config.video_token_id, config.vision_end_token_id
+    places = [k for k, token in enumerate(ids) if token == pad]
+    dropped = set() if vocabulary.outer_tags else {k - 1 for k in places} | {k + 1 for k in places}
+    clips, items = iter(videos), []
+    for k, token in enumerate(ids):
+        if token == pad:
+            clip = next(clips)
+            _, h, w = clip.grid
+            for words in map(vocabulary.ids, time_stamps(clip.times)):
+                items += [*words, start, (1, h // 2, w // 2, 0.0), end]
+        elif token not in (start, end) or k not in dropped:
+            items.append(token)
+    return items
+
+
+def time_stamps(times: Sequence[float]) -> list[str]:
+    """What is written before each pair of frames: the middle of their times; an odd last frame is a pair of its own."""
+    pairs = [times[k : k + 2] for k in range(0, len(times), 2)]
+    return [f"<{(pair[0] + pair[-1]) / 2:.1f} seconds>" for pair in pairs]
+
+
+def table_weights(y: Tensor, x: Tensor, side: int) -> tuple[Tensor, Tensor]:
+    """Bilinear interpolation in a table of side x side entries, at rows y and columns x [N]: which entries int64
+    [N, 4], and how much of each, float [N, 4].
+    """
+    top, left = y.floor().clamp(max=side - 1), x.floor().clamp(max=side - 1)
+    low, right = (top + 1).clamp(max=side - 1), (left + 1).clamp(max=side - 1)
+    dy, dx = y - top, x - left
+    entries = torch.stack([top * side + left, top * side + right, low * side + left, low * side + right], dim=1)
+    return entries.long(), torch.stack([(1 - dy) * (1 - dx), (1 - dy) * dx, dy * (1 - dx), dy * dx], dim=1)
+
+
+def encode_clips(visual: nn.Module, patches: Tensor, grids: Sequence[tuple[int, int, int]]) -> Tensor:
+    """Visual tokens of one or more clips, each with its K DeepStack features behind it: normalised patches [N, 1536],
+    grids [(t, h, w)] -> [N / 4, (1 + K) H].
+
+    Same weights and same result as `visual(patches, grids)` of transformers. Temporal grids do not see each other, so
+    any split into clips gives the same tokens.
+    """
+    config, device, side = visual.config, patches.device, visual.num_grid_per_side
+    layout = window_layout(grids, None)
+    # Along each side, the table's first and last entries are the frame's first and last patches.
+    sizes = torch.tensor([(h, w) for t, h, w in grids for _ in range(t * h * w)])
+    positions = patch_positions(grids)
+    scaled = positions * (side - 1) / (sizes - 1)
+    # In one copy: at each, the host waits until the device has done all that it was asked before. Float32 counts
+    # exactly up to 2^24.
+    copied = torch.cat([positions, scaled, layout.order[:, None]], dim=1).float().to(device)
+    order, back = copied[:, 4].long(), torch.argsort(copied[:, 4])
+    cos, sin = (z[order] for z in rotation(copied[:, :2], config.hidden_size // config.num_heads))
+
+    # The convolution over 2 x 16 x 16 pixels without overlap, as the matrix product that it is.
+    proj = visual.patch_embed.proj
+    x = F.linear(patches.to(proj.weight.dtype), proj.weight.flatten(1), proj.bias)
+    entries, weights = table_weights(copied[:, 2], copied[:, 3], side)
+    x = (x + (visual.pos_embed(entries) * weights[..., None]).sum(1).to(x.dtype))[order]
+    deep = []
+    for i, block in enumerate(visual.blocks):
+        if visual.gradient_checkpointing and torch.is_grad_enabled():
+            x = checkpoint(vision_block, block, x, cos, sin, layout.groups, use_reentrant=False)
+        else:
+            x = vision_block(block, x, cos, sin, layout.groups)
+        if i in config.deepstack_visual_indexes:
+            deep.append(visual.deepstack_merger_list[len(deep)](x[back]))
+    return torch.cat([visual.merger(x[back]), *deep], dim=-1)
+
+
+def attended_pairs(visual: nn.Module, grids: Sequence[tuple[int, int, int]]) -> int:
+    """How many pairs of patches attention compares, over all blocks: a patch sees its own pair of frames."""
+    return len(visual.blocks) * sum(t * (h * w) ** 2 for t, h, w in grids)
+
+
+def language_inputs(embeds: Tensor, hidden_size: int) -> dict:
+    """What the language model is called with, for a row with or without DeepStack features: [N, (1 + K) H] or [N, H].
+
+    Text has zeros for features, so these are added to the whole row, which is named by its index: by a mask of the
+    visual tokens, the host would wait for the device in each of the layers.
+    """
+    embeds, *deep = embeds.split(hidden_size, dim=-1)
+    row = torch.zeros(1, dtype=torch.long, device=embeds.device)
+    return {"inputs_embeds": embeds[None], "visual_pos_masks": row, "deepstack_visual_embeds": deep or None}
