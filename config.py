@@ -95,6 +95,12 @@ class Config:
         "Checkpoint to start from, a folder or a hub name; also the reference policy.",
         used_by=SHOWING,
     )
+    family: str = run(
+        "qwen2_5_vl",
+        "Architecture of the built-in policy, where there is no `model`: sft.py makes one from nothing.",
+        ("qwen2_5_vl", "qwen3_vl"),
+        used_by=("sft",),
+    )
     resume: bool = run(False, "Continue the run in `out` from its last checkpoint.", free=True)
     overwrite: bool = run(False, "Replace a run that `out` holds already; without it that is an error.", free=True)
     tracker: str = run(
@@ -103,13 +109,6 @@ class Config:
     save_every: int = run(50, "Steps between checkpoints; the last step always writes one.", above=0, free=True)
     n_episodes: int = run(
         6, "Groups shown on the page of episodes at the end of the run.", least=0, free=True, used_by=("train",)
-    )
-
-    family: str = run(
-        "qwen2_5_vl",
-        "Architecture of the built-in policy, where there is no `model`: sft.py makes one from nothing.",
-        ("qwen2_5_vl", "qwen3_vl"),
-        used_by=("sft",),
     )
 
     # ---- data

@@ -49,8 +49,8 @@ class Family:
     encode_clips: Callable[[nn.Module, Tensor, Sequence[tuple[int, int, int]]], Tensor]
     # (embeddings of a row [N, W], H) -> what the language model is called with.
     language_inputs: Callable[[Tensor, int], dict]
-    # (vision tower, grids) -> how many pairs of patches its attention compares, over all blocks.
-    attended_pairs: Callable[[nn.Module, Sequence[tuple[int, int, int]]], int]
+    # (vision tower, grids) -> floating-point operations of its attention, beside those of its weights.
+    attention_flops: Callable[[nn.Module, Sequence[tuple[int, int, int]]], int]
 
 
 FAMILIES = {
@@ -60,7 +60,7 @@ FAMILIES = {
         qwen2_5_vl.lay_out,
         qwen2_5_vl.encode_clips,
         qwen2_5_vl.language_inputs,
-        qwen2_5_vl.attended_pairs,
+        qwen2_5_vl.attention_flops,
     ),
     "qwen3_vl": Family(
         Qwen3VLForConditionalGeneration,
@@ -68,7 +68,7 @@ FAMILIES = {
         qwen3_vl.lay_out,
         qwen3_vl.encode_clips,
         qwen3_vl.language_inputs,
-        qwen3_vl.attended_pairs,
+        qwen3_vl.attention_flops,
     ),
 }
 

@@ -27,10 +27,10 @@ def forward_flops(model, clip: Clip, n_prompt: int, n_written: int, n_past: int 
     visual, layers = model.model.visual, model.model.language_model.layers
     grids = patch_grids(clip, apart)
     patches = sum(map(math.prod, grids))
-    pairs = family_of(model.config).attended_pairs(visual, grids) if patches else 0
+    compared = family_of(model.config).attention_flops(visual, grids) if patches else 0
     mergers = sum(weights(part) for name, part in visual.named_children() if "merger" in name)
     flops = 2 * (weights(visual.patch_embed) + weights(visual.blocks)) * patches
-    flops += 2 * mergers * patches / 4 + 4 * visual.config.hidden_size * pairs
+    flops += 2 * mergers * patches / 4 + compared
     P, T, d = n_prompt, n_written, layers[0].self_attn.q_proj.out_features
     flops += 2 * weights(layers) * (P + T - 1) + 2 * weights(model.lm_head) * T
     flops += len(layers) * d * (2 * P**2 + 4 * ((T - 1) * P + T * (T - 1) / 2) + 4 * n_past * (P + T - 1))

@@ -136,11 +136,12 @@ def _layouts(visual: nn.Module, grids: Sequence[tuple[int, int, int]]) -> dict[b
     return {True: window_layout(grids, None), False: window_layout(grids, window)}
 
 
-def attended_pairs(visual: nn.Module, grids: Sequence[tuple[int, int, int]]) -> int:
-    """How many pairs of patches attention compares, over all blocks."""
+def attention_flops(visual: nn.Module, grids: Sequence[tuple[int, int, int]]) -> int:
+    """Operations of the tower's attention: a patch is compared with those of its window, or of its pair of frames."""
     layouts = _layouts(visual, grids)
     full = [i in visual.config.fullatt_block_indexes for i in range(len(visual.blocks))]
-    return sum(n * length**2 for kind in full for n, length in layouts[kind].groups)
+    pairs = sum(n * length**2 for kind in full for n, length in layouts[kind].groups)
+    return 4 * visual.config.hidden_size * pairs
 
 
 def encode_clips(visual: nn.Module, patches: Tensor, grids: Sequence[tuple[int, int, int]]) -> Tensor:

@@ -25,14 +25,16 @@ if TYPE_CHECKING:
     from policy import Video, Vocabulary
 
 
-def lay_out(ids: Sequence[int], videos: Sequence[Video], config, vocabulary: Vocabulary) -> list[int | Grid]:
+def lay_out(ids: Sequence[int], videos: Sequence[Video], config, vocabulary: Vocabulary | None) -> list[int | Grid]:
     """A prompt's tokens, in which each `<|video_pad|>` becomes its clip's pairs of frames, each after its time."""
     start, pad, end = config.vision_start_token_id, config.video_token_id, config.vision_end_token_id
-    places = [k for k, token in enumerate(ids) if token == pad]
-    dropped = set() if vocabulary.outer_tags else {k - 1 for k in places} | {k + 1 for k in places}
+    places = {k for k, token in enumerate(ids) if token == pad}
+    if not places:
+        return list(ids)
+    dropped = set() if vocabulary.outer_tags else {k + side for k in places for side in (-1, 1)}
     clips, items = iter(videos), []
     for k, token in enumerate(ids):
-        if token == pad:
+        if k in places:
             clip = next(clips)
             _, h, w = clip.grid
             for words in map(vocabulary.ids, time_stamps(clip.times)):
@@ -94,9 +96,9 @@ def encode_clips(visual: nn.Module, patches: Tensor, grids: Sequence[tuple[int, 
     return torch.cat([visual.merger(x[back]), *deep], dim=-1)
 
 
-def attended_pairs(visual: nn.Module, grids: Sequence[tuple[int, int, int]]) -> int:
-    """How many pairs of patches attention compares, over all blocks: a patch sees its own pair of frames."""
-    return len(visual.blocks) * sum(t * (h * w) ** 2 for t, h, w in grids)
+def attention_flops(visual: nn.Module, grids: Sequence[tuple[int, int, int]]) -> int:
+    """Operations of the tower's attention: in each block, a patch is compared with those of its pair of frames."""
+    return 4 * visual.config.hidden_size * len(visual.blocks) * sum(t * (h * w) ** 2 for t, h, w in grids)
 
 
 def language_inputs(embeds: Tensor, hidden_size: int) -> dict:

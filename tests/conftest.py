@@ -131,9 +131,9 @@ def vocabulary(tokenizer):
     return Vocabulary.of(tokenizer)
 
 
-def loud_model(tokenizer, seed: int = 0):
-    """A tiny Qwen2.5-VL whose random weights are as large as trained ones, so that attention matters."""
-    model = tiny.build_model(tokenizer, seed)
+def loud_model(tokenizer, seed: int = 0, family: str = "qwen2_5_vl", **options):
+    """A tiny model whose random weights are as large as trained ones, so that attention matters."""
+    model = tiny.build_model(tokenizer, seed, family, **options)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, p in model.named_parameters():

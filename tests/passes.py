@@ -15,11 +15,10 @@ from video import normalise_patches
 CLIP = "<|vision_start|><|video_pad|><|vision_end|>"
 
 
-def random_video(seed: int, frames: int, height: int, width: int, step: float = 1.0) -> Video:
+def random_video(seed: int, frames: int, height: int, width: int, step: float = 1.0, patch: int = 14) -> Video:
     generator = torch.Generator().manual_seed(seed)
-    return Video.from_frames(
-        torch.randint(0, 256, (frames, 3, height, width), generator=generator, dtype=torch.uint8), step
-    )
+    pixels = torch.randint(0, 256, (frames, 3, height, width), generator=generator, dtype=torch.uint8)
+    return Video.from_frames(pixels, step, patch)
 
 
 def random_responses(seed: int, lengths: list[list[int]], n_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -40,7 +39,8 @@ def separate_logp(model, prompt: Prompt, response: torch.Tensor, after: torch.Te
     if after is None:
         after = (torch.arange(len(response)) + prompt.next_position).expand(3, -1)
     positions = torch.cat([prompt.positions, after], dim=1)[:, None]
-    patches = normalise_patches(torch.cat([video.patches for video in prompt.videos])).double()
+    pixels = family_of(model.config).pixels
+    patches = normalise_patches(torch.cat([video.patches for video in prompt.videos]), pixels).double()
     logits = model(
         input_ids=ids,
         attention_mask=torch.ones_like(ids),

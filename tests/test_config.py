@@ -281,7 +281,7 @@ def test_the_options_that_decide_an_answer_keep_their_names():
     """Journals have them in "made_with": another name, or one more, and nothing can be resumed."""
     names = "template system_prompt question_first fps zoom_fps budget zoom_budget v_min v_max zoom_v_max "
     names += "paired_frames min_frames max_frames max_turns max_calls frames_per_call total_frames state_duration "
-    names += "max_tokens zoom_sees_think zoom_answer mixed_precision"
+    names += "max_tokens zoom_sees_think zoom_answer mixed_precision outer_tags"
     assert set(decisive(Config())) == set(names.split())
     assert set(decisive(Config(), "curate", configuration.SEEN)) == {"fps", "budget", "v_min", "v_max", "paired_frames"}
     assert decisive(Config(fps=3))["fps"] == 3

@@ -10,6 +10,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from passes import CLIP, random_video, separate_logp
+from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
 import config as configuration
 import infer
@@ -18,7 +20,10 @@ import rewards
 from advantage import credit
 from annotations import formats
 from annotations.samples import read_samples
+from engine.loading import load
+from policy import ModelError, build_prompt, group_hidden
 from rollout import Group, Response, read_turn
+from world import tiny
 
 PAGE = (Path(__file__).resolve().parents[1] / "docs" / "extending.md").read_text(encoding="utf-8")
 DIFFS = dict(re.findall(r"```diff\n--- (\S+)\n(.*?)```", PAGE, re.DOTALL))
@@ -27,6 +32,7 @@ TABLES = {
     "prompts.py": "TEMPLATES",
     "annotations/formats.py": "FORMATS",
     "infer.py": "STRATEGIES",
+    "engine/families.py": "FAMILIES",
 }
 
 
@@ -99,3 +105,29 @@ def test_a_strategy_answers_from_the_command_line(extended, recipe, talker, samp
     command = ["--config", str(recipe), "--model", str(talker), "--strategy", "middle-third", *question]
     infer.main([*command, "--out", str(tmp_path / "page.html")])
     assert "0:06" in capsys.readouterr().out and (tmp_path / "page.html").exists()
+
+
+def test_a_family_is_loaded_and_equals_transformers(extended, vocabulary, tmp_path):
+    with pytest.raises(ModelError, match="needs one of qwen2_5_vl, qwen3_vl"):
+        config = tiny.qwen2_5_vl_config(vocabulary.tokenizer).to_dict()
+        (tmp_path / "config.json").write_text(json.dumps(config | {"model_type": "qwen2_vl"}))
+        load(str(tmp_path))
+    extended("engine/families.py")
+    of_text, of_all = tiny.special_ids(vocabulary.tokenizer)
+    text = tiny.TEXT | of_text | {"rope_parameters": {"rope_type": "default", "mrope_section": [8, 4, 4]}}
+    vision = {"depth": 2, "embed_dim": 64, "num_heads": 4, "hidden_size": 128}
+    torch.manual_seed(0)
+    built = Qwen2VLForConditionalGeneration(Qwen2VLConfig(text_config=text, vision_config=vision, **of_all))
+    built.save_pretrained(tmp_path)
+    vocabulary.tokenizer.save_pretrained(tmp_path)
+    model, _ = load(str(tmp_path))
+
+    video = random_video(0, 4, 56, 84)
+    prompt = build_prompt(vocabulary.ids(f"a{CLIP} red"), [video], model.config, vocabulary)
+    assert prompt.positions[0].tolist() == [0, 1, *[2] * 6, *[3] * 6, 5, 6]
+    ids = torch.tensor(vocabulary.ids(" blue green"))
+    with torch.no_grad():
+        theirs = separate_logp(built.double(), prompt, ids)
+        hidden = group_hidden(model.double(), [prompt], ids[None, None], torch.ones(1, 1, len(ids), dtype=torch.bool))
+    ours = model.lm_head(hidden).log_softmax(-1).gather(-1, ids[:, None])[:, 0]
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)

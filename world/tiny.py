@@ -67,9 +67,13 @@ TEXT = {
 VISION = {"depth": 2, "hidden_size": 64, "intermediate_size": 192, "num_heads": 4, "out_hidden_size": 128}
 
 
-def build_model(tokenizer: PreTrainedTokenizerFast, seed: int = 0, family: str = "qwen2_5_vl") -> PreTrainedModel:
-    """A randomly initialised model of a family, of about 1.2 million parameters, for this tokenizer."""
-    config = CONFIGS[family](tokenizer)
+def build_model(
+    tokenizer: PreTrainedTokenizerFast, seed: int = 0, family: str = "qwen2_5_vl", **options
+) -> PreTrainedModel:
+    """A randomly initialised model of a family, of about 1.2 million parameters, for this tokenizer; options of its
+    configuration.
+    """
+    config = CONFIGS[family](tokenizer, **options)
     torch.manual_seed(seed)
     model = FAMILIES[family].model(config)
     model.generation_config.eos_token_id = tokenizer.convert_tokens_to_ids(list(EOS_TOKENS))
