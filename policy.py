@@ -7,8 +7,8 @@
 
 What a model family does its own way is in `engine/families.py`, sampling in `engine/sampling.py`.
 
-Shapes: B prompts, G responses per prompt, T response tokens, N tokens in a row, H hidden size. Responses come padded on
-the right; masks say what is real.
+Shapes: B prompts, G responses per prompt, T response tokens, N tokens in a row, H hidden size, W that of visual tokens:
+H, or a multiple with what inner layers add. Responses come padded on the right; masks say what is real.
 """
 
 from __future__ import annotations
@@ -42,8 +42,7 @@ class Video:
     """The pixels of one clip as the vision tower takes them.
 
     `patches`: uint8 [t * h * w, 6 * side^2]; `grid`: (t, h, w) in pairs of frames and in patches; `step`: seconds
-    between frames, which are of these `times`; `tokens`: [n, W] if the vision tower has encoded it already and does not
-    change.
+    between frames, which are of these `times`; `tokens`: [n, W] if a vision tower that does not change has encoded it.
     """
 
     patches: Tensor
@@ -211,9 +210,7 @@ def keep_tokens(model: PreTrainedModel, videos: Sequence[Video]) -> None:
 def embed_prompts(
     model: PreTrainedModel, prompts: Sequence[Prompt], following: Sequence[Prompt] = ()
 ) -> tuple[Tensor, Tensor]:
-    """All prompts, and pieces of text and clips that follow, in one row: embeddings [N, W], with zeros for text beyond
-    H where the family's visual tokens are wider, and positions int64 [3, N].
-    """
+    """All prompts, and pieces of text and clips that follow, in one row: embeddings [N, W], positions int64 [3, N]."""
     table = model.get_input_embeddings()
     pieces = [*prompts, *following]
     rows = [torch.cat([p.ids for p in part]).to(table.weight.device) for part in (prompts, following) if part]
@@ -354,5 +351,4 @@ class Policy(nn.Module):
         """0, by way of the vision tower: a process whose prompts have no video takes part in its collectives too."""
         side = self.model.config.vision_config.patch_size
         blank = Video.from_frames(torch.zeros(1, 3, 4 * side, 4 * side, dtype=torch.uint8), 1.0, side)
-        [tokens] = encode_videos(self.model, [blank])
-        return 0 * tokens.sum()
+        return 0 * encode_videos(self.model, [blank])[0].sum()
