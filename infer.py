@@ -1,7 +1,9 @@
-"""Questions about videos, answered by one of several strategies: for a file of your own, or for a whole data set.
+"""Questions about videos, answered by one of several strategies: for files of your own, or for a whole data set.
 
+    python infer.py --video world                # a built-in video, its own question, the built-in policy
     python infer.py --video holiday.mp4 --question "When does the dog jump?" --options "at once" later never
-    accelerate launch infer.py --strategy divide-and-conquer --test_data world
+    python infer.py --video holidays/ --question "When does the dog jump?" --out pages/      # every file, a page each
+    accelerate launch infer.py --strategy divide-and-conquer --test_data world               # all test questions
 
 | strategy           | source                   | what it does                                               |
 |--------------------|--------------------------|------------------------------------------------------------|
@@ -40,9 +42,10 @@ from __future__ import annotations
 from harness import commands
 
 if __name__ == "__main__":
-    commands.begin("infer", __doc__)  # the imports below take seconds
+    commands.begin("infer", __doc__, bare=True)  # the imports below take seconds
 
 import argparse
+import logging
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -59,7 +62,7 @@ import config as configuration
 import evaluate
 import prompts
 from annotations.rows import DataError, Sample, control
-from annotations.samples import check_videos, load_samples
+from annotations.samples import VIDEO_SUFFIXES, check_videos, load_samples
 from config import Config, ConfigError, suiting_recipe
 from engine.confidence import letter_probabilities, span_probability
 from engine.flops import forward_flops, patch_grids
@@ -81,6 +84,7 @@ from rollout import View, answer_clips, roll_out, view_video, visible_spans, zoo
 from video import Budget, Clip, load_clips, plan_clip
 from world import benchmark
 
+log = logging.getLogger("zoomgrpo")
 FRAME_BYTES = 2**30  # frames and packet tables kept for further looks at a video
 
 
@@ -474,7 +478,7 @@ def check_options(options: argparse.Namespace, settings: Settings) -> None:
         raise ConfigError(f"unparsable is one capital letter, not {settings.unparsable!r}")
     if options.video is None and (options.question or options.options or options.embed):
         raise ConfigError("--question, --options and --embed are about a --video of your own; name its file")
-    if options.video is not None and not (options.question or "").strip():
+    if options.video not in (None, "world") and not (options.question or "").strip():
         raise ConfigError('--video needs a --question "..."')
     if any(not option.strip() for option in options.options):
         raise ConfigError("--options: one of them is empty")
@@ -520,23 +524,70 @@ def prepare(strategy: str, config: Config, grounding: Config | None, device: tor
     return ask, load_agent(config, device)
 
 
-def own_video(options: argparse.Namespace, settings: Settings, config: Config, grounding: Config | None) -> None:
-    """Answer one question about one file: print the answer, write the page."""
-    strategy = options.strategy or ("coarse-to-fine" if options.options else "one-stage")
-    check_question(strategy, config, options.options, "question")
-    page = Path(options.out or f"{Path(options.video).stem}.html")
+def own_questions(options: argparse.Namespace, config: Config) -> list[tuple[Sample, Path]]:
+    """What is asked about --video, and the page of each answer: one for a file or for `world`, a built-in video with
+    its own question; one for every video file of a folder. Raises ConfigError, VideoError.
+    """
+    folder = Path(options.video)
+    if options.video == "world":
+        [own, *_] = load_samples("world", "test", replace(config, world_test_videos=1))
+        options.question = options.question or own.question
+        options.options = options.options or list(own.options)
+        return [(own_sample(own.video, options), own_page(options, own.video))]
+    if not folder.is_dir():
+        return [(own_sample(options.video, options), own_page(options, options.video))]
+    files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in VIDEO_SUFFIXES)
+    if not files:
+        raise ConfigError(f"--video {folder}: no video files ({', '.join(VIDEO_SUFFIXES)}) in this folder")
+    out = Path(options.out or f"runs/infer/{folder.resolve().name}")
+    if out.suffix:
+        raise ConfigError(f"--out {out}: the pages of a folder of videos go to a folder")
+    return [(own_sample(str(file), options), out / f"{file.relative_to(folder)}.html") for file in files]
+
+
+def own_page(options: argparse.Namespace, video: str) -> Path:
+    """The page of the answer about one file. Raises ConfigError for a name that is none of a page."""
+    page = Path(options.out or f"{Path(video).stem}.html")
     if page.suffix.lower() not in (".html", ".htm"):
         raise ConfigError(f"--out {page}: the page's name ends with .html")
-    info = probe(options.video)
-    asked = Sample("own", options.video, options.question, tuple(options.options), None, (), info.duration)
-    source = play_source(options.video, page, options.embed)
+    return page
+
+
+def own_sample(video: str, options: argparse.Namespace) -> Sample:
+    """The question about a file, as a sample."""
+    return Sample("own", video, options.question, tuple(options.options), None, (), None)
+
+
+def own_videos(options: argparse.Namespace, settings: Settings, config: Config, grounding: Config | None) -> None:
+    """Answer one question about one file, or about every file of a folder: print each answer, write its page.
+
+    A file of a folder that cannot be read is named, and the others are answered.
+    """
+    questions = own_questions(options, config)
+    strategy = options.strategy or ("coarse-to-fine" if options.options else "one-stage")
+    check_question(strategy, config, options.options, "question")
+    if len(questions) == 1:  # before the model is loaded
+        probe(questions[0][0].video)
+        play_source(questions[0][0].video, questions[0][1], options.embed)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     ask, agent = prepare(strategy, config, grounding, device)
-    result = ask(agent, asked, settings)
-    answer = final_answer(result, asked, settings)
-    print(answer_text(result, answer, options.options))
-    answer_page(answer_record(result, answer, asked, strategy, info.begin), page, source)
-    print(f"page        {page}")
+    for asked, page in questions:
+        try:
+            info = probe(asked.video)
+            asked = replace(asked, duration=info.duration)
+            result = ask(agent, asked, settings)
+        except VideoError as error:
+            if len(questions) == 1:
+                raise
+            log.warning("no answer: %s", error)
+            continue
+        answer = final_answer(result, asked, settings)
+        if asked.video != options.video:
+            print(f"video       {asked.video}\nquestion    {asked.question}")
+        print(answer_text(result, answer, options.options))
+        source = play_source(asked.video, page, options.embed)
+        answer_page(answer_record(result, answer, asked, strategy, info.begin), page, source)
+        print(f"page        {page}")
 
 
 def whole_data_set(options: argparse.Namespace, settings: Settings, config: Config, grounding: Config | None) -> None:
@@ -576,7 +627,7 @@ def main(arguments: list[str] | None = None) -> None:
     disable_progress_bar()  # of loading weights
     if config.threads:
         torch.set_num_threads(config.threads)
-    do = whole_data_set if options.video is None else own_video
+    do = whole_data_set if options.video is None else own_videos
     do(options, settings, config, grounding)
 
 

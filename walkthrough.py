@@ -17,7 +17,7 @@ from __future__ import annotations
 from harness import commands
 
 if __name__ == "__main__":
-    commands.answer_help("walkthrough", __doc__)  # the imports below take seconds
+    commands.begin("walkthrough", __doc__)  # the imports below take seconds
 
 import inspect
 import itertools

@@ -46,13 +46,13 @@ def strategies() -> list[str]:
 
 
 def infer(add: Add) -> None:
-    add("--video", help="a video file of your own; without it, the data set --test_data is answered")
+    add("--video", help="a file of your own, a folder of them, or world; without it, --test_data is answered")
     add("--question", help="what is asked about it")
     add("--options", nargs="+", default=[], help="the answers to choose from, without letters; none: spans only")
     add("--strategy", help=f"{', '.join(strategies())} [coarse-to-fine, or one-stage without --options]")
     add("--model", help="checkpoint folder or hub name [the recipe's, or without --config the built-in policy]")
     add("--ground_model", help="ground-then-answer: the checkpoint that finds the spans, if it is another one")
-    add("--out", help="page [the video's name with .html] or result file [runs/infer/STRATEGY.jsonl]")
+    add("--out", help="page [the video's name with .html], folder of pages, or result file [runs/infer/STRATEGY.jsonl]")
     add("--embed", action="store_true", help="put the video into the page, instead of a reference to the file")
     add("--released", action="store_true", help="divide-and-conquer as in the released Zoom-Zero code")
     add("--window", type=int, help=f"frames of a window [{Settings.window}]")
@@ -142,18 +142,28 @@ def extra(program: str, doc: str) -> argparse.ArgumentParser:
     return parser
 
 
-def begin(program: str, doc: str) -> None:
-    """Answer --help, or be ready for signals: Ctrl-C, SIGTERM, and the death of the launcher."""
-    answer_help(program, doc)
+def begin(program: str, doc: str, bare: bool = False) -> None:
+    """Answer --help, or be ready for signals: Ctrl-C, SIGTERM, and the death of the launcher.
+
+    `bare`: see `answer_help`.
+    """
+    answer_help(program, doc, bare)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, leave)
     follow_launcher()
 
 
-def answer_help(program: str, doc: str) -> None:
-    """Print the help and leave, if the command line asks for it."""
+def answer_help(program: str, doc: str, bare: bool = False) -> None:
+    """Print the help and leave, if the command line asks for it.
+
+    `bare`: a command line without anything asks what the program does: its first lines, with commands, are the answer.
+    """
     if {"-h", "--help"} & set(sys.argv[1:]):
         config.build_parser(extra(program, doc), program).print_help()
+        sys.exit()
+    if bare and not sys.argv[1:]:
+        what, examples, *_ = doc.split("\n\n")
+        print(f"{what}\n\n{examples}\n\n--help lists all options.")
         sys.exit()
 
 

@@ -41,6 +41,7 @@ from config import ConfigError
 from engine import attention
 from engine.confidence import letter_probabilities, span_probability
 from engine.flops import forward_flops
+from harness import commands
 from infer import RELEASED, STRATEGIES, Agent, Look, Settings, load_agent, to_video_time
 from media.decode import VideoInfo
 from media.file import VideoError
@@ -603,6 +604,45 @@ def test_own_video(own, strategy, tmp_path, capsys):
     jumps = [(float(b.attrs["data-start"]), float(b.attrs["data-end"])) for b in tree.all("button")]
     assert ", ".join(f"{clock(a)}–{clock(b)}" for a, b in jumps) == (claimed if jumps else "")
     assert len(tree.all("section")) >= 2 and tree.all("img") and "<red>" in tree.all("h1")[0].text
+
+
+def test_every_file_of_a_folder_has_a_page(own, tmp_path, capsys, caplog):
+    folder, pages = tmp_path / "films", tmp_path / "pages"
+    (folder / "more").mkdir(parents=True)
+    for name in ("a.mp4", "more/b.mp4"):
+        shutil.copy(own[-1], folder / name)
+    (folder / "broken.mp4").write_bytes(b"no video")
+    (folder / "notes.txt").write_text("not a video")
+    infer.main([*own[:-1], str(folder), *ASKED, "--strategy", "one-stage", "--out", str(pages)])
+    assert sorted(str(page.relative_to(pages)) for page in pages.rglob("*.html")) == ["a.mp4.html", "more/b.mp4.html"]
+    printed = capsys.readouterr().out
+    assert [Path(v).name for v in re.findall(r"^video +(.*)$", printed, re.M)] == ["a.mp4", "b.mp4"]
+    assert len(re.findall(r"^answer +", printed, re.M)) == 2 and "broken.mp4" in caplog.text
+    [player] = Tree((pages / "more/b.mp4.html").read_text()).root.all("video")
+    assert (pages / "more" / player.attrs["src"]).resolve() == (folder / "more/b.mp4").resolve()
+
+
+def test_a_folder_without_videos_is_an_error(own, tmp_path):
+    with pytest.raises(ConfigError, match=r"no video files \(\.mp4, .* in this folder"):
+        infer.main([*own[:-1], str(tmp_path), *ASKED])
+
+
+def test_a_built_in_video_has_its_own_question(own, small_world, tmp_path, capsys):
+    cache = small_world["test"].parents[1]
+    infer.main([*own[:-1], "world", "--cache", str(cache), "--out", str(tmp_path / "page.html")])
+    printed = capsys.readouterr().out
+    first = read_lines(small_world["test"])[0]
+    assert re.search(r"^question +(.*)$", printed, re.M)[1] == first["question"]
+    assert first["question"] in Tree((tmp_path / "page.html").read_text()).root.all("h1")[0].text
+
+
+def test_without_arguments_it_says_what_it_does(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["infer.py"])
+    with pytest.raises(SystemExit) as end:
+        commands.answer_help("infer", infer.__doc__, bare=True)
+    assert not end.value.code
+    printed = capsys.readouterr().out
+    assert "python infer.py --video world" in printed and "| strategy" not in printed
 
 
 def test_a_page_with_the_video_inside(own, tmp_path):
