@@ -133,6 +133,9 @@ class Config:
     world_min_duration: int = data(
         0, "With it, lengths of the built-in benchmark's videos vary from it to world_duration; 0: all alike.", least=0
     )
+    world_label_noise: float = data(
+        0.0, "Seconds by which each end of the built-in training evidence is off at most.", least=0, used_by=("train",)
+    )
     world_events: int = data(3, "Events in each video of the built-in benchmark.", above=0)
     world_train_videos: int = data(400, "Training videos of the built-in benchmark.", above=0, used_by=LEARNING)
     world_test_videos: int = data(80, "Test videos of the built-in benchmark.", above=0, used_by=TESTING)
@@ -183,6 +186,14 @@ class Config:
     frames_per_call: int = turns(16, "Most frames of a call.", above=0)
     total_frames: int = turns(128, "Most frames of an episode, with those of the coarse pass.", above=0)
 
+    least_frames: int = option(
+        0,
+        "In training, max_frames is drawn anew for each prompt, from this to itself (ParaVT); 0: it stays.",
+        group="episodes of several turns (VideoZoomer)",
+        used_by=("train",),
+        least=0,
+    )
+
     # ---- zoom pass
     zoom_reward: bool = zoom(True, "Run the zoom pass and pay R_zoom.", used_by=("train",))
     zoom_judge: str = zoom(
@@ -212,8 +223,9 @@ class Config:
     # ---- rewards
     grounding: str = reward(
         "iou",
-        "Reward of the spans: IoU (Zoom-Zero), GIoU, or `tg`, IoU and centre distance (LongVTG-R1 Eq. 7).",
-        GROUNDING,
+        "Reward of the spans: IoU (Zoom-Zero), GIoU, `tg`, IoU and centre distance (LongVTG-R1 Eq. 7), or none, which "
+        "needs no evidence.",
+        (*GROUNDING, "none"),
     )
     alpha: float = reward(0.8, "Share of IoU in `tg`; the rest is the centre distance.", least=0, most=1)
     accuracy_weight: float = reward(1.0, "Weight of R_acc where rewards are summed (tokenadv = off).", least=0)
@@ -539,6 +551,8 @@ def check(config: Config) -> None:
         )
     if config.max_frames and config.max_frames < config.min_frames:
         raise ConfigError(f"min_frames = {config.min_frames} must be at most max_frames = {config.max_frames}")
+    if config.least_frames > config.max_frames:
+        raise ConfigError(f"least_frames = {config.least_frames} must be at most max_frames = {config.max_frames}")
     if config.multi_turn:
         clip = config.zoom_budget or config.budget
         if config.frames_per_call * config.v_min > clip:

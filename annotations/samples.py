@@ -18,6 +18,7 @@ import os
 import statistics
 import sys
 import unicodedata
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
@@ -410,13 +411,28 @@ def load_training(config: Config) -> list[DataSet]:
             entry.data, "train", replace(config, data_format=entry.format, video_root=entry.video_root)
         )
         report = Report(Path(path), format)
-        samples = Packed(trainable(stream(report, root), config, entry.data))
+        rows = trainable(stream(report, root), config, entry.data)
+        if entry.data == "world" and config.world_label_noise:
+            rows = mislabelled(rows, config.world_label_noise, config.world_seed)
+        samples = Packed(rows)
         review(report)
         check_training_files(samples, report, config.max_failed_videos)
         sets.append(DataSet(samples, entry.weight))
     if not any(map(len, sets)):
         raise DataError(f"{config.train_data}: its weights leave no sample in an epoch; give larger ones")
     return sets
+
+
+def mislabelled(samples: Iterable[Sample], most: float, seed: int) -> Iterator[Sample]:
+    """The samples with every end of their evidence moved by at most `most` seconds, evenly, within the video.
+
+    A sample's labels are always the same for a seed: they are wrong, they do not flicker.
+    """
+    for sample in samples:
+        random = torch.Generator().manual_seed(zlib.crc32(f"{seed} {sample.id}".encode()))
+        off = most * (2 * torch.rand(len(sample.evidence), 2, generator=random, dtype=torch.float64) - 1)
+        moved = (torch.tensor(sample.evidence, dtype=torch.float64) + off).clamp(0.0, sample.duration)
+        yield replace(sample, evidence=tuple(map(tuple, moved.sort(dim=1).values.tolist())))
 
 
 def check_training_files(samples: Sequence[Sample], report: Report, max_missing: float) -> None:
@@ -462,10 +478,12 @@ def trainable(samples: Iterable[Sample], config: Config, path: str) -> Iterator[
     if config.multi_turn:
         yield from complete(samples, ("options", "answer"), path)
     elif not prompts.TEMPLATES[config.template].event:
-        yield from complete(samples, ("options", "answer", "evidence"), path)
+        spans = () if config.grounding == "none" else ("evidence",)
+        yield from complete(samples, ("options", "answer", *spans), path)
     else:
         for number, sample in enumerate(complete(samples, (), path), start=1):
-            if not sample.evidence and not (sample.options and sample.answer):
+            spans_count = sample.evidence and config.grounding != "none"
+            if not spans_count and not (sample.options and sample.answer):
                 raise DataError(f"{path}: row {number} ({sample.id}): neither evidence nor an answer to reward")
             yield sample
 

@@ -50,7 +50,7 @@ class Reading:
         for sample in candidates:
             if sample.video not in self.unreadable:
                 try:
-                    return Drawn(replace(view_video(sample, config), draw=draw), failed)
+                    return Drawn(replace(view_video(sample, glance_config(config, draw)), draw=draw), failed)
                 except VideoError as error:
                     self.unreadable[sample.video] = error
             failed.append((sample, self.unreadable[sample.video]))
@@ -74,6 +74,18 @@ class Reading:
                 f"{self.failures} of {self.drawn} samples had an unreadable video, more than max_failed_videos = "
                 f"{config.max_failed_videos} allows{last}"
             )
+
+
+def glance_config(config: Config, place: tuple[int, int]) -> Config:
+    """The configuration of the coarse pass of a draw: with `least_frames`, its most frames are drawn evenly (ParaVT,
+    arXiv 2605.20342), so that a call pays only where the overview does not show enough.
+    """
+    if not config.least_frames:
+        return config
+    random = generator(config.seed, "frames", *place)
+    return replace(
+        config, max_frames=int(torch.randint(config.least_frames, config.max_frames + 1, (), generator=random))
+    )
 
 
 def draw(config: Config, accelerator: Accelerator, epochs: Epochs, step: int) -> Iterator[tuple[int, list[Sample]]]:

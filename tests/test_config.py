@@ -117,6 +117,7 @@ def test_the_command_line_takes_hyphens_for_underscores(recipe):
         (["--budget", "10", "--v_min", "16"], "v_min = 16 must be at most .* budget = 10"),
         (["--zoom_budget", "2"], "v_min = 16 must be at most zoom_budget = 2"),
         (["--zoom_v_max", "2"], "v_min = 16 must be at most zoom_v_max = 2"),
+        (["--least_frames", "5"], "least_frames = 5 must be at most max_frames = 0"),
         (["--world_min_duration", "21"], "world_min_duration = 21 must be at most world_duration = 20"),
         (["--beta_time", "0", "--kl", "k3"], "needs kl = exact, not k3"),
         (["--kl_clamp", "10"], "kl_clamp = 10.0 clamps the k3 estimate, which needs kl = k3, not exact"),

@@ -486,6 +486,36 @@ def test_eq_5_credits_any_reward_of_spans_to_the_tokens_that_write_them(parsed, 
         assert torch.equal(found[g, : len(segments)] * sign > 0, segments == glue)
 
 
+def test_without_a_reward_of_spans_training_needs_no_evidence(parsed, samples, tmp_path):
+    path, kept = tmp_path / "unlabelled.jsonl", replace(samples[0], video=str(Path(samples[0].video).resolve()))
+    write_samples(path, [replace(kept, evidence=())])
+    for template in ("world", "longvtg_r1"):
+        config = parsed("--train_data", str(path), "--template", template, "--grounding", "none")
+        [data] = load_training(config)
+        assert len(data) == 1 and rewards.paid_facets(config) == ["format", "accuracy", "zoom"]
+    with pytest.raises(DataError, match=r"row 1 \(.*\): evidence needed, but missing or empty"):
+        load_training(parsed("--train_data", str(path)))
+    write_samples(path, [replace(kept, options=(), answer=None)])
+    with pytest.raises(DataError, match="neither evidence nor an answer to reward"):
+        load_training(config)
+
+
+def test_without_a_reward_of_spans_the_zoom_credits_the_tokens_that_write_them(parsed, samples, talker):
+    group = bare_group(
+        talker,
+        replace(samples[0], answer="B", evidence=()),
+        ["<think>a</think><answer>B</answer><glue>[(2.0,6.0)]</glue>"] * 2,
+    )
+    for response, answer in zip(group.responses, "BA", strict=True):
+        response.zoom = SimpleNamespace(answer=answer)
+    pay([group], parsed("--grounding", "none", "--tokenadv", "paper"))
+    assert list(group.rewards) == ["format", "accuracy", "zoom"] and group.rewards["zoom"] == [1.0, 0.0]
+    # Eq. 5 without R_IoU: the mean of the facets that are left. Only R_zoom differs, its A is +-1.
+    segments = segment_ids(group.responses[0].text, group.responses[0].offsets)
+    expected = torch.where(segments == SEGMENTS.index("glue"), 1 / 2, 1 / 3)
+    torch.testing.assert_close(group.advantages, torch.stack([expected, -expected]).to(group.advantages))
+
+
 def test_a_mixture_whose_weights_leave_no_sample_is_refused(parsed, samples, tmp_path):
     write_samples(tmp_path / "one.jsonl", samples[:1])
     (tmp_path / "mixture.yaml").write_text(f"- data: {tmp_path / 'one.jsonl'}\n  weight: 0.1\n")

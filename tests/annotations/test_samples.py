@@ -10,12 +10,13 @@ from pathlib import Path
 import pytest
 from rowfiles import RECORD, write_rows
 
-from annotations.rows import DataError
+from annotations.rows import DataError, Sample
 from annotations.samples import (
     Entry,
     check_videos,
     load_test,
     load_training,
+    mislabelled,
     missing_videos,
     out_of_reach,
     read_mixture,
@@ -37,6 +38,35 @@ def test_evidence_stays_as_published(tmp_path):
     assert report.notes["spans that end after the video"] == 2
     path = write_rows(tmp_path / "y.jsonl", [{**RECORD, "glue": [[-1, 99]], "duration": None}])
     assert read_samples(path)[0].evidence == ((-1, 99),)
+
+
+def test_wrong_labels_are_off_by_as_much_as_asked_and_stay_so():
+    true = [Sample(f"{k}", "x.mp4", "?", ("a", "b"), "A", ((5.0, 8.0), (10.0, 11.0)), 15.0) for k in range(200)]
+    wrong = list(mislabelled(true, 3.0, 0))
+    assert wrong == list(mislabelled(true, 3.0, 0)) != list(mislabelled(true, 3.0, 1))
+    assert [replace(sample, evidence=true[0].evidence) for sample in wrong] == true
+    first = [sample.evidence[0][0] - 5.0 for sample in wrong]
+    assert min(first) < -2.9 and max(first) > 2.9 and abs(sum(first)) < 0.4 * len(first)
+    ends = [span for sample in wrong for span in sample.evidence]
+    assert all(2.0 <= start <= end <= 14.0 for start, end in ends) and len(set(ends)) == len(ends)
+    at_the_border = replace(true[0], evidence=((0.0, 15.0),))
+    [[(start, end)]] = [sample.evidence for sample in mislabelled([at_the_border], 3.0, 0)]
+    assert 0 <= start < end <= 15
+
+
+def test_only_training_in_the_built_in_world_has_wrong_labels(tmp_path):
+    folder = tmp_path / "world-v2-seed0-20s-3events"
+    (folder / "train").mkdir(parents=True)
+    (folder / "train" / "a.mp4").touch()
+    for split in ("train", "test"):
+        write_rows(folder / f"{split}-1.jsonl", [{**RECORD, "video": "train/a.mp4", "glue": [[5, 8]], "duration": 20}])
+    config = Config(
+        train_data="world", test_data="world", cache=str(tmp_path), world_train_videos=1, world_test_videos=1
+    )
+    [exact], [noisy] = load_training(config), load_training(replace(config, world_label_noise=3.0))
+    assert exact.samples[0].evidence == ((5, 8),) != noisy.samples[0].evidence
+    [tested] = load_test(replace(config, world_label_noise=3.0))
+    assert tested.evidence == ((5, 8),)
 
 
 # ---------------------------------------------------------------- videos
