@@ -261,14 +261,19 @@ def read_object(path: Path) -> dict:
     return value
 
 
+def read_values(path: Path) -> Iterator[tuple[int, object]]:
+    """The values of a JSON or parquet file with their row, in order. Raises DataError, also for a file without rows."""
+    number = 0
+    for number, value in parquet_values(path) if path.suffix == ".parquet" else json_values(path):
+        yield number, value
+    if not number:
+        raise DataError(f"{path}: no rows")
+
+
 def read_rows(path: Path) -> Iterator[Row]:
     """The objects of a JSON or parquet file, in order. Raises DataError, also for a file without rows."""
-    empty = True
-    for number, value in parquet_values(path) if path.suffix == ".parquet" else json_values(path):
-        empty = False
+    for number, value in read_values(path):
         yield as_row(path, f"row {number}", value)
-    if empty:
-        raise DataError(f"{path}: no rows")
 
 
 def as_row(path: Path, where: str, value: object) -> Row:
@@ -302,7 +307,9 @@ def line_values(path: Path, file: TextIO) -> Iterator[tuple[int, object]]:
         if line.isspace():
             continue
         try:
-            value = DECODER.decode(line)
+            value, end = DECODER.raw_decode(line) if line[0] == "{" else (None, 0)
+            if line[end:] not in ("\n", "\r\n"):  # blanks around the value, or a mistake
+                value = DECODER.decode(line)
         except json.JSONDecodeError as error:
             if not first or line[error.pos :].strip():  # the mistake is in the line
                 raise DataError(f"{path}: row {number}: not JSON: column {error.colno}: {error.msg}") from error
@@ -310,7 +317,10 @@ def line_values(path: Path, file: TextIO) -> Iterator[tuple[int, object]]:
             return
         except (RecursionError, ValueError) as error:
             raise DataError(f"{path}: row {number}: {unreadable(error)}") from None
-        yield from enumerate(value["data"], start=1) if first and is_table(value) else [(number, value)]
+        if first and is_table(value):
+            yield from enumerate(value["data"], start=1)
+        else:
+            yield number, value
         first = False
 
 

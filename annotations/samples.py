@@ -71,28 +71,27 @@ def stream(report: Report, video_root: str | Path | None) -> Iterator[Sample]:
     path, format = report.path, report.format
     if format not in FORMATS:
         raise DataError(f"unknown format '{format}'; known: {', '.join(FORMATS)}")
-    find = functools.lru_cache(1 << 16)(functools.partial(find_video, root=video_root))
+    names = functools.lru_cache(1 << 8)(names_in)
+    find = functools.lru_cache(1 << 16)(functools.partial(find_video, root=video_root, names=names))
     seen: set[int] = set()  # hashes of the ids
     try:
         for sample in FORMATS[format].read(path, report):
             if not sample.question.strip():
                 report.drop(sample.id, "empty question")
                 continue
-            if hash(sample.id) in seen:
+            if (key := hash(sample.id)) in seen:
                 raise DataError(f"{path}: two rows have the id '{sample.id}'")
-            seen.add(hash(sample.id))
+            seen.add(key)
             if not sample.video.strip():
                 raise Row(path, f"question '{sample.id}'", {}).error("video", "is empty")
-            note_evidence(sample, report)
-            video, there = find(sample.video)
+            if sample.evidence:
+                note_evidence(sample, report)
+            sample.video, there = find(sample.video)  # nobody has seen the sample yet
             if not there:
                 report.missing += 1
-                if len(report.missing_videos) < 3 and video not in report.missing_videos:
-                    report.missing_videos.append(video)
+                if len(report.missing_videos) < 3 and sample.video not in report.missing_videos:
+                    report.missing_videos.append(sample.video)
             report.kept += 1
-            object.__setattr__(
-                sample, "video", video
-            )  # nobody has seen it yet; `replace` takes as long as reading a row
             yield sample
     except DataError as error:
         guess = looks_like(path)
@@ -134,9 +133,7 @@ def unreached(report: Report) -> str:
 
 
 def note_evidence(sample: Sample, report: Report) -> None:
-    """Count what is unusual about a sample's evidence."""
-    if not sample.evidence:
-        return
+    """Count what is unusual about a sample's evidence, of which there is some."""
     report.with_evidence += 1
     limit = math.inf if sample.duration is None else sample.duration
     reachable = False
@@ -198,14 +195,30 @@ def video_path(video: str, root: str | Path | None) -> str:
     return find_video(video, root)[0]
 
 
-def find_video(video: str, root: str | Path | None) -> tuple[str, bool]:
-    """`video_path`, and whether the file is there."""
-    for name in spellings(video):
-        path = name if root is None else str(Path(root) / name)
-        if os.path.isfile(path):
+def names_in(folder: str) -> frozenset[str]:
+    """The names in a folder; none if there is no such folder."""
+    try:
+        return frozenset(os.listdir(folder or "."))
+    except OSError:
+        return frozenset()
+
+
+def find_video(
+    video: str, root: str | Path | None, names: Callable[[str], frozenset[str]] = names_in
+) -> tuple[str, bool]:
+    """`video_path`, and whether the file is there. A folder is listed by `names`, which may remember it."""
+
+    def under_root(name: str) -> str:
+        return name if root is None else os.path.join(root, name)
+
+    usual = under_root(video)
+    if os.path.isfile(usual):
+        return usual, True
+    for path in map(under_root, spellings(video)):
+        folder, name = os.path.split(path)
+        if name in names(folder) and os.path.isfile(path):
             return path, True
-    name = video if video.lower().endswith(VIDEO_SUFFIXES) else video + ".mp4"
-    return name if root is None else str(Path(root) / name), False
+    return (usual if video.lower().endswith(VIDEO_SUFFIXES) else under_root(video + ".mp4")), False
 
 
 def spellings(video: str) -> Iterator[str]:

@@ -1,6 +1,6 @@
 """Random options of train.py, two steps each: a run ends, or one line says what is wrong. No traceback.
 
-    python -m benchmarks.fuzz_options --runs 200
+    python -m benchmarks.fuzz_options --runs 200 --out benchmarks/results/fuzz_options.md
 
 Every run starts from one of the built-in recipes, in small, and changes two to six options to random values: other
 choices, the ends of their ranges, values around the default. Same seed, same options: `--only N` repeats one.
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import random
+import re
 import subprocess
 import sys
 import tempfile
@@ -64,14 +65,37 @@ def outcome(done: subprocess.CompletedProcess) -> str:
     return "refused" if done.stderr.rstrip().splitlines()[-1].startswith("error: ") else "traceback"
 
 
+def table(given: argparse.Namespace, counts: Counter[str], reasons: Counter[str]) -> str:
+    """How the runs ended, and what was refused, as a page."""
+    lines = [
+        "# Random options",
+        "",
+        f"`python -m benchmarks.fuzz_options --runs {given.runs} --seed {given.seed}`: {counts.total()} runs of",
+        "train.py on the CPU, two steps each, with two to six options set at random.",
+        "",
+        "| end | runs |",
+        "| --- | --- |",
+        *(f"| {name} | {counts[name]} |" for name in ("ran", "refused", "traceback")),
+        "",
+        "Refused, each with one line (numbers and paths as N):",
+        "",
+        "| line | runs |",
+        "| --- | --- |",
+        *(f"| {line.replace('|', chr(92) + '|')} | {count} |" for line, count in reasons.most_common()),
+    ]
+    return "\n".join(lines) + "\n"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--runs", type=int, default=200, help="runs (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the options (default: %(default)s)")
     parser.add_argument("--only", type=int, help="this run alone, with what it says")
     parser.add_argument("--cache", default="cache", help="folder of the built-in videos (default: %(default)s)")
+    parser.add_argument("--out", type=Path, help="write the counts to this file, after every run")
     given = parser.parse_args()
     counts: Counter[str] = Counter()
+    reasons: Counter[str] = Counter()
     for number in [given.only] if given.only is not None else range(given.runs):
         with tempfile.TemporaryDirectory() as folder:
             words = command(number, given.seed, f"{folder}/run", given.cache)
@@ -87,9 +111,13 @@ def main() -> None:
         counts[found] += 1
         print(number, found, *words[len(SMALL.split()) + 6 :], flush=True)
         if found == "refused":
-            print("  ", done.stderr.rstrip().splitlines()[-1], flush=True)
+            last = done.stderr.rstrip().splitlines()[-1]
+            reasons[re.sub(r"\S*\d\S*", "N", last.removeprefix("error: "))] += 1
+            print("  ", last, flush=True)
         if found == "traceback" or given.only is not None:
             print(done.stderr, flush=True)
+        if given.out:
+            given.out.write_text(table(given, counts, reasons))
     print(", ".join(f"{count} {name}" for name, count in counts.items()))
     sys.exit(1 if counts["traceback"] else 0)
 
