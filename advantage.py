@@ -114,7 +114,8 @@ def token_offsets(tokenizer, ids: list[int], skip_special_tokens: bool = True) -
     """The text of sampled ids, and which characters [start, end) of it each id wrote.
 
     The pieces text[start:end] joined are the text. A character whose bytes are spread over several ids belongs to the
-    id that completes it; the ids before have an empty range at its place, as have skipped special tokens.
+    id that completes it; the ids before have an empty range at its place, as have skipped special tokens: one that
+    follows half a character leaves it to the id before.
     """
 
     def decode(part: list[int]) -> str:
@@ -130,6 +131,10 @@ def token_offsets(tokenizer, ids: list[int], skip_special_tokens: bool = True) -
             previous, start = start, k + 1
         offsets.append((len(text), len(text) + len(piece)))
         text += piece
+        writer = k
+        while piece and writer and not decode(ids[writer : writer + 1]):  # skipped tokens wrote nothing of the piece
+            writer -= 1
+        offsets[writer:] = [offsets[k], *[(len(text), len(text))] * (k - writer)]
     return text, offsets
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 import kl
-from kl import Reference, chunked_weighted_kl
+from kl import LARGEST, Reference, chunked_weighted_kl
 
 NORMALISE = ("sequence", "token", "fixed")
 
@@ -73,7 +73,7 @@ def grpo_loss(
 
     logp, old_logp, advantages = real(logp), real(old_logp), real(advantages)  # [N, T]
     log_ratio = logp - old_logp  # [N, T]
-    ratio = log_ratio.exp()  # [N, T]
+    ratio = log_ratio.clamp(max=LARGEST).exp()  # [N, T]
     low = 0.0 if clip_low is None else 1 - clip_low
     high = float("inf") if clip_high is None else 1 + clip_high
     # Eq. 2: min(r A, clip(r, 1 - eps_low, 1 + eps_high) A) - beta D_KL

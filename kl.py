@@ -109,6 +109,7 @@ class Reference(NamedTuple):
     time_tokens: Tensor
 
 
+LARGEST = 80.0  # a log ratio that is cut to: e^89 is infinite in float32, and 0 times that, a gradient too, is NaN
 CHUNK = 1024  # rows of logits that training holds at a time
 HALF = (torch.bfloat16, torch.float16)
 
@@ -285,11 +286,9 @@ def k3(logp: Tensor, ref_logp: Tensor, clamp: float = 0.0) -> Tensor:
     clamp: values above it are cut to it, and get no gradient: biased then; 0 for none. The released Zoom-Zero code
     clamps to [-10, 10]; the lower end is never reached.
     """
-    b = ref_logp - logp  # log(q / p)
-    if not clamp:
-        return torch.expm1(b) - b
-    b = b.clamp(max=80)  # an infinite e^b would turn the gradient 0 of a clamped value into NaN
-    return (torch.expm1(b) - b).clamp(max=clamp)
+    b = (ref_logp - logp).clamp(max=LARGEST)  # log(q / p)
+    estimate = torch.expm1(b) - b
+    return estimate.clamp(max=clamp) if clamp else estimate
 
 
 def penalty(tokens: TokenStats, config: Any) -> Tensor | None:

@@ -53,12 +53,12 @@ def tool_reward(answer: str | None, gold: str, clips: int) -> float:
 def merge(spans: Spans) -> Spans:
     """The union of the spans as disjoint, sorted ones; touching spans become one.
 
-    Raises ValueError for a span that is reversed or not a number.
+    Raises ValueError for a span that is reversed, infinite or not a number.
     """
     merged: Spans = []
     for start, end in sorted(spans):
-        if not start <= end:
-            raise ValueError(f"span ({start}, {end}): the start must not be after the end")
+        if not 0 <= end - start < float("inf"):
+            raise ValueError(f"span ({start}, {end}): the start must not be after the end, and both finite")
         if merged and start <= merged[-1][1]:
             merged[-1] = (merged[-1][0], max(merged[-1][1], end))
         else:

@@ -196,6 +196,15 @@ def test_special_tokens_are_empty_or_kept():
     assert text == "<answer>B</answer><|im_end|>" and offsets[-1] == (18, 28)
 
 
+def test_a_special_token_after_half_a_character_wrote_none_of_it(tokenizer):
+    """The half is the last thing in the reasoning; the end token is credited with what stands outside."""
+    half, end = tokenizer("<think>a猫").input_ids[:-1], tokenizer("<|im_end|>").input_ids
+    text, offsets = token_offsets(tokenizer, half + end)
+    assert text == tokenizer.decode(half) == "<think>a\ufffd"
+    assert offsets[:-1] == token_offsets(tokenizer, half)[1] and offsets[-2:] == [(8, 9), (9, 9)]
+    assert token_offsets(tokenizer, half + end + end)[1] == [*offsets, (9, 9)]
+
+
 @given(st.lists(st.integers(0, 255), max_size=30))
 def test_any_sampled_bytes_have_offsets(ids):
     """Also bytes that are no text: the pieces still join to what the tokenizer decodes."""

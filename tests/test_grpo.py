@@ -287,6 +287,19 @@ def test_statistics_carry_no_gradient_and_nothing_is_clipped_without_clip():
     assert stats["clipped_low"] == stats["clipped_high"] == 0
 
 
+@pytest.mark.parametrize("advantage", [0.0, 2.0, -2.0])
+@pytest.mark.parametrize("clips", [(0.2, 0.28), (None, None)])
+def test_a_log_ratio_too_large_for_float32_gives_no_nan(advantage, clips):
+    """A token beside it, at ratio 1, keeps its gradient."""
+    logp = torch.tensor([[-1.0, -1.0]], requires_grad=True)
+    old = torch.tensor([[-101.0, -1.0]])
+    mask = torch.ones(1, 2, dtype=torch.bool)
+    loss, stats = grpo_loss(logp, old, torch.full((1, 2), advantage), mask, None, *clips, "token")
+    loss.backward()
+    assert math.isfinite(loss.item()) and all(math.isfinite(float(value)) for value in stats.values())
+    assert torch.isfinite(logp.grad).all() and float(logp.grad[0, 1]) == pytest.approx(-advantage / 2)
+
+
 def test_a_ratio_on_the_border_is_not_clipped():
     zero, mask = torch.zeros(2, 1), torch.ones(2, 1, dtype=torch.bool)
     _, stats = grpo_loss(zero, zero, torch.tensor([[1.0], [-1.0]]), mask, None, 0.0, 0.0, "token")

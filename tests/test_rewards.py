@@ -78,7 +78,9 @@ def test_merge_by_hand():
     assert merge([(4, 4)]) == [(4, 4)]
 
 
-@pytest.mark.parametrize("bad", [(5.0, 3.0), (math.nan, 3.0), (3.0, math.nan)])
+@pytest.mark.parametrize(
+    "bad", [(5.0, 3.0), (math.nan, 3.0), (3.0, math.nan), (3.0, math.inf), (math.inf, math.inf), (-math.inf, 3.0)]
+)
 def test_a_span_that_is_none_raises(bad):
     with pytest.raises(ValueError, match="start must not be after the end"):
         merge([(0.0, 1.0), bad])
