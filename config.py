@@ -2,7 +2,8 @@
 
 The defaults are Zoom-Zero's Stage I as the paper has it; a recipe (`--config recipes/x.yaml`) names what it changes,
 and `--field value` on the command line changes single fields on top. An unknown name or a value of the wrong kind is an
-error that says which. A recipe may set every option; a command line only those that its program reads.
+error that says which. A recipe may set every option, and a training program warns of those that it does not read; a
+command line may set those alone that its program reads.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import logging
 import math
 import re
 import reprlib
@@ -31,6 +33,7 @@ RECIPES = Path(__file__).resolve().parent / "recipes"
 DEFAULT_RECIPE = RECIPES / "cpu_world.yaml"
 SHORT = ("nextgqa", "rextime")  # formats whose videos are short (Zoom-Zero, Appendix B)
 BUILT_IN = RECIPES.parent / "checkpoints" / "tiny"
+log = logging.getLogger("zoomgrpo")
 
 # The programs that read an option.
 LOOPS = ("train", "sft")
@@ -370,6 +373,18 @@ def read_recipe(path: str | Path) -> dict[str, object]:
     return {name: convert(name, value, str(path)) for name, value in values.items()}
 
 
+def unread(values: dict[str, object], program: str) -> list[str]:
+    """What a recipe sets, other than to the default, that a training program does not read, and who does.
+
+    Other programs are given the recipe of the run whose policy they ask, which is full of options of training.
+    """
+    return [
+        f"{name} ({', '.join(f'{one}.py' for one in OPTIONS[name]['used_by'])} only)"
+        for name, value in values.items()
+        if program not in OPTIONS[name]["used_by"] and value != Config.__dataclass_fields__[name].default
+    ]
+
+
 def save(config: Config, path: str | Path) -> None:
     """Write the full configuration as a recipe that `--config` reads."""
     Path(path).write_text(yaml.safe_dump(dataclasses.asdict(config), sort_keys=False))
@@ -441,7 +456,10 @@ def parse_with(
         raise ConfigError(f"command line: {error}") from None
     for word in rest:
         raise ConfigError(f"command line: {unusable(word, known)}")
-    values = read_recipe(parsed.config or recipe(parsed))
+    path = parsed.config or recipe(parsed)
+    values = read_recipe(path)
+    if program in LOOPS and (names := unread(values, program)):
+        log.warning("%s sets what %s.py does not read: %s", path, program, ", ".join(names))
     for name in OPTIONS:
         value = getattr(parsed, name, None)
         if value is not None:

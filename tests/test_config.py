@@ -370,3 +370,27 @@ def test_the_model_that_is_asked(recipe, tmp_path):
     assert model("--config", str(recipe), "--model", "mine") == "mine"
     (tmp_path / "config.yaml").write_text("model: where/it/started\n")  # a run's
     assert model("--model", str(tmp_path / "checkpoint")) == str(tmp_path / "checkpoint")
+
+
+def test_a_recipe_that_sets_what_the_training_program_does_not_read_is_warned_of_by_name(tmp_path, caplog):
+    path = tmp_path / "r.yaml"
+    path.write_text("epochs: 2\nlr: 1.0e-3\ngroup_size: 3\nbeta: 0.01\nkl: k3\n")  # beta as it is anyway
+    parse(["--config", str(path)], program="train")
+    (record,) = caplog.records
+    assert record.getMessage() == f"{path} sets what train.py does not read: epochs (sft.py only)"
+    caplog.clear()
+    parse(["--config", str(path)], program="sft")
+    (record,) = caplog.records
+    named = "group_size (train.py, filters.py, exemplars.py only), kl (train.py only)"
+    assert record.getMessage() == f"{path} sets what sft.py does not read: {named}"
+    caplog.clear()
+    parse(["--config", str(path)], program="evaluate")  # asks the policy of that run
+    save(parse(["--config", str(path), "--epochs", "0"]), path)  # every option, most as they are anyway
+    parse(["--config", str(path)], program="train")
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("recipe", [path for path in RECIPES if not path.stem.startswith("accelerate")], ids=str)
+def test_our_own_recipes_set_what_their_training_program_reads(recipe, caplog):
+    parse(["--config", str(recipe)], program="sft" if "sft" in recipe.stem else "train")
+    assert [record.getMessage() for record in caplog.records if "group_size" not in record.getMessage()] == []

@@ -1,6 +1,7 @@
 """Samples: loading, videos, mixtures, and the command that sums a file up."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -111,6 +112,20 @@ def test_other_spellings_of_a_name_are_found(tmp_path):
         assert video_path(video, tmp_path) == str(folder / found), video
         assert video_path(f"{tmp_path}/{video}", None) == str(folder / found), video
     assert video_path("b/gone\\x", tmp_path) == str(tmp_path / "b/gone\\x.mp4")
+
+
+def test_a_missing_video_costs_one_look_at_the_file_and_one_into_its_folder(tmp_path, monkeypatch):
+    asked, listed = [], []
+    isfile, listdir = os.path.isfile, os.listdir
+    rows = [{**RECORD, "video": f"v/{k // 2}", "id": f"s{k}"} for k in range(20)]
+    path = write_rows(tmp_path / "a.jsonl", rows)
+    (tmp_path / "v").mkdir()
+    (tmp_path / "v" / "3.webm").write_text("")
+    monkeypatch.setattr(os.path, "isfile", lambda path: asked.append(path) or isfile(path))
+    monkeypatch.setattr(os, "listdir", lambda path: listed.append(path) or listdir(path))
+    samples, report = read_with_report(path, video_root=tmp_path)
+    assert report.missing == 18 and samples[6].video == samples[7].video == str(tmp_path / "v" / "3.webm")
+    assert len(asked) == 10 + 1 and listed == [str(tmp_path / "v")]
 
 
 def test_an_empty_name_is_refused(tmp_path):
