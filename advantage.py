@@ -114,8 +114,7 @@ def token_offsets(tokenizer, ids: list[int], skip_special_tokens: bool = True) -
     """The text of sampled ids, and which characters [start, end) of it each id wrote.
 
     The pieces text[start:end] joined are the text. A character whose bytes are spread over several ids belongs to the
-    id that completes it; the ids before have an empty range at its place, as have skipped special tokens: one that
-    follows half a character leaves it to the id before.
+    id that completes it; the ids before have an empty range at its place, as have skipped special tokens.
     """
 
     def decode(part: list[int]) -> str:

@@ -37,9 +37,7 @@ from video import Budget, Clip, ClipPlan, FrameCache, VideoError, VideoInfo, loa
 @dataclass
 class View:
     """A sample and what the coarse pass shows of its video: the frames, and the same as patches.
-
-    `draw`: its place among all prompts of a training run, and how often that was redrawn. It is part of the responses'
-    seeds, so that a sample drawn twice is answered anew.
+    `draw`, its place in a training run and how often that was redrawn, is in the responses' seeds: they are new then.
     """
 
     sample: Sample

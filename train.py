@@ -49,7 +49,7 @@ from harness.checkpoints import claim_folder
 from harness.log import start_tracker, step_figures
 from harness.run import TrainingError, finish, program, training_accelerator
 from harness.session import Session
-from harness.setup import Run, load_run
+from harness.setup import Run, check_rewards, load_run
 from kl import Reference
 from policy import ModelError, Observation, Prompt, group_hidden, keep_tokens
 from report import ReportError
@@ -288,15 +288,6 @@ def set_old_logp(run: Run, batches: Sequence[MicroBatch]) -> None:
 
 
 # ---------------------------------------------------------------- the run
-
-
-def check_rewards(config: Config) -> None:
-    """Raise ConfigError for rewards that the template's responses cannot have."""
-    if config.multi_turn and (config.tokenadv != "off" or config.zoom_reward):
-        raise configuration.ConfigError(
-            f"template = {config.template} sums its rewards and has no zoom pass: it needs tokenadv = off and "
-            "zoom_reward = false"
-        )
 
 
 def main(arguments: list[str] | None = None) -> None:

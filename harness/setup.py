@@ -13,7 +13,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.optim.lr_scheduler import LambdaLR
 
 import kl
-from config import Config
+from config import Config, ConfigError
 from engine.loading import load
 from engine.sharding import stream_layers
 from policy import Policy, Vocabulary
@@ -36,6 +36,15 @@ class Run:
     @property
     def model(self) -> torch.nn.Module:
         return self.accelerator.unwrap_model(self.policy).model
+
+
+def check_rewards(config: Config) -> None:
+    """Raise ConfigError for rewards that the template's responses cannot have."""
+    if config.multi_turn and (config.tokenadv != "off" or config.zoom_reward):
+        raise ConfigError(
+            f"template = {config.template} sums its rewards and has no zoom pass: it needs tokenadv = off and "
+            "zoom_reward = false"
+        )
 
 
 def learning_rate(config: Config, update_number: int) -> float:
