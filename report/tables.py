@@ -11,9 +11,25 @@ from report.calibration import calibration, calibration_text
 from report.intervals import bootstrap, paired_test
 from report.scores import COSTS, bin_names, bin_of, by_kind, evidence_edges, evidence_size, overall, summarise
 
-HEADLINE = ("mIoU", "mIoP", "mIoG", "R@0.3", "R@0.5", "R@0.7", "rec@IoU")  # spans
-HEADLINE += ("accuracy", "zoom_accuracy", "Acc@GQA", "acc@IoU", "format", *COSTS)
-CONTROLS = ("true_zoom_accuracy", "shuffled mIoU", "chance mIoU")
+# What each score means, in the order of the table.
+HEADLINE = {
+    "mIoU": "overlap of the claimed and the true spans, over their union",
+    "mIoP": "share of the claimed time that is evidence",
+    "mIoG": "share of the evidence that is claimed",
+    **{f"R@{m}": f"questions with an IoU above {m}" for m in (0.3, 0.5, 0.7)},
+    "rec@IoU": "CG-Bench's mean of R over IoU from 0.1 to 0.5",
+    "accuracy": "right answers of the response itself, from what the coarse pass shows",
+    "zoom_accuracy": "right answers from the frames of the claimed spans",
+    "Acc@GQA": "right answers of the response whose claimed time is at least half evidence",
+    "acc@IoU": "rec@IoU of right answers, 0 for wrong ones",
+    "format": "responses in the template's format",
+    **dict(zip(COSTS, ("calls per question", "frames per question", "visual tokens per question"), strict=True)),
+}
+CONTROLS = {
+    "true_zoom_accuracy": "control: right answers from the frames of the true spans",
+    "shuffled mIoU": "control: spans claimed for the question of another video",
+    "chance mIoU": "control: the evidence of a random question about the same video",
+}
 
 
 @dataclass(frozen=True)
@@ -147,9 +163,15 @@ def official_text(found: dict, path: str = "") -> str:
     return "\n".join([*([f"{path}  {figures}"] if flat else []), *nested])
 
 
+def meanings(results: Mapping[str, list[dict]]) -> str:
+    """What each score of the table means, a line each."""
+    found = overall(next(iter(results.values())))
+    return aligned([(name, text) for name, text in (HEADLINE | CONTROLS).items() if name in found])
+
+
 def describe(results: Mapping[str, list[dict]], benchmark: str) -> str:
     """All tables as text."""
-    parts = [table(results)]
+    parts = [table(results), meanings(results)]
     if any(row["evidence"] for rows in results.values() for row in rows):
         parts.append(clue_table(results))
     parts += [calibration_text(label, found) for label, rows in results.items() if (found := calibration(rows))]
