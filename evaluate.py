@@ -60,7 +60,7 @@ from report.evaluation import evaluation_page, page_videos
 from report.intervals import bootstrap
 from report.plots import plot_by_clue, plot_reliability
 from report.results import read_results, row_of, stored_rows, write_results
-from report.scores import breakdown, by_kind, overall, score
+from report.scores import BORDERS, breakdown, by_kind, overall, score
 from rewards import format_reward
 from rollout import View, answer_clips, roll_out, view_video, zoom_clips, zoom_pass
 
@@ -226,7 +226,7 @@ def save_and_print(
             "all": overall(rows),
             "intervals": bootstrap(rows),
             "by_kind": by_kind(rows),
-            **{f"by_{by}": breakdown(rows, by) for by in ("clue_length", "clue_portion")},
+            **{f"by_{by}": breakdown(rows, by) for by in BORDERS},
             "calibration": calibration(rows),
             "official": tables.official_scores(rows, benchmark),
         }

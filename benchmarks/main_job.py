@@ -18,7 +18,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 SCORES = ("mIoU", "mIoP", "mIoG", "R@0.3", "R@0.5", "accuracy", "zoom_accuracy", "Acc@GQA", "format")
 CONTROLS = ("true_zoom_accuracy", "shuffled mIoU", "chance mIoU")
-KINDS = ("coarse", "fine", "blink", "pair")
+# What is also told apart, and which scores of it.
+PARTS = {
+    "by_kind": ("mIoU", "accuracy", "Acc@GQA", "zoom_accuracy", "true_zoom_accuracy"),
+    "by_duration": ("mIoU", "accuracy", "zoom_accuracy"),
+}
 
 
 def finished_run(out: Path, seed: int, options: list[str]) -> dict:
@@ -49,10 +53,11 @@ def table(runs: list[dict]) -> str:
 
     for name in (*SCORES, *CONTROLS):
         lines.append(line(name, *([run[when]["all"][name] for run in runs] for when in ("before", "after"))))
-    for kind in KINDS:
-        for name in ("mIoU", "accuracy", "zoom_accuracy", "true_zoom_accuracy"):
-            values = ([run[when]["by_kind"][kind][name] for run in runs] for when in ("before", "after"))
-            lines.append(line(f"{kind}: {name}", *values))
+    for by, names in PARTS.items():
+        for part in runs[0]["before"][by]:
+            for name in names:
+                values = ([run[when][by][part][name] for run in runs] for when in ("before", "after"))
+                lines.append(line(f"{part}: {name}", *values))
     return "\n".join(lines)
 
 

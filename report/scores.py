@@ -23,6 +23,8 @@ from rewards import interval_iog, interval_iop, interval_iou, union_length
 CGBENCH_THRESHOLDS = (0.1, 0.2, 0.3, 0.4, 0.5)
 CLUE_LENGTHS = (0, 2, 5, 10, 20, 40)  # seconds of evidence: borders of Figure 3's left half
 CLUE_PORTIONS = (0, 0.05, 0.1, 0.2, 0.4, 0.7)  # evidence / duration: borders of its right half
+DURATIONS = (0, 20, 30, 45, 60, 180, 600, 1800)  # seconds of the video
+BORDERS = {"clue_length": (CLUE_LENGTHS, " s"), "clue_portion": (CLUE_PORTIONS, ""), "duration": (DURATIONS, " s")}
 
 COSTS = ("calls", "frames", "visual_tokens")
 ACCURACIES = {"accuracy": "predicted_answer", "zoom_accuracy": "zoom_answer", "true_zoom_accuracy": "true_zoom_answer"}
@@ -67,10 +69,11 @@ def summarise(rows: list[dict]) -> dict[str, float]:
 
 
 def breakdown(rows: list[dict], by: str) -> dict[str, dict]:
-    """`summarise` of each group, by "kind", "clue_length" (seconds of evidence) or "clue_portion" (of the duration).
+    """`summarise` of each group, by "kind", "clue_length" (seconds of evidence), "clue_portion" (of the duration) or
+    "duration".
 
     A question of several kinds counts under each. The group "unknown" has the questions without a kind, without
-    evidence, or, for the portion, without a duration. Empty groups are left out.
+    evidence, or without a duration, as it matters. Empty groups are left out.
     """
     groups: dict[str, list[dict]] = {name: [] for name in group_names(rows, by)}
     for row in rows:
@@ -83,9 +86,9 @@ def group_names(rows: list[dict], by: str) -> list[str]:
     """All groups that `groups_of` can give, in order."""
     if by == "kind":
         return sorted({name for row in rows for name in groups_of(row, by)})
-    if by not in ("clue_length", "clue_portion"):
-        raise ValueError(f"breakdown by '{by}': expected kind, clue_length or clue_portion")
-    borders, unit = (CLUE_LENGTHS, " s") if by == "clue_length" else (CLUE_PORTIONS, "")
+    if by not in BORDERS:
+        raise ValueError(f"breakdown by '{by}': expected kind, {', '.join(BORDERS)}")
+    borders, unit = BORDERS[by]
     between = [f"{low} to {high}{unit}" for low, high in itertools.pairwise(borders)]
     return [*between, f"from {borders[-1]}{unit}", "unknown"]
 
@@ -93,11 +96,11 @@ def group_names(rows: list[dict], by: str) -> list[str]:
 def groups_of(row: dict, by: str) -> list[str]:
     if by == "kind":
         return row["kind"].split(KIND_SEPARATOR) if row["kind"] else ["unknown"]
-    if not row["evidence"] or (by == "clue_portion" and row["duration"] is None):
+    length, duration = union_length(as_spans(row["evidence"])), row["duration"]
+    value = {"clue_length": length, "clue_portion": duration and length / duration, "duration": duration}[by]
+    if value is None or not (row["evidence"] or by == "duration"):
         return ["unknown"]
-    length = union_length(as_spans(row["evidence"]))
-    value, borders = (length, CLUE_LENGTHS) if by == "clue_length" else (length / row["duration"], CLUE_PORTIONS)
-    return [group_names([], by)[bisect.bisect_right(borders, value) - 1]]
+    return [group_names([], by)[bisect.bisect_right(BORDERS[by][0], value) - 1]]
 
 
 def evidence_edges(rows: Sequence[dict], by: str, bins: int = 5) -> np.ndarray:

@@ -10,7 +10,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from transformers import Qwen2_5_VLForConditionalGeneration
 
-from benchmarks import engine, gpu, gpu_checks, memory, zoomer
+from benchmarks import engine, gpu, gpu_checks, main_job, memory, zoomer
 from benchmarks.engine import Cost, Ours
 from benchmarks.memory import Parameters
 from config import Config
@@ -253,6 +253,18 @@ def test_a_check_fails_for_what_is_not_a_number(capsys):
     gpu_checks.check("wrong", float("nan"), 2e-3)
     lines = capsys.readouterr().out.splitlines()
     assert [line.split("|")[-2].strip() for line in lines] == ["ok", "FAILED"]
+
+
+def test_the_main_job_tells_kinds_and_lengths_apart():
+    def scores(value: float) -> dict:
+        return dict.fromkeys((*main_job.SCORES, *main_job.CONTROLS), value)
+
+    def result(value: float) -> dict:
+        return {"all": scores(value), "by_kind": {"coarse": scores(value)}, "by_duration": {"0 to 20 s": scores(value)}}
+
+    lines = main_job.table([{"before": result(0.25), "after": result(value)} for value in (0.75, 0.85)]).splitlines()
+    change = "| 0.250 ± 0.000 | 0.800 ± 0.071 | 0.550 ± 0.071 |"
+    assert {f"| {part} {change}" for part in ("Acc@GQA", "coarse: accuracy", "0 to 20 s: mIoU")} <= set(lines)
 
 
 def test_a_report_names_what_failed_and_gathers_the_suspects():

@@ -69,5 +69,6 @@ def test_breakdown_by_kind_length_and_portion():
     assert sizes("kind") == {"blink": 2, "fine": 2, "unknown": 1}
     assert sizes("clue_length") == {"2 to 5 s": 1, "10 to 20 s": 1, "from 40 s": 1, "unknown": 1}
     assert sizes("clue_portion") == {"0.1 to 0.2": 1, "0.4 to 0.7": 1, "unknown": 2}
+    assert sizes("duration") == {"20 to 30 s": 3, "unknown": 1}
     with pytest.raises(ValueError, match="colour"):
         breakdown(rows, "colour")
