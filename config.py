@@ -303,7 +303,7 @@ class Config:
 
     # ---- evaluation
     eval_controls: bool = scoring(False, "Also ask with questions of other videos, and zoom on the true spans.")
-    eval_batch: int = scoring(32, "Questions answered together on one device.", above=0)
+    eval_batch: int = scoring(8, "Looks of different questions in one pass on one device.", above=0, used_by=TESTING)
 
     # ---- machine
     reference_device: str = machine(
@@ -315,7 +315,12 @@ class Config:
     mixed_precision: str = machine(
         "bf16", "Compute precision; weights and optimiser stay float32.", ("no", "bf16"), decides=True
     )
-    threads: int = machine(0, "CPU threads per process; 0 leaves torch's own choice.", least=0, free=True)
+    threads: int = machine(
+        0,
+        "CPU threads per process; 0: torch's own choice or, where a launcher has set it to 1, a share of the cores.",
+        least=0,
+        free=True,
+    )
 
     @property
     def zoom_limits(self) -> tuple[int, int, int]:

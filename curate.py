@@ -59,7 +59,7 @@ from config import Config, ConfigError
 from engine.loading import patch_side
 from harness import chat, journal
 from harness.chat import Cached, Chat, ChatError, Local, Message, Reply, RequestError, Shown, Usage, one_line
-from harness.run import patient_accelerator, program, share
+from harness.run import patient_accelerator, program, share, use_threads
 from media.decode import probe
 from media.file import VideoError
 from media.frames import FrameCache
@@ -617,8 +617,7 @@ def parse_curate(arguments: list[str] | None = None) -> tuple[argparse.Namespace
 
 def main(arguments: list[str] | None = None) -> None:
     options, config = parse_curate(arguments)
-    if config.threads:
-        torch.set_num_threads(config.threads)
+    use_threads(config)
     curate(options, config, patient_accelerator(config))
 
 

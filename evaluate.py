@@ -41,16 +41,17 @@ from accelerate.utils import gather_object
 from tqdm import tqdm
 
 import config as configuration
+import prompts
 from annotations.rows import DataError, Sample
 from annotations.samples import check_samples, check_videos, load_samples
 from config import Config
 from engine.loading import load
 from engine.sharding import whole_weights
-from episodes import environments
+from harness.asking import Agent, Request, Steps, side_by_side, whole_video, zoomed
 from harness.checkpoints import SCORES
 from harness.folder import delete
 from harness.journal import save_whole
-from harness.run import finish, patient_accelerator, program, share
+from harness.run import finish, patient_accelerator, program, share, use_threads
 from media.file import VideoError
 from policy import ModelError, Vocabulary
 from prompts import TEMPLATES
@@ -62,7 +63,7 @@ from report.plots import plot_by_clue, plot_reliability
 from report.results import read_results, row_of, stored_rows, write_results
 from report.scores import BORDERS, breakdown, by_kind, overall, score
 from rewards import format_reward
-from rollout import View, answer_clips, roll_out, view_video, zoom_clips, zoom_pass
+from rollout import visible_spans
 
 log = logging.getLogger("zoomgrpo")
 
@@ -77,29 +78,22 @@ def evaluate(
     Split over processes; every process returns all rows. Raises DataError if no video at all can be read.
     """
     local_numbers = share(samples, accelerator)
+    agent = Agent(model, vocabulary, config)
+    steps = episode_row if config.multi_turn else two_pass_row
     # Controls: each question is asked about the video of another one, half the data set away.
-    shift = len(samples) // 2
-    rows = []
-    bar = tqdm(
-        total=len(local_numbers), desc=label, unit="question", disable=None if accelerator.is_main_process else True
-    )
-    for start in range(0, len(local_numbers), config.eval_batch):
-        numbers = local_numbers[start : start + config.eval_batch]
-        views, unreadable = view_all([samples[i] for i in numbers], config)
-        for error in unreadable.values():
-            log.warning("every question about it counts as unanswered: %s", error)
-        with torch.no_grad(), accelerator.autocast():
-            asked = evaluate_episodes if config.multi_turn else evaluate_views
-            chunk = asked(model, views, config, vocabulary)
-            if config.eval_controls:
-                others = [samples[(i + shift) % len(samples)] for i in numbers if samples[i].video not in unreadable]
-                add_controls(chunk, model, views, others, config, vocabulary)
-        read = {row["id"]: row for row in chunk}
-        for i in numbers:
-            row = read.get(samples[i].id) or unanswered(samples[i], str(unreadable[samples[i].video]), config.template)
+    others = [samples[(i + len(samples) // 2) % len(samples)] if config.eval_controls else None for i in local_numbers]
+    questions = ((i, steps(agent, samples[i], other)) for i, other in zip(local_numbers, others, strict=True))
+    rows, named = [], set()
+    quiet = None if accelerator.is_main_process else True
+    with tqdm(total=len(local_numbers), desc=label, unit="question", disable=quiet) as bar:
+        for i, row, _ in side_by_side(questions, config.eval_batch, accelerator.autocast):
+            if isinstance(row, VideoError):
+                if samples[i].video not in named:
+                    log.warning("every question about it counts as unanswered: %s", row)
+                    named.add(samples[i].video)
+                row = unanswered(samples[i], str(row), config.template)
             rows.append((i, row))
-        bar.update(len(numbers))
-    bar.close()
+            bar.update()
     gathered = [row for _, row in sorted(gather_object(rows), key=lambda pair: pair[0])]
     # A process that left right after a gather could deadlock: Gloo's thread still gives the gathered tensors back.
     accelerator.wait_for_everyone()
@@ -115,22 +109,6 @@ def load_policy(config: Config, device: torch.device) -> tuple[torch.nn.Module, 
     return model.to(device).eval(), Vocabulary.of(tokenizer, config.outer_tags)
 
 
-def view_all(samples: Sequence[Sample], config: Config) -> tuple[list[View], dict[str, VideoError]]:
-    """The coarse views of the samples whose video can be read, and the other videos' errors.
-
-    A video that several samples share is decoded once.
-    """
-    by_video: dict[str, View] = {}
-    unreadable: dict[str, VideoError] = {}
-    for sample in samples:
-        if sample.video not in by_video and sample.video not in unreadable:
-            try:
-                by_video[sample.video] = view_video(sample, config)
-            except VideoError as error:
-                unreadable[sample.video] = error
-    return [replace(by_video[s.video], sample=s) for s in samples if s.video in by_video], unreadable
-
-
 def unanswered(sample: Sample, error: str, template: str) -> dict:
     """The row of a question whose video cannot be read."""
     row = {**row_of(sample, None, None), "format": 0.0, "response": "", "error": error}
@@ -139,70 +117,63 @@ def unanswered(sample: Sample, error: str, template: str) -> dict:
     return row | {"zoom_answer": None, "zoom_confidence": None, "shuffled_spans": None, "true_zoom_answer": None}
 
 
-def evaluate_episodes(model, views: Sequence[View], config: Config, vocabulary: Vocabulary) -> list[dict]:
-    """A greedy episode for each view, as rows; with how many calls it made, and what it saw. Its "spans" are those of
-    its calls: where it has looked."""
-    rows = []
-    for group in roll_out(model, views, config, vocabulary, None, environments=environments(views, config)):
-        [episode] = group.responses
-        videos = [video for prompt in group.prompts for video in prompt.videos]
-        turns = [turn.text for turn in episode.turns]
-        rows.append(
-            {
-                **row_of(group.view.sample, episode.answer, episode.spans and list(map(list, episode.spans))),
-                "format": format_reward(turns, config.template),
-                "calls": episode.calls,
-                "frames": len(group.view.clip.times) + sum(len(clip.times) for clip in episode.clips),
-                "visual_tokens": sum(video.n_tokens for video in videos),
-                "response": "\n".join(turns),
-                "error": None,
-            }
-        )
-    return rows
+def episode_row(agent: Agent, sample: Sample, other: None = None) -> Steps:
+    """The row of a greedy episode; with how many calls it made, and what it saw. Its "spans" are those of its calls:
+    where it has looked."""
+    [group] = yield [whole_video(agent, sample)]
+    [episode] = group.responses
+    videos = [video for prompt in group.prompts for video in prompt.videos]
+    turns = [turn.text for turn in episode.turns]
+    return {
+        **row_of(sample, episode.answer, episode.spans and list(map(list, episode.spans))),
+        "format": format_reward(turns, agent.config.template),
+        "calls": episode.calls,
+        "frames": len(group.view.clip.times) + sum(len(clip.times) for clip in episode.clips),
+        "visual_tokens": sum(video.n_tokens for video in videos),
+        "response": "\n".join(turns),
+        "error": None,
+    }
 
 
-def evaluate_views(model, views: Sequence[View], config: Config, vocabulary: Vocabulary) -> list[dict]:
-    """Greedy response and zoom for each view, as rows."""
-    groups = roll_out(model, views, config, vocabulary, step=None)
-    for id, error in zoom_pass(model, groups, config, vocabulary).items():
-        log.warning("sample %s has no zoom: %s", id, error)
-    rows = []
-    for group in groups:
-        response = group.responses[0]
-        spans = None if response.spans is None else [list(span) for span in response.spans]
-        rows.append(
-            {
-                **row_of(group.view.sample, response.answer, spans),
-                "zoom_answer": response.zoom.answer if response.zoom else None,
-                "zoom_confidence": response.zoom.letters.get(response.zoom.answer, 0.0) if response.zoom else None,
-                "format": format_reward([response.text], config.template, bool(group.view.sample.options)),
-                "response": response.text,
-                "error": None,
-            }
-        )
-    return rows
+def two_pass_row(agent: Agent, sample: Sample, other: Sample | None = None) -> Steps:
+    """The row of a greedy response and the zoom on its spans. With another sample, "shuffled_spans" (the span claimed
+    for that one's question about this video) and "true_zoom_answer" too.
+    """
+    config, whole = agent.config, whole_video(agent, sample)
+    requests = [whole]
+    if other:
+        swapped = replace(sample, question=other.question, options=other.options)
+        requests.append(replace(whole, show=lambda: replace(whole.view, sample=swapped)))
+    groups = yield requests
+    [response] = groups[0].responses
+    zoom, spans = None, visible_spans(response.spans, whole.view.info.duration)
+    if sample.options and (spans or config.invalid_span == "uniform"):
+        think = prompts.parse_think(response.text) if config.zoom_sees_think else None
+        zoom = yield from zoom_if_readable(zoomed(agent, whole, spans, think), "no zoom")
+    claimed = None if response.spans is None else [list(span) for span in response.spans]
+    row = {
+        **row_of(sample, response.answer, claimed),
+        "zoom_answer": zoom.answer if zoom else None,
+        "zoom_confidence": zoom.letters.get(zoom.answer, 0.0) if zoom else None,
+        "format": format_reward([response.text], config.template, bool(sample.options)),
+        "response": response.text,
+        "error": None,
+    }
+    if other:
+        row["shuffled_spans"] = groups[1].responses[0].spans
+        zoom = yield from zoom_if_readable(zoomed(agent, whole, list(sample.evidence)), "no zoom on its true spans")
+        row["true_zoom_answer"] = zoom.answer if zoom else None
+    return row
 
 
-def add_controls(
-    rows: list[dict], model, views: Sequence[View], others: Sequence[Sample], config: Config, vocabulary: Vocabulary
-) -> None:
-    """Add "shuffled_spans" (the span claimed for another video's question) and "true_zoom_answer" to the rows."""
-    asked = [
-        replace(v, sample=replace(v.sample, question=o.question, options=o.options))
-        for v, o in zip(views, others, strict=True)
-    ]
-    for row, group in zip(rows, roll_out(model, asked, config, vocabulary, step=None), strict=True):
-        row["shuffled_spans"] = group.responses[0].spans
-    jobs, zoomed = [], []
-    for row, view in zip(rows, views, strict=True):
-        row["true_zoom_answer"] = None
-        try:
-            jobs.append((view.sample, zoom_clips(view, [list(view.sample.evidence)], config)[0], None))
-            zoomed.append(row)
-        except VideoError as error:
-            log.warning("sample %s has no zoom on its true spans: %s", view.sample.id, error)
-    for row, zoom in zip(zoomed, answer_clips(model, jobs, config, vocabulary), strict=True):
-        row["true_zoom_answer"] = zoom.answer
+def zoom_if_readable(request: Request, lack: str) -> Steps:
+    """The Zoom, or None if its part of the video cannot be read, which the log says."""
+    try:
+        [zoom] = yield [request]
+    except VideoError as error:
+        log.warning("sample %s has %s: %s", request.sample.id, lack, error)
+        return None
+    return zoom
 
 
 # ---------------------------------------------------------------- what is left behind
@@ -302,8 +273,7 @@ def check_test_samples(samples: Sequence[Sample], config: Config) -> None:
 def main(arguments: list[str] | None = None) -> None:
     options, config = configuration.parse_for_model(commands.extra("evaluate", __doc__), arguments, program="evaluate")
     out = options.out or "runs/evaluate"  # not the recipe's: a run may be there
-    if config.threads:
-        torch.set_num_threads(config.threads)
+    use_threads(config)
     if not config.test_data:
         raise configuration.ConfigError("nothing to evaluate on: give --test_data")
     accelerator = patient_accelerator(config)

@@ -46,7 +46,6 @@ from tqdm import tqdm
 from transformers.utils.logging import disable_progress_bar
 
 import config as configuration
-import evaluate
 import prompts
 from annotations import trajectories
 from annotations.rows import DataError, Sample
@@ -56,9 +55,11 @@ from engine.families import BANNED_TOKENS, EOS_TOKENS
 from episodes import ClipEnvironment, environments, messages
 from filters import finished_rows, identity
 from harness import journal
+from harness.asking import Agent
+from harness.batches import view_all
 from harness.chat import Cached, Chat, ChatError, Message, RequestError, Shown, connect
-from harness.run import patient_accelerator, program, share
-from infer import Agent, load_agent
+from harness.run import patient_accelerator, program, share, use_threads
+from infer import load_agent
 from policy import ModelError
 from prompts import CALL_END
 from report.tables import aligned
@@ -204,7 +205,7 @@ def play_all(
     """The line of each sample, as they are done. Without a model, the expert plays alone."""
     for start in range(0, len(samples), config.rollout_batch):
         batch = samples[start : start + config.rollout_batch]
-        views, unreadable = evaluate.view_all(batch, config)
+        views, unreadable = view_all(batch, config)
         for sample in batch:
             if sample.video in unreadable:
                 reason = f"unreadable video: {unreadable[sample.video]}"
@@ -332,8 +333,7 @@ def main(arguments: list[str] | None = None) -> None:
     if (options.what == "reflect") != bool(options.exemplars):
         raise ConfigError("reflect, and only it, needs --exemplars, the train.jsonl that play has left")
     disable_progress_bar()  # of loading weights
-    if config.threads:
-        torch.set_num_threads(config.threads)
+    use_threads(config)
     run(options, config)
 
 

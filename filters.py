@@ -54,11 +54,12 @@ import prompts
 from annotations.rows import DataError, Sample
 from annotations.samples import check_samples, check_videos, load_samples, write_samples
 from config import Config, ConfigError, suiting_recipe
-from evaluate import view_all
 from harness import journal
+from harness.asking import Agent
+from harness.batches import view_all
 from harness.chat import Cached, Chat, ChatError, Message, RequestError, Shown, connect
-from harness.run import patient_accelerator, program
-from infer import Agent, load_agent
+from harness.run import patient_accelerator, program, use_threads
+from infer import load_agent
 from media.decode import probe
 from media.file import VideoError
 from media.prefetch import prefetch
@@ -391,8 +392,7 @@ def main(arguments: list[str] | None = None) -> None:
     if (options.endpoint or options.judge_model) and not (options.filter == "plm_video" and options.judge_model):
         raise ConfigError("--judge_model, at an --endpoint, is for plm_video; an endpoint needs a model's name")
     disable_progress_bar()  # of loading weights
-    if config.threads:
-        torch.set_num_threads(config.threads)
+    use_threads(config)
     run(options, rule, chosen.threshold if options.threshold is None else options.threshold, config)
 
 

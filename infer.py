@@ -31,10 +31,12 @@ What the papers leave open, and how it is here:
 - Repeated zoom shows the spans widened by half their length at each end, so that a span can also move and grow. It
   stops when the new spans have an IoU of `stable` with the old ones, when none are found, or after `max_zooms`.
 
-A data set is answered one question at a time; each finished question is one line of the result file, and running again
-does only the rest. Questions about one video are answered by one process, which keeps decoded frames for the next
-question (the first one's seconds include the decoding). Processes are those of `accelerate launch`, on a CPU of
-`ACCELERATE_USE_CPU=true python -m torch.distributed.run --nproc_per_node 2 infer.py ...`.
+The questions of a data set are asked side by side, `eval_batch` looks in a pass, while the next ones' videos are
+decoded; no answer depends on the others. Each finished question is one line of the result file, and running again does
+only the rest. Questions about one video are answered by one process, which keeps decoded frames for the next question.
+A question's seconds are those of decoding what it was shown, and its share of the passes. Processes are those of
+`accelerate launch`, on a CPU of `ACCELERATE_USE_CPU=true python -m torch.distributed.run --nproc_per_node 2 infer.py
+...`.
 """
 
 from __future__ import annotations
@@ -47,10 +49,9 @@ if __name__ == "__main__":
 import argparse
 import logging
 import math
-import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
-from functools import partial
+from dataclasses import asdict, dataclass, fields, replace
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -67,38 +68,34 @@ from config import Config, ConfigError, suiting_recipe
 from engine.confidence import letter_probabilities, span_probability
 from engine.flops import forward_flops, patch_grids
 from engine.loading import patch_side
-from episodes import environments
 from harness import journal
+from harness.asking import (
+    FRAME_BYTES,
+    Agent,
+    Request,
+    Steps,
+    other_view,
+    side_by_side,
+    whole_video,
+    zoomed,
+)
 from harness.commands import Settings
-from harness.run import patient_accelerator, program, share
+from harness.run import patient_accelerator, program, share, use_threads
 from media.decode import VideoInfo, probe
 from media.file import VideoError
 from media.frames import FrameCache
-from policy import ModelError, Video, Vocabulary
+from policy import ModelError, Video
 from prompts import Spans
 from report import ReportError, tables
 from report.answer import answer_page, answer_record, answer_text, play_source
 from report.results import from_file, priced_row, read_results, to_file
 from rewards import interval_iou, merge
-from rollout import View, answer_clips, roll_out, view_video, visible_spans, zoom_clips
+from rollout import Group, View, visible_spans, zoom_clips
 from video import Budget, Clip, load_clips, plan_clip
 from world import benchmark
 
 log = logging.getLogger("zoomgrpo")
-FRAME_BYTES = 2**30  # frames and packet tables kept for further looks at a video
-
-
 RELEASED = {"top": 5, "rank": "answer_and_spans", "compare_whole": True, "unparsable": "C"}
-
-
-@dataclass(frozen=True)
-class Agent:
-    """A model with its tokenizer, how it is shown videos, and the frames it has been shown."""
-
-    model: torch.nn.Module
-    vocabulary: Vocabulary
-    config: Config
-    frames: FrameCache = field(default_factory=lambda: FrameCache(FRAME_BYTES))
 
 
 @dataclass
@@ -158,29 +155,29 @@ class Result:
 # ---------------------------------------------------------------- strategies
 
 
-def one_stage(agent: Agent, sample: Sample, settings: Settings) -> Result:
+def one_stage(agent: Agent, sample: Sample, settings: Settings) -> Steps:
     """The coarse pass alone."""
-    [coarse] = look(agent, [view_video(sample, agent.config, agent.frames)])
+    coarse = yield from look_once(coarse_request(agent, sample))
     return Result.of(coarse, coarse.spans, [coarse])
 
 
-def coarse_to_fine(agent: Agent, sample: Sample, settings: Settings) -> Result:
+def coarse_to_fine(agent: Agent, sample: Sample, settings: Settings) -> Steps:
     """Zoom on the spans of the coarse pass, and answer again. Zoom-Zero section 4.1."""
-    view = view_video(sample, agent.config, agent.frames)
-    [coarse] = look(agent, [view])
-    spans = visible_spans(coarse.spans, view.info.duration)
+    whole = coarse_request(agent, sample)
+    coarse = yield from look_once(whole)
+    spans = visible_spans(coarse.spans, whole.view.info.duration)
     if not spans:
         return Result.of(coarse, coarse.spans, [coarse])
-    zoomed = zoom(agent, view, spans, coarse.text)
-    return Result.of(zoomed, coarse.spans, [coarse, zoomed])
+    closer = yield from zoom(agent, whole, spans, coarse.text)
+    return Result.of(closer, coarse.spans, [coarse, closer])
 
 
-def divide_and_conquer(agent: Agent, sample: Sample, settings: Settings) -> Result:
+def divide_and_conquer(agent: Agent, sample: Sample, settings: Settings) -> Steps:
     """Ask every window, and zoom on the spans of the surest ones. Zoom-Zero section 5.5 and Appendix D.3."""
     info = probe(sample.video)
     parts = windows(info, agent.config, settings)
-    views = window_views(agent, sample, info, parts, settings)
-    looks = look(agent, views, "window", parts)
+    requests = window_requests(agent, sample, info, parts, settings)
+    looks = yield from look(requests, "window", parts)
 
     def sureness(look: Look) -> float:
         return look.confidence * (look.span_confidence if settings.rank == "answer_and_spans" else 1)
@@ -189,38 +186,36 @@ def divide_and_conquer(agent: Agent, sample: Sample, settings: Settings) -> Resu
     spans = sorted([span for look in ranked for span in look.spans or []][: settings.top])
     result = Result.of(ranked[0], spans or None, looks)
     if spans and sample.options:
-        zoomed = zoom(agent, views[0], spans)
-        result = Result.of(zoomed, spans, [*looks, zoomed])
+        closer = yield from zoom(agent, requests[0], spans)
+        result = Result.of(closer, spans, [*looks, closer])
     if settings.compare_whole and sample.options:
-        [whole] = look(agent, [view_video(sample, agent.config, agent.frames)])
+        whole = yield from look_once(coarse_request(agent, sample))
         looks = [*result.looks, whole]
         result = Result.of(whole if whole.confidence > result.confidence else result, spans or whole.spans, looks)
     return result
 
 
-def ground_then_answer(agent: Agent, sample: Sample, settings: Settings, grounder: Agent | None = None) -> Result:
+def ground_then_answer(agent: Agent, sample: Sample, settings: Settings, grounder: Agent | None = None) -> Steps:
     """One model finds the spans, the same or another answers from these alone. LongVTG-R1, Table 3."""
-    grounder = grounder or agent
-    view = view_video(sample, grounder.config, agent.frames)
-    [coarse] = look(grounder, [view])
-    zoomed = zoom(agent, view, visible_spans(coarse.spans, view.info.duration))
-    return Result.of(zoomed, coarse.spans, [coarse, zoomed])
+    whole = coarse_request(replace(grounder or agent, frames=agent.frames), sample)
+    coarse = yield from look_once(whole)
+    closer = yield from zoom(agent, whole, visible_spans(coarse.spans, whole.view.info.duration))
+    return Result.of(closer, coarse.spans, [coarse, closer])
 
 
-def repeated_zoom(agent: Agent, sample: Sample, settings: Settings) -> Result:
+def repeated_zoom(agent: Agent, sample: Sample, settings: Settings) -> Steps:
     """Look for the spans again inside the spans, until they stay, and answer from the last ones."""
-    view = view_video(sample, agent.config, agent.frames)
-    looks = look(agent, [view])
-    last = looks[0]
-    spans = visible_spans(last.spans, view.info.duration)
+    whole = coarse_request(agent, sample)
+    last = yield from look_once(whole)
+    looks, duration = [last], whole.view.info.duration
+    spans = visible_spans(last.spans, duration)
     for _ in range(settings.max_zooms):
         if not spans:
             break
-        part = widened(spans, view.info.duration)
-        [clip] = zoom_clips(view, [part], agent.config, agent.frames)
-        [closer] = look(agent, [other_view(view, clip)], "closer", [part])
+        part = widened(spans, duration)
+        closer = yield from look_once(part_request(agent, whole, part), "closer", part)
         looks.append(closer)
-        found = visible_spans(closer.spans, view.info.duration)
+        found = visible_spans(closer.spans, duration)
         if not found:
             break
         stays = interval_iou(found, spans) >= settings.stable
@@ -228,19 +223,18 @@ def repeated_zoom(agent: Agent, sample: Sample, settings: Settings) -> Result:
         if stays:
             break
     if spans and sample.options:
-        last = zoom(agent, view, spans)
+        last = yield from zoom(agent, whole, spans)
         looks.append(last)
     return Result.of(last, spans or last.spans, looks)
 
 
 @torch.no_grad()
-def play_episode(agent: Agent, sample: Sample, settings: Settings) -> Result:
+def play_episode(agent: Agent, sample: Sample, settings: Settings) -> Steps:
     """The model asks for clips until it answers; the result's spans are those of its clips. VideoZoomer section 3.1."""
-    view = view_video(sample, agent.config, agent.frames)
-    scene = environments([view], agent.config, agent.frames)
-    [group] = roll_out(agent.model, [view], agent.config, agent.vocabulary, None, environments=scene, keep_hidden=True)
+    [group] = yield [whole_video(agent, sample)]
     [episode] = group.responses
-    looks, kind, clip, part, refusal, past, new = [], "glance", view.clip, None, "", 0, len(group.prompt)
+    nothing = Clip(group.view.clip.frames[:0], [], group.view.clip.step)
+    looks, kind, clip, part, refusal, past, new = [], "glance", group.view.clip, None, "", 0, len(group.prompt)
     for turn in episode.turns:
         letters = letter_probabilities(agent.model, turn, len(sample.options), agent.vocabulary)
         flops = forward_flops(agent.model, clip, new, len(turn.ids), past, kind == "call")
@@ -248,13 +242,12 @@ def play_episode(agent: Agent, sample: Sample, settings: Settings) -> Result:
         looks.append(Look(kind, part, clip, turn.answer, letters, sure, None, 0.0, turn.text, flops, refusal))
         if reply := turn.reply:
             past, new = past + new + len(turn.ids) - 1, len(turn.observation.prompt) + 1  # its last token comes first
-            nothing = Clip(view.clip.frames[:0], [], view.clip.step)
             kind, clip, part = "call", reply.clip or nothing, [reply.call.span] if reply.call else None
             refusal = "" if reply.clip else reply.text
     return Result.of(looks[-1], episode.spans, looks)
 
 
-Strategy = Callable[[Agent, Sample, Settings], Result]
+Strategy = Callable[[Agent, Sample, Settings], Steps]  # they return a Result
 STRATEGIES: dict[str, Strategy] = {
     "one-stage": one_stage,
     "coarse-to-fine": coarse_to_fine,
@@ -269,14 +262,19 @@ NEED_OPTIONS = ("coarse-to-fine", "ground-then-answer", "agent")  # they end wit
 # ---------------------------------------------------------------- what is shown
 
 
-def other_view(view: View, clip: Clip) -> View:
-    """The same question about other frames of the same video."""
-    return replace(view, clip=clip, video=Video.of(clip))
+def coarse_request(agent: Agent, sample: Sample) -> Request:
+    """The coarse pass; a question without options asks for the spans of an event."""
+    return whole_video(agent if sample.options else agent.about_events, sample)
 
 
-def alone(view: View) -> View:
-    """The view as a video that has nothing but these frames."""
-    return replace(view, info=replace(view.info, duration=len(view.clip.times) * view.clip.step))
+def part_request(agent: Agent, whole: Request, part: Spans) -> Request:
+    """A part of the video as if it were a video of its own, as close as a zoom."""
+
+    def show() -> View:
+        [clip] = zoom_clips(whole.view, [part], agent.config, agent.frames)
+        return other_view(whole.view, clip)
+
+    return replace(coarse_request(agent, whole.sample), show=show, alone=True)
 
 
 def windows(info: VideoInfo, config: Config, settings: Settings) -> list[Spans]:
@@ -286,16 +284,24 @@ def windows(info: VideoInfo, config: Config, settings: Settings) -> list[Spans]:
     return [[(k * length, min((k + 1) * length, info.duration))] for k in range(n)]
 
 
-def window_views(
+def window_requests(
     agent: Agent, sample: Sample, info: VideoInfo, parts: Sequence[Spans], settings: Settings
-) -> list[View]:
-    """A view of each part at the coarse pass' frame rate, decoded together. Raises VideoError."""
+) -> list[Request]:
+    """A request for each part at the coarse pass' frame rate, each as a video of its own, decoded together. Raises
+    VideoError.
+    """
     config = agent.config
     tokens = settings.window_budget or config.budget
     budget = Budget(tokens, config.v_min, config.v_max, config.paired_frames, patch_side(config.model))
     plans = [plan_clip(info, part, config.fps, budget) for part in parts]
-    clips = load_clips(sample.video, plans, cache=agent.frames)
-    return [View(sample, info, clip, Video.of(clip)) for clip in clips]
+
+    @cache
+    def views() -> list[View]:
+        clips = load_clips(sample.video, plans, cache=agent.frames)
+        return [View(sample, info, clip, Video.of(clip)) for clip in clips]
+
+    asked = coarse_request(agent, sample)
+    return [replace(asked, show=lambda k=k: views()[k], alone=True) for k in range(len(parts))]
 
 
 def widened(spans: Spans, duration: float) -> Spans:
@@ -329,72 +335,73 @@ def to_video_time(spans: Spans | None, clip: Clip, duration: float) -> Spans | N
 # ---------------------------------------------------------------- what is asked
 
 
+def look(requests: Sequence[Request], kind: str = "coarse", parts: Sequence[Spans | None] = ()) -> Steps:
+    """Ask for reasoning, answer and spans about each, greedily; returns Looks. `parts`: what each shows, if not all."""
+    groups = yield list(requests)
+    return [
+        written_look(request, group, kind, part)
+        for request, group, part in zip(requests, groups, parts or [None] * len(groups), strict=True)
+    ]
+
+
+def look_once(request: Request, kind: str = "coarse", part: Spans | None = None) -> Steps:
+    """One `look`."""
+    [seen] = yield from look([request], kind, [part])
+    return seen
+
+
 @torch.no_grad()
-def look(agent: Agent, views: Sequence[View], kind: str = "coarse", parts: Sequence[Spans] | None = None) -> list[Look]:
-    """Ask for reasoning, answer and spans about each view, greedily. `parts`: which part of the video each view shows.
+def written_look(request: Request, group: Group, kind: str, part: Spans | None) -> Look:
+    """What came back from a pass that writes."""
+    agent, view, n_options = request.agent, request.view, len(request.sample.options)
+    [response] = group.responses
+    [turn] = response.turns
+    answer = response.answer if n_options else None
+    letters = letter_probabilities(agent.model, turn, n_options, agent.vocabulary) if n_options else {}
+    spans_sure = span_probability(agent.model, turn)
+    return Look(
+        kind=kind,
+        part=part,
+        clip=view.clip,
+        answer=answer,
+        letters=letters,
+        confidence=letters.get(answer, 0.0) if n_options else spans_sure,
+        spans=to_video_time(response.spans, view.clip, view.info.duration) if part else response.spans,
+        span_confidence=spans_sure,
+        text=response.text,
+        flops=forward_flops(agent.model, view.clip, len(group.prompt), len(response.ids)),
+    )
 
-    A question without options asks for the spans of an event, with LongVTG-R1's prompt.
+
+def zoom(agent: Agent, whole: Request, spans: Spans, response: str = "") -> Steps:
+    """Ask for the letter again, showing only these spans (none: the whole video), closer and at a higher frame rate;
+    returns a Look.
     """
-    n_options = len(views[0].sample.options)
-    config = agent.config if n_options else replace(agent.config, template="longvtg_r1")
-    shown_views = list(map(alone, views)) if parts else views
-    looks = []
-    groups = roll_out(agent.model, shown_views, config, agent.vocabulary, step=None, keep_hidden=True)
-    for view, group, part in zip(views, groups, parts or [None] * len(views), strict=True):
-        response = group.responses[0]
-        answer = response.answer if n_options else None
-        [turn] = response.turns
-        letters = letter_probabilities(agent.model, turn, n_options, agent.vocabulary) if n_options else {}
-        spans_sure = span_probability(agent.model, turn)
-        looks.append(
-            Look(
-                kind=kind,
-                part=part,
-                clip=view.clip,
-                answer=answer,
-                letters=letters,
-                confidence=letters.get(answer, 0.0) if n_options else spans_sure,
-                spans=to_video_time(response.spans, view.clip, view.info.duration) if part else response.spans,
-                span_confidence=spans_sure,
-                text=response.text,
-                flops=forward_flops(agent.model, view.clip, len(group.prompt), len(response.ids)),
-            )
-        )
-    return looks
-
-
-def zoom(agent: Agent, view: View, spans: Spans, response: str = "") -> Look:
-    """Ask for the letter again, showing only these spans (none: the whole video), closer and at a higher frame rate."""
-    [clip] = zoom_clips(view, [spans], agent.config, agent.frames)
     think = prompts.parse_think(response) if agent.config.zoom_sees_think else None
-    [seen] = answer_clips(agent.model, [(view.sample, clip, think)], agent.config, agent.vocabulary)
+    request = zoomed(agent, whole, spans, think)
+    [seen] = yield [request]
     return Look(
         kind="zoom",
         part=spans or None,
-        clip=clip,
+        clip=seen.clip,
         answer=seen.answer,
         letters=seen.letters,
         confidence=seen.letters.get(seen.answer, 0.0),
         spans=None,
         span_confidence=0.0,
         text=seen.text,
-        flops=forward_flops(agent.model, clip, seen.n_prompt, seen.n_written),
+        flops=forward_flops(agent.model, seen.clip, seen.n_prompt, seen.n_written),
     )
 
 
 # ---------------------------------------------------------------- a data set
 
 
-def answer_row(agent: Agent, ask: Strategy, sample: Sample, settings: Settings) -> dict:
+def answer_row(sample: Sample, result: Result | VideoError, seconds: float, settings: Settings) -> dict:
     """One question's row, as `priced_row` has it; with the "error" of an unreadable video (unanswered then) or None."""
-    start = time.perf_counter()
-    try:
-        result, error = ask(agent, sample, settings), None
-    except VideoError as problem:
-        result, error = Result(None, {}, 0.0, None, []), str(problem)
-    if agent.model.device.type == "cuda":
-        torch.cuda.synchronize()
-    seconds = time.perf_counter() - start
+    error = None
+    if isinstance(result, VideoError):
+        result, error = Result(None, {}, 0.0, None, []), str(result)
     return priced_row(sample, final_answer(result, sample, settings), result, seconds, error)
 
 
@@ -429,9 +436,13 @@ def answer_all(
     agent = replace(agent, frames=FrameCache(FRAME_BYTES))  # so that seconds do not depend on earlier calls
     label = f"{path.name}: {len(done)} done, {len(rest)} to do"
     local_samples = [rest[k] for k in share(rest, accelerator)]
-    for one in tqdm(local_samples, desc=label, unit="question", disable=None if accelerator.is_main_process else True):
-        with accelerator.autocast():
-            journal.append(path, {**to_file(answer_row(agent, ask, one, settings)), "made_with": made_with})
+    questions = ((sample, ask(agent, sample, settings)) for sample in local_samples)
+    quiet = None if accelerator.is_main_process else True
+    with tqdm(total=len(local_samples), desc=label, unit="question", disable=quiet) as bar:
+        for sample, result, seconds in side_by_side(questions, agent.config.eval_batch, accelerator.autocast):
+            row = answer_row(sample, result, seconds, settings)
+            journal.append(path, {**to_file(row), "made_with": made_with})
+            bar.update()
     accelerator.wait_for_everyone()
     rows = stored(path, samples, made_with)
     return [rows[sample.id] for sample in samples]
@@ -571,16 +582,15 @@ def own_videos(options: argparse.Namespace, settings: Settings, config: Config, 
         play_source(questions[0][0].video, questions[0][1], options.embed)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     ask, agent = prepare(strategy, config, grounding, device)
-    for asked, page in questions:
-        try:
-            info = probe(asked.video)
-            asked = replace(asked, duration=info.duration)
-            result = ask(agent, asked, settings)
-        except VideoError as error:
+    asking = (((asked, page), ask(agent, asked, settings)) for asked, page in questions)
+    for (asked, page), result, _ in side_by_side(asking, config.eval_batch):
+        if isinstance(result, VideoError):
             if len(questions) == 1:
-                raise
-            log.warning("no answer: %s", error)
+                raise result
+            log.warning("no answer: %s", result)
             continue
+        info = probe(asked.video)
+        asked = replace(asked, duration=info.duration)
         answer = final_answer(result, asked, settings)
         if asked.video != options.video:
             print(f"video       {asked.video}\nquestion    {asked.question}")
@@ -625,8 +635,7 @@ def made_with(strategy: str, ground_model: str | None, settings: Settings, confi
 def main(arguments: list[str] | None = None) -> None:
     options, settings, config, grounding = parse_infer(arguments)
     disable_progress_bar()  # of loading weights
-    if config.threads:
-        torch.set_num_threads(config.threads)
+    use_threads(config)
     do = whole_data_set if options.video is None else own_videos
     do(options, settings, config, grounding)
 

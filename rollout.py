@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -29,6 +30,7 @@ from config import Config
 from engine.confidence import letter_probabilities
 from engine.loading import patch_side
 from engine.sampling import Sampler, generate, stops_at
+from media.prefetch import prefetch
 from policy import Observation, Prompt, Video, Vocabulary, build_prompt, keep_tokens, last_hidden
 from prompts import Spans, ToolCall
 from video import Budget, Clip, ClipPlan, FrameCache, VideoError, VideoInfo, load_clip, load_clips, plan_clip, probe
@@ -379,8 +381,9 @@ def zoom_pass(model, groups: Sequence[Group], config: Config, vocabulary: Vocabu
     a zoom, so that R_zoom teaches nothing about them. Returns these samples' ids and errors. Questions without options
     have no zoom: there is no letter to answer with.
     """
-    jobs: list[tuple[View, Clip, str | None, list[Response]]] = []
+    asked: list[tuple[View, dict[tuple, list[Response]]]] = []  # who wants which zoom of a view
     failed: dict[str, VideoError] = {}
+    zoomed: list[list[Response]] = []  # who wants the clips that were decoded
     for group in groups:
         wanted: dict[tuple, list[Response]] = {}
         for response in group.responses:
@@ -392,15 +395,22 @@ def zoom_pass(model, groups: Sequence[Group], config: Config, vocabulary: Vocabu
                 continue
             think = prompts.parse_think(response.text) if config.zoom_sees_think else None
             wanted.setdefault((tuple(spans), think), []).append(response)
-        try:
-            clips = zoom_clips(group.view, [list(spans) for spans, _ in wanted], config)
-        except VideoError as error:
-            failed[group.view.sample.id] = error
-            continue
-        for (_, think), clip, responses in zip(wanted, clips, wanted.values(), strict=True):
-            jobs.append((group.view, clip, think, responses))
-    zooms = answer_clips(model, [(view.sample, clip, think) for view, clip, think, _ in jobs], config, vocabulary)
-    for (_, _, _, responses), zoom in zip(jobs, zooms, strict=True):
+        asked.append((group.view, wanted))
+
+    def jobs() -> Iterator[tuple[Sample, Clip, str | None]]:
+        spans = (partial(zoom_clips, view, [list(spans) for spans, _ in wanted], config) for view, wanted in asked)
+        with prefetch(spans, ahead=config.zoom_batch) as decoded:
+            for view, wanted in asked:
+                try:
+                    clips = next(decoded)
+                except VideoError as error:
+                    failed[view.sample.id] = error
+                    continue
+                for (_, think), clip, responses in zip(wanted, clips, wanted.values(), strict=True):
+                    zoomed.append(responses)
+                    yield view.sample, clip, think
+
+    for zoom, responses in zip(answer_clips(model, jobs(), config, vocabulary), zoomed, strict=True):
         for response in responses:
             response.zoom = zoom
     return failed
@@ -408,30 +418,26 @@ def zoom_pass(model, groups: Sequence[Group], config: Config, vocabulary: Vocabu
 
 @torch.no_grad()
 def answer_clips(
-    model, jobs: Sequence[tuple[Sample, Clip, str | None]], config: Config, vocabulary: Vocabulary
+    model, jobs: Iterable[tuple[Sample, Clip, str | None]], config: Config, vocabulary: Vocabulary
 ) -> list[Zoom]:
-    """The answer to each (sample, clip, reasoning to show or None).
+    """The answer to each (sample, clip, reasoning to show or None), `zoom_batch` at a time, as they come.
 
     `zoom_answer = letters` compares the letters after a forced `<answer>` in one forward pass; `decode` lets the model
     write up to 32 tokens (the answer may then be None).
     """
-    zoom_prompts, candidates = [], []
-    for sample, clip, think in jobs:
-        words = prompts.zoom_text(config.template, sample.question, list(sample.options), think)
-        chat = user_chat(words, config)
-        if config.zoom_answer == "letters":
-            ids, letters = vocabulary.forced_letter(chat, len(sample.options))
-        else:
+    zooms, jobs = [], iter(jobs)
+    while part := list(itertools.islice(jobs, config.zoom_batch)):
+        batch, candidates = [], []
+        for sample, clip, think in part:
+            chat = user_chat(prompts.zoom_text(config.template, sample.question, list(sample.options), think), config)
             ids, letters = vocabulary.ids(chat), []
-        zoom_prompts.append(build_prompt(ids, [Video.of(clip)], model.config, vocabulary))
-        candidates.append(letters)
-    zooms: list[Zoom] = []
-    for start in range(0, len(jobs), config.zoom_batch):
-        part = slice(start, start + config.zoom_batch)
-        batch = zoom_prompts[part]
+            if config.zoom_answer == "letters":
+                ids, letters = vocabulary.forced_letter(chat, len(sample.options))
+            batch.append(build_prompt(ids, [Video.of(clip)], model.config, vocabulary))
+            candidates.append(letters)
         if config.zoom_answer == "decode":
             replies = generate(model, batch, 1, 32, vocabulary, keep_hidden=True)
-            for (sample, clip, _), prompt, sampled in zip(jobs[part], batch, replies, strict=True):
+            for (sample, clip, _), prompt, sampled in zip(part, batch, replies, strict=True):
                 reply = read_turn(sampled.ids, vocabulary)
                 reply.answer = reply.answer or prompts.parse_answer(reply.text, bare=True)
                 reply.hidden = sampled.hidden
@@ -439,7 +445,7 @@ def answer_clips(
                 zooms.append(Zoom(clip, reply.answer, shares, reply.text, len(prompt), len(reply.ids)))
             continue
         logits = kl.logits(*kl.same_dtype(last_hidden(model, batch), model.lm_head.weight))
-        for (_, clip, _), prompt, letters, row in zip(jobs[part], batch, candidates[part], logits, strict=True):
+        for (_, clip, _), prompt, letters, row in zip(part, batch, candidates, logits, strict=True):
             best = prompts.LETTERS[int(row[letters].argmax())]
             shares = dict(zip(prompts.LETTERS, row.softmax(-1)[letters].tolist(), strict=False))
             zooms.append(Zoom(clip, best, shares, best, len(prompt), 1))

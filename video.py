@@ -345,8 +345,8 @@ def decode(
     The frame shown at t is the one with the largest presentation time <= t, to within two microseconds; after the end
     it is the last. `size` is (height, width), by default as displayed.
 
-    Options: `threads` (default: all cores); `cache` a FrameCache. A frame that cannot be decoded is an error; damage is
-    what the container or the codec reports. Raises VideoError.
+    Options: `threads` (default: the process' share of the cores); `cache` a FrameCache. A frame that cannot be decoded
+    is an error; damage is what the container or the codec reports. Raises VideoError.
     """
     frames = _Frames(len(times))
     _read(path, [_Request(times, size, frames.put)], to_clock=False, **options)

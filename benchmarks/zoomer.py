@@ -37,7 +37,8 @@ import infer
 from annotations.rows import Sample
 from annotations.samples import load_samples
 from benchmarks.main_job import finished_run, spread
-from infer import Agent, Result, Settings
+from harness.asking import Agent, Steps, side_by_side
+from infer import Settings
 
 ROOT = Path(__file__).resolve().parents[1]
 RUNS = ROOT / "runs" / "zoomer"
@@ -104,9 +105,10 @@ def calls_sampled(run: dict) -> list[float]:
     return [row["episode/calls"] for row in run["steps"]]
 
 
-def asked(agent: Agent, ask: Callable[[Agent, Sample], Result], samples: list[Sample]) -> dict[str, float]:
+def asked(agent: Agent, ask: Callable[[Agent, Sample], Steps], samples: list[Sample]) -> dict[str, float]:
     """Accuracy, on all questions, on coarse ones and on the others; frames and visual tokens per question."""
-    found = [(ask(agent, sample), sample) for sample in samples]
+    questions = ((sample, ask(agent, sample)) for sample in samples)
+    found = [(result, sample) for sample, result, _ in side_by_side(questions, agent.config.eval_batch)]
     right = {kind: [result.answer == s.answer for result, s in found if s.kind == kind] for kind in KINDS}
     return {
         "accuracy": statistics.mean(itertools.chain.from_iterable(right.values())),

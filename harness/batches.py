@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -118,3 +118,19 @@ def view_batches(
     with prefetch(jobs, ahead=2 * share) as views:
         for _ in range(first_step, config.steps):
             yield [next(views) for _ in range(share)]
+
+
+def view_all(samples: Sequence[Sample], config: Config) -> tuple[list[View], dict[str, VideoError]]:
+    """The coarse views of the samples whose video can be read, and the other videos' errors.
+
+    A video that several samples share is decoded once.
+    """
+    by_video: dict[str, View] = {}
+    unreadable: dict[str, VideoError] = {}
+    for sample in samples:
+        if sample.video not in by_video and sample.video not in unreadable:
+            try:
+                by_video[sample.video] = view_video(sample, config)
+            except VideoError as error:
+                unreadable[sample.video] = error
+    return [replace(by_video[s.video], sample=s) for s in samples if s.video in by_video], unreadable

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 import signal
 import sys
@@ -21,6 +22,7 @@ from accelerate.utils import (
 )
 
 from config import Config, ConfigError
+from media.decode import cores
 
 log = logging.getLogger("zoomgrpo")
 T = TypeVar("T")
@@ -76,6 +78,21 @@ class StopSignal:
 # ---------------------------------------------------------------- processes
 
 
+LAUNCHED = ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID")  # what accelerate's launcher and torch's set
+MOST_THREADS = 8  # that torch gets unasked: small operations gain nothing from more
+
+
+def use_threads(config: Config) -> None:
+    """Give torch `threads` CPU threads. 0 leaves its own choice, unless a launcher has made that one: then it gets this
+    process' share of the cores.
+    """
+    threads = config.threads
+    if not threads and any(name in os.environ for name in LAUNCHED) and os.environ.get("OMP_NUM_THREADS") == "1":
+        threads = min(cores(), MOST_THREADS)
+    if threads:
+        torch.set_num_threads(threads)
+
+
 def training_accelerator(config: Config) -> Accelerator:
     """This process among those of a training run, seeded. Raises ConfigError for a tracker unheard of, or prompts that
     do not share out.
@@ -83,8 +100,7 @@ def training_accelerator(config: Config) -> Accelerator:
     if config.tracker not in ("none", *map(str, LoggerType)):
         known = ", ".join(map(str, LoggerType))
         raise ConfigError(f"there is no tracker {config.tracker!r}; there are none, {known}")
-    if config.threads:
-        torch.set_num_threads(config.threads)
+    use_threads(config)
     accelerator = Accelerator(
         mixed_precision=config.mixed_precision,
         log_with=None if config.tracker == "none" else config.tracker,

@@ -363,8 +363,10 @@ def _shares(source: Source, ticks: list[int], threads: int) -> tuple[list[list[i
     return [share for share in shares if share], False
 
 
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def cores() -> int:
+    """This process' share of the cores that the processes of its program have on this machine."""
+    here = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, here // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
 def _paint(source: Source, ticks: list[int], show: Show, stop: threading.Event, apart: bool = False) -> None:
@@ -394,8 +396,8 @@ def show_pictures(source: Source, ticks: list[int], show: Show, *, threads: int 
     """Call `show` with each picture that answers some of the sorted ticks, and with those ticks.
 
     The answer to a tick is the picture with the largest presentation time <= it. Calls come from up to `threads`
-    threads (default: all cores) at the same time. Where a group of pictures is decoded again, a tick is answered again:
-    the last answer counts. A picture that cannot be decoded is an error. Raises VideoError.
+    threads (default: the process' share of the cores) at the same time. Where a group of pictures is decoded again, a
+    tick is answered again: the last answer counts. A picture that cannot be decoded is an error. Raises VideoError.
     """
     stop = threading.Event()
 
@@ -405,7 +407,7 @@ def show_pictures(source: Source, ticks: list[int], show: Show, *, threads: int 
 
     if not ticks:
         return
-    (first, *others), apart = _shares(source, ticks, threads or _cores())
+    (first, *others), apart = _shares(source, ticks, threads or cores())
     with ThreadPoolExecutor(max(1, len(others)), thread_name_prefix="decode") as pool:
         try:
             working = [pool.submit(paint_alone, share) for share in others]

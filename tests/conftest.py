@@ -83,6 +83,7 @@ mixed_precision: "no"
 gradient_checkpointing: false
 tracker: none
 n_episodes: 1
+threads: 1
 """
 
 
@@ -298,7 +299,7 @@ def run_in_two_processes(script: str, function: str, arguments: list[str], folde
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(spy)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     done = subprocess.run(
-        [*command, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600
+        [*command, *arguments, "--threads", "1"], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600
     )
     assert done.returncode == 0, done.stderr
     return [(folder / f"asked-{rank}").read_text().split() for rank in range(2)]

@@ -34,6 +34,7 @@ from config import Config, ConfigError
 from engine.flops import forward_flops, weights
 from engine.loading import load
 from episodes import ClipEnvironment, lay_out, messages, replay
+from harness.asking import Agent, side_by_side
 from harness.batches import generator
 from harness.run import Stopped
 from harness.setup import load_run
@@ -763,9 +764,9 @@ def test_a_process_with_nothing_to_redraw_waits_for_the_other(small_recipe, tmp_
 
 def test_the_agents_result_is_its_episode(samples, small, loaded):
     model, vocabulary = loaded
-    agent = infer.Agent(model, vocabulary, small)
+    agent = Agent(model, vocabulary, small)
     for sample in samples[:6]:
-        result = infer.STRATEGIES["agent"](agent, sample, infer.Settings())
+        [(_, result, _)] = side_by_side([(sample.id, infer.STRATEGIES["agent"](agent, sample, infer.Settings()))], 8)
         [group] = roll_out_episodes(model, [view_video(sample, small)], small, vocabulary, None)
         [episode] = group.responses
         assert result.answer == episode.answer and [look.text for look in result.looks] == [

@@ -21,6 +21,7 @@ from annotations.rows import DataError
 from annotations.samples import read_samples, write_samples
 from engine.loading import load
 from evaluate import main, save_and_print, share, unanswered
+from harness import asking
 from report.results import row_of
 from report.scores import by_kind, chance_iou, overall
 from report.tables import aligned, clue_table, official_scores, official_text, table
@@ -205,20 +206,23 @@ def test_rows_of_a_policy(model, samples, config, vocabulary):
 
 def test_controls_ask_other_questions_and_zoom_on_the_true_spans(model, samples, config, vocabulary, monkeypatch):
     asked, zoomed = [], []
-    roll_out, answer_clips = evaluate.roll_out, evaluate.answer_clips
+    roll_out, answer_clips = asking.roll_out_batch, asking.answer_clips
     monkeypatch.setattr(
-        evaluate, "roll_out", lambda m, views, *rest, **o: asked.append(views) or roll_out(m, views, *rest, **o)
+        asking, "roll_out_batch", lambda m, views, *rest, **o: asked.append(views) or roll_out(m, views, *rest, **o)
     )
     monkeypatch.setattr(
-        evaluate, "answer_clips", lambda m, jobs, *rest: zoomed.append(jobs) or answer_clips(m, jobs, *rest)
+        asking, "answer_clips", lambda m, jobs, *rest: zoomed.extend(jobs) or answer_clips(m, jobs, *rest)
     )
     evaluate.evaluate(model, samples, replace(config, eval_batch=64), vocabulary, Accelerator(cpu=True), "test")
-    plain, control = asked
+    [views] = asked
+    plain, control = views[::2], views[1::2]
     shift = len(samples) // 2
     for i, (own, other) in enumerate(zip(plain, control, strict=True)):
         assert own.sample == samples[i] and other.sample.video == samples[i].video
         assert other.sample.question == samples[(i + shift) % len(samples)].question
-    for sample, (asked_about, clip, think) in zip(samples, zoomed[-1], strict=True):
+    last = {about.id: (about, clip, think) for about, clip, think in zoomed}  # of a question's zooms
+    for sample in samples:
+        asked_about, clip, think = last[sample.id]
         assert asked_about == sample and think is None
         inside = [any(s <= t < e for s, e in sample.evidence) for t in clip.times]
         assert all(inside) or min(e - s for s, e in sample.evidence) < 1
@@ -268,7 +272,7 @@ def test_the_command(recipe, tmp_path, small_world, capsys):
 def test_two_processes_evaluate_like_one(recipe, tmp_path, small_world, samples, capsys):
     common = ["--config", str(recipe), "--test_data", str(small_world["test"]), "--eval_batch", "2"]
     main([*common, "--out", str(tmp_path / "one")])
-    asked = run_in_two_processes("evaluate", "view_all", [*common, "--out", str(tmp_path / "two")], tmp_path)
+    asked = run_in_two_processes("evaluate", "two_pass_row", [*common, "--out", str(tmp_path / "two")], tmp_path)
     assert all(asked) and sorted(asked[0] + asked[1]) == [sample.id for sample in samples]
     one, two = ((tmp_path / name / "results-policy.jsonl").read_text() for name in ("one", "two"))
     assert one == two
@@ -397,7 +401,9 @@ def test_questions_without_options_are_refused(recipe, tmp_path):
 
 def test_torch_gradients_are_not_recorded(model, samples, config, vocabulary, monkeypatch):
     seen = []
-    roll_out = evaluate.roll_out
-    monkeypatch.setattr(evaluate, "roll_out", lambda *a, **o: seen.append(torch.is_grad_enabled()) or roll_out(*a, **o))
+    write = asking.roll_out_batch
+    monkeypatch.setattr(
+        asking, "roll_out_batch", lambda *a, **o: seen.append(torch.is_grad_enabled()) or write(*a, **o)
+    )
     evaluate.evaluate(model, samples[:2], config, vocabulary, Accelerator(cpu=True), "test")
     assert seen and not any(seen)

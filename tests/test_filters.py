@@ -18,10 +18,10 @@ from annotations.rows import DataError
 from annotations.samples import read_samples, write_samples
 from config import ConfigError
 from engine.loading import load
-from evaluate import view_all
 from filters import FILTERS, iou_delta, measure_clues, measure_responses, verdict
+from harness.asking import Agent
+from harness.batches import view_all
 from harness.chat import ChatError, Reply, RequestError
-from infer import Agent
 from rollout import answer_clips, zoom_clips
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -42,6 +42,7 @@ from annotations.samples import load_samples
 from config import Config, ConfigError
 from engine.loading import load
 from engine.qwen3_vl import time_stamps
+from harness.run import use_threads
 from policy import Policy, Prompt, Video, Vocabulary, build_prompt
 from prompts import Span, Spans
 from report.tables import table
@@ -335,8 +336,7 @@ def teach(config: Config) -> None:
             f"world_train_videos = {config.world_train_videos}: a step of lessons draws {most} videos, for "
             f"prompts_per_step = {config.prompts_per_step} and zoom_batch = {config.zoom_batch}"
         )
-    if config.threads:
-        torch.set_num_threads(config.threads)
+    use_threads(config)
     start = time.perf_counter()
     accelerator = Accelerator(mixed_precision=config.mixed_precision)
     set_seed(config.seed)

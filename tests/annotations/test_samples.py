@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +10,7 @@ from pathlib import Path
 import pytest
 from rowfiles import RECORD, write_rows
 
+import annotations.samples as samples_module
 from annotations.rows import DataError, Sample
 from annotations.samples import (
     Entry,
@@ -147,31 +147,28 @@ def test_missing_videos_are_skipped_only_when_asked(tmp_path):
         check_videos(samples[1:], skip_missing=True)
 
 
-def run(*arguments):
-    command = [sys.executable, "-m", "annotations.samples", *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+def test_command_prints_a_summary_and_checks_videos(tmp_path, monkeypatch, capsys):
+    def run(*arguments) -> str:
+        monkeypatch.setattr(sys, "argv", ["samples.py", *map(str, arguments)])
+        samples_module.main()
+        return capsys.readouterr().out
 
-
-def test_command_prints_a_summary_and_checks_videos(tmp_path):
     (tmp_path / "a.mp4").touch()
     path = write_rows(tmp_path / "x.jsonl", [RECORD, {**RECORD, "video": "b"}, {**RECORD, "question": ""}])
-    done = run("--path", path)
-    assert done.returncode == 0
-    lines = done.stdout.splitlines()
+    lines = run("--path", path).splitlines()
     assert "rows kept           2" in lines
     assert "rows dropped        1" in lines
     assert "  1 x empty question: x:3" in lines
     assert "spans per question  2: 2" in lines
     assert "durations, s        min 16.0, median 16.0, max 16.0, unknown 0" in lines
     assert "reversed spans swapped: 3" in lines
-    done = run("--path", path, "--videos", tmp_path)
-    assert done.returncode == 1
-    assert f"videos missing      1\n  {tmp_path / 'b.mp4'}\n" in done.stdout
-    assert done.stderr.startswith("error: 1 video files are missing")
-    done = run("--path", path, "--videos", tmp_path, "--skip_missing", "--out", tmp_path / "out.jsonl")
-    assert done.returncode == 0
+    with pytest.raises(SystemExit, match="error: 1 video files are missing"):  # Python prints a text, and its code is 1
+        run("--path", path, "--videos", tmp_path)
+    assert f"videos missing      1\n  {tmp_path / 'b.mp4'}\n" in capsys.readouterr().out
+    run("--path", path, "--videos", tmp_path, "--skip_missing", "--out", tmp_path / "out.jsonl")
     assert [s.id for s in read_samples(tmp_path / "out.jsonl")] == ["x:1"]
-    assert run("--path", tmp_path / "none.json").stderr.endswith("none.json: no such file\n")
+    with pytest.raises(SystemExit, match=r"none\.json: no such file$"):
+        run("--path", tmp_path / "none.json")
 
 
 # ---------------------------------------------------------------- evidence
