@@ -161,6 +161,7 @@ def test_equal_spans_share_one_zoom(samples, config, vocabulary, model, monkeypa
     shown = []
 
     def counted(model, jobs, *rest):
+        jobs = list(jobs)
         shown.append(len(jobs))
         return answer_clips(model, jobs, *rest)
 
