@@ -97,17 +97,17 @@ def make_late_start() -> None:
     config = configuration.parse([*RECIPE, "--world_train_videos", "100"])
     model, tokenizer = load(str(START))
     vocabulary, policy = Vocabulary.of(tokenizer), Policy(model).train()
-    scenes = lessons.load_scenes(load_samples("world", "train", config), config, vocabulary, model.config)
+    taught = lessons.load_lessons(load_samples("world", "train", config), config, vocabulary, model.config)
     optimizer, steps, rng = torch.optim.AdamW(policy.parameters(), betas=(0.9, 0.98)), 100, random.Random(0)
     for step in range(steps):
         optimizer.param_groups[0]["lr"] = 3e-4 * (1 - step / steps)
         prompts, answers = [], []
-        for scene in rng.sample(scenes, 8):
-            for sample, prompt in zip(scene.samples, scene.prompts, strict=True):
+        for lesson in rng.sample(taught, 8):
+            for sample, prompt in zip(lesson.samples, lesson.prompts, strict=True):
                 shifts = [min(LATE, sample.duration - end) for _, end in sample.evidence]
                 late = [(start + s, end + s) for (start, end), s in zip(sample.evidence, shifts, strict=True)]
                 prompts.append(prompt)
-                answers.append([vocabulary.ids(lessons.demonstration(sample, late))])
+                answers.append([vocabulary.ids("".join(lessons.demonstration(sample, late, sample.answer)))])
         batch = lessons.Batch.of(prompts, answers)
         policy(batch.prompts, batch.ids, batch.mask, partial(lessons.cross_entropy, batch)).backward()
         torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
