@@ -8,13 +8,18 @@ Examples are from the built-in world's training split, of four kinds:
 - demonstrations: whole responses in the format that is rewarded. Those at the end have spans that are too wide on
   purpose, each end moved outwards at random: the format, the event and the reading of clips are learned here, precise
   spans are left to reinforcement learning.
-- glances, with the template world_zoomer, whose policy should know what needs no closer look: when a colour was on, and
-  what the coarse pass shows then.
+- glances: when a colour was on, and what the coarse pass shows then. Demonstrations after them also name that in their
+  thoughts, and the letter follows from it: it is right for the patterns `LETTERED`. Elsewhere it is drawn anew each
+  time: where the coarse pass shows nothing no letter is better than another, and the other patterns' letters are left
+  to reinforcement learning.
 
-Perception comes first, then demonstrations; glances are a course of their own (`CYCLES`). Zooms are in all. Loss is on
-the answers only, averaged over tokens. In single trials, the asked event was still picked almost by chance after 1,000
-steps without the perception phase, and after 2,000 steps with the question after the video instead of before it; and
-what the coarse pass shows was not read after 200 steps in which its tokens counted no more than those of the times.
+A course (`course`) has `FINDING`: perception, then demonstrations. Where lengths vary (world_min_duration), `READING`
+follows: glances, then demonstrations that name them. With the template world_zoomer it is glances alone. Zooms are in
+every step. Loss is on the answers only, averaged over the tokens of each kind. In single trials, the asked event was
+still picked almost by chance after 1,000 steps without the perception phase, and after 2,000 steps with the question
+after the video instead of before it; what the coarse pass shows was not read after 200 steps in which its tokens
+counted no more than those of the times; and of coarse questions, the letters were not learned where they counted no
+more than any other token.
 """
 
 from __future__ import annotations
@@ -50,6 +55,7 @@ from rollout import coarse_prompt, user_chat, view_video, zoom_clips
 from world import benchmark, tiny
 
 END = "<|im_end|>"
+LETTERED = ("rows", "columns")  # the patterns whose letters are demonstrated
 
 
 @dataclass
@@ -80,11 +86,11 @@ def written_spans(spans: Spans) -> str:
     return ",".join(f"({start:.1f},{end:.1f})" for start, end in spans)
 
 
-def demonstration(sample: Sample, spans: Spans) -> str:
-    """A whole response that claims these spans."""
+def demonstration(sample: Sample, spans: Spans, letter: str, seen: str = "") -> tuple[str, str]:
+    """A whole response that claims these spans, has seen this and answers this letter; cut before the letter."""
     times = written_spans(spans)
-    think = f"<think>{asked_colour(sample)}<time>{times}</time></think>"
-    return f"{think}<answer>{sample.answer}</answer><glue>[{times}]</glue>{END}"
+    think = f"<think>{asked_colour(sample)}<time>{times}</time>{seen and f' {seen}'}</think>"
+    return f"{think}<answer>", f"{letter}</answer><glue>[{times}]</glue>{END}"
 
 
 def overwide(spans: Sequence[Span], most: float, duration: float, rng: random.Random) -> Spans:
@@ -105,9 +111,14 @@ def glimpse(sample: Sample) -> str:
     return "none" if sample.kind == "fine" else asked_colour(sample)
 
 
-def timeline_answer(samples: Sequence[Sample], duration: int) -> str:
-    """The colour of every second."""
-    colours = ["none"] * duration
+def lettered(sample: Sample) -> bool:
+    """Whether glances let one answer, and the letter is one of those that are demonstrated."""
+    return sample.kind == "coarse" and asked_pattern(sample) in LETTERED
+
+
+def timeline_answer(samples: Sequence[Sample]) -> str:
+    """The colour of every second of a video, from all questions about it."""
+    colours = ["none"] * int(samples[0].duration)
     for sample in samples:
         for start, end in sample.evidence:
             colours[int(start) : int(end)] = [asked_colour(sample)] * int(end - start)
@@ -122,7 +133,7 @@ def corpus(family: str = "qwen2_5_vl") -> list[str]:
     for colour, names in itertools.product(benchmark.COLOURS, (benchmark.PATTERNS, benchmark.COUNTS)):
         for question in (f"Which pattern does {colour} show?", f"How often does {colour} blink?"):
             sample = Sample("", "", question, names, "A", tuple(spans), 20.0)
-            texts += [demonstration(sample, spans), demonstration(sample, spans[:1])]
+            texts += ["".join(demonstration(sample, spans[:n], sample.answer)) for n in (2, 1)]
             texts += [prompts.zoom_text("world", question, list(names)), f"{colour} {colour}"]
     return texts
 
@@ -193,7 +204,7 @@ def unasked_prompts(lessons: Sequence[Lesson], config: Config, vocabulary: Vocab
 def perception_batch(lessons: Sequence[Lesson], config: Config, vocabulary: Vocabulary, model_config) -> Batch:
     """When each colour of these videos is on, and the colour of every second, where a response has its thoughts."""
     prompt_list = unasked_prompts(lessons, config, vocabulary, model_config)
-    answers = [[*locations(s.samples), timeline_answer(s.samples, config.world_duration)] for s in lessons]
+    answers = [[*locations(s.samples), timeline_answer(s.samples)] for s in lessons]
     kinds = [[0] * len(lesson.samples) + [1] for lesson in lessons]
     return Batch.of(prompt_list, [[vocabulary.ids(answer) for answer in group] for group in answers], kinds)
 
@@ -210,16 +221,23 @@ def glance_batch(lessons: Sequence[Lesson], config: Config, vocabulary: Vocabula
 
 
 def demonstration_batch(
-    lessons: Sequence[Lesson], config: Config, vocabulary: Vocabulary, widen: float, rng: random.Random
+    lessons: Sequence[Lesson], vocabulary: Vocabulary, widen: float, rng: random.Random, glimpses: bool = False
 ) -> Batch:
-    """A whole response to every question about these videos, with spans up to `widen` seconds too wide at each end."""
-    prompt_list, answers = [], []
+    """A whole response to every question about these videos, with spans up to `widen` seconds too wide at each end.
+
+    With `glimpses` it names what the coarse pass shows, and letters that follow from it count as much as all else.
+    """
+    prompt_list, answers, kinds = [], [], []
     for lesson in lessons:
         for sample, prompt in zip(lesson.samples, lesson.prompts, strict=True):
-            spans = overwide(sample.evidence, widen, config.world_duration, rng)
+            spans = overwide(sample.evidence, widen, sample.duration, rng)
+            seen = glimpse(sample) if glimpses else ""
+            letter = sample.answer if lettered(sample) or not glimpses else rng.choice("ABCD")
+            before, after = map(vocabulary.ids, demonstration(sample, spans, letter, seen))
             prompt_list.append(prompt)
-            answers.append([vocabulary.ids(demonstration(sample, spans))])
-    return Batch.of(prompt_list, answers)
+            answers.append([before + after])
+            kinds.append([[0] * len(before) + [int(glimpses and lettered(sample))] + [0] * (len(after) - 1)])
+    return Batch.of(prompt_list, answers, kinds)
 
 
 def zoom_batch(
@@ -248,37 +266,78 @@ def cross_entropy(batch: Batch, hidden: Tensor, lm_head: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Phase:
-    """A stretch of training: its share of all steps, what is shown, how many seconds too wide its spans are."""
+    """A stretch of training: its share of all steps, what is shown, how many seconds too wide its spans are.
+
+    `glimpses`: demonstrations name what the coarse pass shows. `shortest`: the share of the videos that is shown, the
+    shortest ones.
+    """
 
     share: int
     examples: str
     widen: float = 0.0
+    glimpses: bool = False
+    shortest: float = 1.0
 
 
-# By template. Each cycle has its own optimiser and a learning rate that falls to 0 as a cosine.
-CYCLES = {
-    "world": (
-        (Phase(17, "perception"), Phase(5, "demonstrations", widen=3.0)),
-        (Phase(9, "demonstrations"), Phase(2, "demonstrations", widen=3.0)),
+@dataclass(frozen=True)
+class Cycle:
+    """Phases with an optimiser of their own and a learning rate that falls to 0 as a cosine.
+
+    `pace`: the share of the learning rate it begins with. `zooms`: the share of the zooms in a step, which take half of
+    its time and are soon learned.
+    """
+
+    phases: tuple[Phase, ...]
+    pace: float = 1.0
+    zooms: float = 1.0
+
+
+FINDING = (
+    Cycle((Phase(17, "perception"), Phase(5, "demonstrations", widen=3.0))),
+    Cycle((Phase(9, "demonstrations"), Phase(2, "demonstrations", widen=3.0))),
+)
+READING = (
+    Cycle((Phase(4, "glances", shortest=0.5), Phase(8, "glances")), pace=0.7, zooms=0.25),
+    Cycle(
+        (Phase(4, "demonstrations", glimpses=True), Phase(2, "demonstrations", widen=3.0, glimpses=True)),
+        pace=0.7,
+        zooms=0.25,
     ),
-    "world_zoomer": ((Phase(1, "glances"),),),
-}
+)
+GLANCES = (Cycle((Phase(1, "glances"),)),)
+FIRST_LENGTH = 20  # seconds of the videos on which finding is learned where lengths vary later
 
 
-def cold_start(
-    policy: torch.nn.Module,
-    lessons: list[Lesson],
-    config: Config,
-    vocabulary: Vocabulary,
-    accelerator: Accelerator,
-) -> None:
-    """Train the policy for `config.steps` through the template's cycles, zooms in every step."""
+def course(config: Config) -> list[tuple[Config, tuple[Cycle, ...]]]:
+    """The cycles of a cold start, and the configuration that their videos follow. Raises ConfigError for a template
+    without lessons.
+
+    Where lengths vary, finding is learned on videos of one length; one that goes on with `config.model` knows it.
+    """
+    if config.template == "world_zoomer":
+        return [(config, GLANCES)]
+    if config.template != "world":
+        raise ConfigError(f"template = {config.template}: train_data = world has lessons for world, world_zoomer only")
+    if not config.world_min_duration:
+        return [(config, FINDING)]
+    first = [] if config.model else [(replace(config, world_duration=FIRST_LENGTH, world_min_duration=0), FINDING)]
+    return [*first, (config, READING)]
+
+
+def cold_start(policy: torch.nn.Module, config: Config, vocabulary: Vocabulary, accelerator: Accelerator) -> None:
+    """Train the policy for `config.steps` through the cycles of its course, zooms in every step."""
     rng = random.Random(config.seed)
-    cycles = CYCLES[config.template]
-    shares = sum(phase.share for cycle in cycles for phase in cycle)
-    for cycle in cycles:
-        phases = [phase for phase in cycle for _ in range(max(1, config.steps * phase.share // shares))]
-        train_cycle(policy, lessons, config, vocabulary, accelerator, phases=phases, rng=rng)
+    model_config = accelerator.unwrap_model(policy).model.config
+    stages = course(config)
+    shares = sum(phase.share for _, cycles in stages for cycle in cycles for phase in cycle.phases)
+    for world, cycles in stages:
+        lessons = load_lessons(load_samples("world", "train", world), config, vocabulary, model_config)
+        for cycle in cycles:
+            phases = [phase for phase in cycle.phases for _ in range(max(1, config.steps * phase.share // shares))]
+            paced = replace(
+                config, lr=cycle.pace * config.lr, zoom_batch=max(1, round(cycle.zooms * config.zoom_batch))
+            )
+            train_cycle(policy, lessons, paced, vocabulary, accelerator, phases=phases, rng=rng)
 
 
 def train_cycle(
@@ -297,13 +356,15 @@ def train_cycle(
         policy.parameters(), lr=config.lr, betas=(0.9, 0.98), weight_decay=config.weight_decay
     )
     optimizer = accelerator.prepare(optimizer)
+    by_length = sorted(lessons, key=lambda lesson: lesson.samples[0].duration)
     bar = tqdm(phases, unit="step", disable=None)
     smooth: dict[str, float] = {}
     for step, phase in enumerate(bar):
         factor = min(1.0, (step + 1) / config.warmup) * 0.5 * (1 + math.cos(math.pi * step / len(phases)))
         for group in optimizer.param_groups:
             group["lr"] = config.lr * factor
-        chosen_lessons = rng.sample(lessons, config.prompts_per_step)
+        shown = lessons if phase.shortest == 1 else by_length[: round(phase.shortest * len(lessons))]
+        chosen_lessons = rng.sample(shown, config.prompts_per_step)
         batches = {"zoom": zoom_batch(rng.sample(lessons, config.zoom_batch), config, vocabulary, model_config, rng)}
         if phase.examples == "perception":
             batches["perception"] = perception_batch(chosen_lessons, config, vocabulary, model_config)
@@ -311,7 +372,7 @@ def train_cycle(
             batches["glance"] = glance_batch(chosen_lessons, config, vocabulary, model_config)
         else:  # a demonstration per question takes about twice the time
             few = chosen_lessons[: max(1, config.prompts_per_step // 2)]
-            batches["demonstration"] = demonstration_batch(few, config, vocabulary, phase.widen, rng)
+            batches["demonstration"] = demonstration_batch(few, vocabulary, phase.widen, rng, phase.glimpses)
         for name, batch in batches.items():
             loss = policy(batch.prompts, batch.ids, batch.mask, partial(cross_entropy, batch))
             accelerator.backward(loss)
@@ -328,8 +389,7 @@ def teach(config: Config) -> None:
     """Make the built-in policy, or go on with `config.model`, and print how it does on the validation split, unless
     there is no `config.test_data`. Raises ConfigError for a template without lessons.
     """
-    if config.template not in CYCLES:
-        raise ConfigError(f"template = {config.template}: train_data = world has lessons for {', '.join(CYCLES)} only")
+    course(config)
     most = max(config.prompts_per_step, config.zoom_batch)
     if config.world_train_videos < most:
         raise ConfigError(
@@ -340,16 +400,14 @@ def teach(config: Config) -> None:
     start = time.perf_counter()
     accelerator = Accelerator(mixed_precision=config.mixed_precision)
     set_seed(config.seed)
-    samples = load_samples("world", "train", config)
     if config.model:
         model, tokenizer = load(config.model)
     else:
         tokenizer = tiny.build_tokenizer(corpus(config.family))
         model = tiny.build_model(tokenizer, config.seed, config.family)
     vocabulary = Vocabulary.of(tokenizer, config.outer_tags)
-    lessons = load_lessons(samples, config, vocabulary, model.config)
     policy = accelerator.prepare(Policy(model))
-    cold_start(policy, lessons, config, vocabulary, accelerator)
+    cold_start(policy, config, vocabulary, accelerator)
 
     out = Path(config.out)
     model.save_pretrained(out)

@@ -2,10 +2,12 @@
 
 import json
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
 
 import config as configuration
 import prompts
@@ -37,9 +39,11 @@ def config():
 
 def test_demonstrations_follow_the_format_and_read_back(samples):
     for sample in samples:
-        words = lessons.demonstration(sample, list(sample.evidence)).removesuffix(lessons.END)
+        seen = lessons.glimpse(sample)
+        words = "".join(lessons.demonstration(sample, list(sample.evidence), "C", seen)).removesuffix(lessons.END)
         assert prompts.format_ok(words, "world")
-        assert prompts.parse_answer(words) == sample.answer
+        assert prompts.parse_answer(words) == "C"
+        assert f"</time> {seen}</think>" in words
         assert prompts.parse_spans(words) == list(sample.evidence)
         assert lessons.asked_colour(sample) in sample.question
 
@@ -56,7 +60,7 @@ def test_widened_spans_contain_the_evidence_and_stay_in_the_video():
 def test_perception_says_every_second_and_every_colour(samples):
     video = [sample for sample in samples if sample.video == samples[0].video]
     located = lessons.locations(video)
-    words = lessons.timeline_answer(video, 20).removesuffix(lessons.END).split()
+    words = lessons.timeline_answer(video).removesuffix(lessons.END).split()
     assert len(words) == 20
     for sample, text in zip(video, located, strict=True):
         colour = lessons.asked_colour(sample)
@@ -104,6 +108,79 @@ def test_what_a_glance_shows_counts_as_much_as_when(samples, vocabulary, config)
     )
 
 
+def test_with_glimpses_only_letters_that_follow_are_taught_and_they_count_as_much_as_all_else(
+    samples, vocabulary, config
+):
+    model = tiny.build_model(vocabulary.tokenizer)
+    scenes = lessons.load_lessons(samples, config, vocabulary, model.config)
+    asked = [sample for scene in scenes for sample in scene.samples]
+    rng, drawn, counted = random.Random(0), set(), 0.0
+    for _ in range(12):
+        batch = lessons.demonstration_batch(scenes, vocabulary, 0.0, rng, glimpses=True)
+        rows = zip(batch.ids[:, 0], batch.mask[:, 0], batch.weight[:, 0], strict=True)
+        for sample, (ids, mask, weight) in zip(asked, rows, strict=True):
+            letter = prompts.parse_answer(vocabulary.tokenizer.decode(ids[mask]))
+            if sample.kind == "coarse" and lessons.asked_pattern(sample) in ("rows", "columns"):
+                assert letter == sample.answer
+                counted += float(weight.max())  # of the letter; all other tokens count less
+            else:
+                drawn.add((sample.id, letter))
+        assert batch.weight.sum() == pytest.approx(2.0)
+    assert counted == pytest.approx(12.0)
+    assert {letter for _, letter in drawn} == set("ABCD") and len(drawn) > 2 * len({name for name, _ in drawn})
+    plain = lessons.demonstration_batch(scenes, vocabulary, 0.0, rng)
+    words = [
+        vocabulary.tokenizer.decode(ids[mask]) for ids, mask in zip(plain.ids[:, 0], plain.mask[:, 0], strict=True)
+    ]
+    assert [prompts.parse_answer(text) for text in words] == [sample.answer for sample in asked]
+    assert all("</time></think>" in text for text in words) and plain.weight.sum() == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize(
+    "lengths, model, expected",
+    [
+        ({"world_duration": 30}, "", [((0, 30), lessons.FINDING)]),
+        ({"world_duration": 30}, "known", [((0, 30), lessons.FINDING)]),
+        (
+            {"world_min_duration": 15, "world_duration": 60},
+            "",
+            [((0, 20), lessons.FINDING), ((15, 60), lessons.READING)],
+        ),
+        ({"world_min_duration": 15, "world_duration": 60}, "known", [((15, 60), lessons.READING)]),
+    ],
+)
+def test_where_lengths_vary_reading_follows_finding(lengths, model, expected, vocabulary, config, monkeypatch):
+    asked, taught = [], []
+    monkeypatch.setattr(lessons, "load_samples", lambda name, split, world: asked.append(world))
+    monkeypatch.setattr(lessons, "load_lessons", lambda samples, *rest: samples)
+    monkeypatch.setattr(lessons, "train_cycle", lambda *rest, phases, rng: taught.append((rest[2], phases)))
+    cycles = [cycle for _, found in expected for cycle in found]
+    shares = [sum(phase.share for phase in cycle.phases) for cycle in cycles]
+    chosen = replace(config, model=model, **lengths, steps=7 * sum(shares))
+    policy = Policy(tiny.build_model(vocabulary.tokenizer))
+    lessons.cold_start(policy, chosen, vocabulary, Accelerator())
+    assert [(world.world_min_duration, world.world_duration) for world in asked] == [where for where, _ in expected]
+    assert [len(phases) for _, phases in taught] == [7 * share for share in shares]
+    assert [paced.lr for paced, _ in taught] == [cycle.pace * config.lr for cycle in cycles]
+    assert [paced.zoom_batch for paced, _ in taught] == [round(cycle.zooms * config.zoom_batch) for cycle in cycles]
+
+
+def test_short_videos_can_be_shown_first(samples, vocabulary, config, monkeypatch):
+    model = tiny.build_model(vocabulary.tokenizer)
+    scenes = lessons.load_lessons(samples, config, vocabulary, model.config)
+    for seconds, scene in enumerate(scenes):
+        scene.samples = [replace(sample, duration=20.0 + seconds) for sample in scene.samples]
+    shown = []
+    glance_batch = lessons.glance_batch
+    monkeypatch.setattr(lessons, "glance_batch", lambda few, *rest: shown.append(few) or glance_batch(few, *rest))
+    small = replace(config, prompts_per_step=1, zoom_batch=1, warmup=1)
+    phases = [lessons.Phase(1, "glances", shortest=0.5)] * 6
+    scenes.reverse()
+    lessons.train_cycle(Policy(model), scenes, small, vocabulary, Accelerator(), phases=phases, rng=random.Random(0))
+    durations = {lesson.samples[0].duration for few in shown for lesson in few}
+    assert durations <= {20.0, 21.0, 22.0} and len(durations) > 1
+
+
 def test_templates_without_lessons_are_refused():
     with pytest.raises(ConfigError, match="template = zoom_zero: train_data = world has lessons for world, world_zoom"):
         lessons.teach(Config(template="zoom_zero"))
@@ -116,7 +193,7 @@ def test_a_step_of_each_kind_lowers_its_loss(samples, vocabulary, config):
     for batch in (
         lessons.perception_batch(scenes, config, vocabulary, model.config),
         lessons.glance_batch(scenes, config, vocabulary, model.config),
-        lessons.demonstration_batch(scenes, config, vocabulary, 3.0, rng),
+        lessons.demonstration_batch(scenes, vocabulary, 3.0, rng, glimpses=True),
         lessons.zoom_batch(scenes, config, vocabulary, model.config, rng),
     ):
         policy = Policy(tiny.build_model(vocabulary.tokenizer))
