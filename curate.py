@@ -59,6 +59,7 @@ from config import Config, ConfigError
 from engine.loading import patch_side
 from harness import chat, journal
 from harness.chat import Cached, Chat, ChatError, Local, Message, Reply, RequestError, Shown, Usage, one_line
+from harness.folder import claimed
 from harness.run import patient_accelerator, program, share, use_threads
 from media.decode import probe
 from media.file import VideoError
@@ -618,8 +619,10 @@ def parse_curate(arguments: list[str] | None = None) -> tuple[argparse.Namespace
 def main(arguments: list[str] | None = None) -> None:
     options, config = parse_curate(arguments)
     use_threads(config)
-    curate(options, config, patient_accelerator(config))
+    accelerator = patient_accelerator(config)
+    with claimed(options.out, accelerator):
+        curate(options, config, accelerator)
 
 
 if __name__ == "__main__":
-    program(main, CurateError, ChatError, SceneError, DataError, ModelError, VideoError, OSError)
+    program(main, CurateError, ChatError, SceneError, DataError, ModelError, VideoError)

@@ -49,7 +49,7 @@ from engine.loading import load
 from engine.sharding import whole_weights
 from harness.asking import Agent, Request, Steps, side_by_side, whole_video, zoomed
 from harness.checkpoints import SCORES
-from harness.folder import delete
+from harness.folder import claimed, delete
 from harness.journal import save_whole
 from harness.run import finish, patient_accelerator, program, share, use_threads
 from media.file import VideoError
@@ -283,15 +283,18 @@ def main(arguments: list[str] | None = None) -> None:
         check_test_samples(samples, config)
     if options.skip_missing or not options.results:
         samples = check_videos(samples, options.skip_missing)
-    if options.results:
-        results = {label: read_results(path, samples) for label, path in labelled(options.results).items()}
-    else:
-        model, vocabulary = load_policy(config, accelerator.device)
-        results = {"policy": evaluate(model, samples, config, vocabulary, accelerator, "evaluating")}
-    if accelerator.is_main_process:
-        save_and_print(results, out, samples, config.data_format)
-        print(f"\n{out}/: evaluation.json, evaluation.html, results-*.jsonl, clue.png, reliability.png")
-    finish(accelerator)
+    # A run's scores are not replaced unasked, nor are answers that took a model.
+    kept = ("metrics.jsonl",) if options.results else ("metrics.jsonl", "results-policy.jsonl")
+    with claimed(out, accelerator, kept, options.overwrite):
+        if options.results:
+            results = {label: read_results(path, samples) for label, path in labelled(options.results).items()}
+        else:
+            model, vocabulary = load_policy(config, accelerator.device)
+            results = {"policy": evaluate(model, samples, config, vocabulary, accelerator, "evaluating")}
+        if accelerator.is_main_process:
+            save_and_print(results, out, samples, config.data_format)
+            print(f"\n{out}/: evaluation.json, evaluation.html, results-*.jsonl, clue.png, reliability.png")
+        finish(accelerator)
 
 
 def labelled(paths: Sequence[str]) -> dict[str, Path]:

@@ -42,6 +42,7 @@ from statistics import fmean
 from typing import Protocol
 
 import torch
+from accelerate import Accelerator
 from tqdm import tqdm
 from transformers.utils.logging import disable_progress_bar
 
@@ -58,6 +59,7 @@ from harness import journal
 from harness.asking import Agent
 from harness.batches import view_all
 from harness.chat import Cached, Chat, ChatError, Message, RequestError, Shown, connect
+from harness.folder import claimed
 from harness.run import patient_accelerator, program, share, use_threads
 from infer import load_agent
 from policy import ModelError
@@ -237,10 +239,9 @@ def mixed(exemplars: Sequence[dict], reflections: Sequence[dict], share: float, 
     return [*exemplars, *random.Random(seed).sample(reflections, min(n_reflections, len(reflections)))]
 
 
-def run(options: argparse.Namespace, config: Config) -> None:
+def run(options: argparse.Namespace, config: Config, accelerator: Accelerator) -> None:
     """Play what is not played yet, write the training file. Raises DataError, ModelError, ChatError, ConfigError."""
-    out = Path(options.out or f"runs/{options.what}")
-    accelerator = patient_accelerator(config)
+    out = Path(options.out)
     exemplars = read_exemplars(options.exemplars, config) if options.exemplars else []
     with accelerator.main_process_first():
         samples = load_samples(config.train_data, "train", config)
@@ -334,8 +335,11 @@ def main(arguments: list[str] | None = None) -> None:
         raise ConfigError("reflect, and only it, needs --exemplars, the train.jsonl that play has left")
     disable_progress_bar()  # of loading weights
     use_threads(config)
-    run(options, config)
+    options.out = options.out or f"runs/{options.what}"
+    accelerator = patient_accelerator(config)
+    with claimed(options.out, accelerator):
+        run(options, config, accelerator)
 
 
 if __name__ == "__main__":
-    program(main, DataError, ModelError, ChatError, OSError)
+    program(main, DataError, ModelError, ChatError)

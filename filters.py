@@ -58,6 +58,7 @@ from harness import journal
 from harness.asking import Agent
 from harness.batches import view_all
 from harness.chat import Cached, Chat, ChatError, Message, RequestError, Shown, connect
+from harness.folder import claimed
 from harness.run import patient_accelerator, program, use_threads
 from infer import load_agent
 from media.decode import probe
@@ -317,10 +318,11 @@ def filter_summary(samples: Sequence[Sample], rows: Sequence[Mapping]) -> str:
     return "\n".join([aligned(lines), *errors])
 
 
-def run(options: argparse.Namespace, rule: str, threshold: float | None, config: Config) -> None:
+def run(
+    options: argparse.Namespace, rule: str, threshold: float | None, config: Config, accelerator: Accelerator
+) -> None:
     """Measure what is not measured yet, write verdicts and kept samples. Raises DataError, ModelError, ChatError."""
-    chosen, out = FILTERS[options.filter], Path(options.out or f"runs/filters/{options.filter}")
-    accelerator = patient_accelerator(config)
+    chosen, out = FILTERS[options.filter], Path(options.out)
     with accelerator.main_process_first():
         samples = load_samples(config.train_data, "train", config)
     events = options.filter == "stage2" and prompts.TEMPLATES[config.template].event  # the template asks for events too
@@ -393,8 +395,11 @@ def main(arguments: list[str] | None = None) -> None:
         raise ConfigError("--judge_model, at an --endpoint, is for plm_video; an endpoint needs a model's name")
     disable_progress_bar()  # of loading weights
     use_threads(config)
-    run(options, rule, chosen.threshold if options.threshold is None else options.threshold, config)
+    options.out = options.out or f"runs/filters/{options.filter}"
+    accelerator = patient_accelerator(config)
+    with claimed(options.out, accelerator):
+        run(options, rule, chosen.threshold if options.threshold is None else options.threshold, config, accelerator)
 
 
 if __name__ == "__main__":
-    program(main, DataError, ModelError, ChatError, OSError)
+    program(main, DataError, ModelError, ChatError)

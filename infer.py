@@ -80,6 +80,7 @@ from harness.asking import (
     zoomed,
 )
 from harness.commands import Settings
+from harness.folder import claimed_file
 from harness.run import patient_accelerator, program, share, use_threads
 from media.decode import VideoInfo, probe
 from media.file import VideoError
@@ -611,10 +612,11 @@ def whole_data_set(options: argparse.Namespace, settings: Settings, config: Conf
     for number, one in enumerate(samples, 1):
         check_question(strategy, config, one.options, f"{config.test_data}: row {number} ({one.id})")
     samples = check_videos(samples, options.skip_missing)
-    ask, agent = prepare(strategy, config, grounding, accelerator.device)
     out = Path(options.out or f"runs/infer/{strategy}.jsonl")
     same = made_with(strategy, options.ground_model, settings, config)
-    rows = answer_all(agent, ask, samples, settings, path=out, made_with=same, accelerator=accelerator)
+    with claimed_file(out, accelerator):
+        ask, agent = prepare(strategy, config, grounding, accelerator.device)
+        rows = answer_all(agent, ask, samples, settings, path=out, made_with=same, accelerator=accelerator)
     if accelerator.is_main_process:
         print(tables.describe({strategy: rows}, config.data_format))
         print(f"\n{tables.cost_text(rows, strategy)}")
@@ -641,4 +643,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    program(main, DataError, ModelError, VideoError, ReportError, OSError)
+    program(main, DataError, ModelError, VideoError, ReportError)

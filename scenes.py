@@ -25,6 +25,7 @@ from harness import commands
 if __name__ == "__main__":
     commands.begin("scenes", __doc__)  # the imports below take seconds
 
+import contextlib
 import copy
 import hashlib
 import itertools
@@ -47,6 +48,8 @@ import config as configuration
 from annotations.rows import DataError, Report, Row, read_rows
 from annotations.samples import video_path
 from engine.loading import load
+from harness.folder import claimed
+from harness.journal import save_whole
 from harness.run import program
 from media.decode import probe
 from media.file import VideoError
@@ -177,8 +180,8 @@ def shot_features(
     if folder is not None:
         key = (*_identity(path), [list(map(float, shot)) for shot in shots], tower_name(model), tokens, FRAMES)
         kept = Path(folder) / f"{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:24]}.npy"
-        if kept.exists():
-            return torch.from_numpy(np.load(kept))
+        with contextlib.suppress(OSError, ValueError, EOFError, TypeError):  # not there, or damaged
+            return torch.from_numpy(np.load(kept, allow_pickle=False))
     features = []
     for first in range(0, len(shots), SHOTS_AT_ONCE):
         frames = shot_frames(path, shots[first : first + SHOTS_AT_ONCE], tokens, patch)
@@ -356,7 +359,7 @@ class Detector(nn.Module):
         about = {"tower": self.tower, "tokens": str(self.tokens), "window": str(self.window)}
         try:
             Path(path).parent.mkdir(parents=True, exist_ok=True)
-            save_file(self.state_dict(), path, about)
+            save_whole(path, lambda part: save_file(self.state_dict(), part, about))
         except (OSError, SafetensorError) as error:
             raise SceneError(f"{path}: {error}") from error
 
@@ -485,16 +488,18 @@ def main(arguments: list[str] | None = None) -> None:
         return read_labelled(films.build_long(options.cache, split, n_videos, options.seed) if built_in else name)
 
     path = Path(options.detector or Path(options.out) / "detector.safetensors")
-    model = load_tower(options.model)
     folder = Path(options.cache) / "shots"
-    if options.train:
-        tokens, videos = frame_tokens(options.model), labelled(options.train_data, "train", options.videos[0])
-        features = load_features(videos, model, tokens, folder)
-        train_detector(videos, features, tower_name(model), tokens, options.seed).save(path)
-        print(f"{path}: {path.stat().st_size / 1024:.0f} KiB, from {sum(map(len, features))} shots")
-    detector = Detector.load(path, model)
-    test = labelled(options.test_data, "test", options.videos[1])
-    found = [detector(features) for features in load_features(test, model, detector.tokens, folder)]
+    replaced = claimed(path.parent, None, [path.name], options.overwrite)
+    with replaced if options.train else contextlib.nullcontext():
+        model = load_tower(options.model)
+        if options.train:
+            tokens, videos = frame_tokens(options.model), labelled(options.train_data, "train", options.videos[0])
+            features = load_features(videos, model, tokens, folder)
+            train_detector(videos, features, tower_name(model), tokens, options.seed).save(path)
+            print(f"{path}: {path.stat().st_size / 1024:.0f} KiB, from {sum(map(len, features))} shots")
+        detector = Detector.load(path, model)
+        test = labelled(options.test_data, "test", options.videos[1])
+        found = [detector(features) for features in load_features(test, model, detector.tokens, folder)]
     figures = ", ".join(f"{name} {value:.3f}" for name, value in boundary_scores(test, found).items())
     print(f"{len(test)} videos: {figures} (at {TOLERANCE:g} s, probability above {THRESHOLD})")
 

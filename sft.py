@@ -2,7 +2,7 @@
 
     accelerate launch --config_file recipes/accelerate_fsdp2.yaml sft.py --config recipes/videozoomer_sft.yaml
     python sft.py --config recipes/cpu_world_agent_sft.yaml  # the built-in policy learns to ask for clips
-    python sft.py                                            # makes checkpoints/tiny from nothing (world/lessons.py)
+    python sft.py --overwrite                                # makes checkpoints/tiny from nothing (world/lessons.py)
     python sft.py --config recipes/cpu_longvtg_sft.yaml      # goes on with it on longer videos, for LongVTG-R1
 
 `train_data` names a file of trajectories (annotations/trajectories.py, exemplars.py), or is `world` for
@@ -24,6 +24,7 @@ from dataclasses import replace
 from functools import partial
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor
 
 import config as configuration
@@ -35,6 +36,7 @@ from annotations.samples import load_test
 from annotations.trajectories import Example, Trajectory, build_example
 from harness.batches import Reading, generator
 from harness.checkpoints import claim_folder
+from harness.folder import claimed
 from harness.log import start_tracker
 from harness.run import TrainingError, finish, program, training_accelerator
 from harness.session import Session
@@ -42,6 +44,7 @@ from harness.setup import Run, load_run
 from media.file import VideoError
 from media.prefetch import prefetch
 from policy import ModelError
+from report import ReportError
 from train import optimiser_step
 from world import lessons
 
@@ -123,7 +126,9 @@ def train(run: Run, rows: Sequence[Trajectory]) -> None:
 def main(arguments: list[str] | None = None) -> None:
     config = configuration.parse(arguments, RECIPE, __doc__.splitlines()[0], "sft")
     if config.train_data == "world":
-        lessons.teach(config)
+        accelerator = Accelerator(mixed_precision=config.mixed_precision)
+        with claimed(config.out, accelerator, ("config.json", "metrics.jsonl"), config.overwrite):
+            lessons.teach(config)
         return
     accelerator = training_accelerator(config)
     rows = trajectories.load_trajectories(config.train_data, config.video_root)
@@ -143,4 +148,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    program(main, DataError, ModelError)
+    program(main, DataError, ModelError, ReportError)

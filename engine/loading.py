@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
 from safetensors import SafetensorError
@@ -63,6 +64,8 @@ def _errors_of(path: str) -> Iterator[None]:
         yield
     except SafetensorError as error:
         raise ModelError(f"model {path}: the weights cannot be read: {error}") from None
+    except UnpicklingError:  # torch loads nothing but tensors
+        raise ModelError(f"model {path}: the weights are not tensors alone; use a checkpoint in safetensors") from None
     except (OSError, ValueError, RuntimeError) as error:
         elsewhere = "" if here else "there is no such folder, and from the hub: "
         raise ModelError(f"model {path}: {elsewhere}{error}") from None

@@ -69,6 +69,7 @@ def infer(add: Add) -> None:
 def evaluate(add: Add) -> None:
     add("--results", nargs="+", metavar="FILE", help="score these result files instead of a model")
     add("--out", help="folder of what is left behind [runs/evaluate]")
+    add("--overwrite", action="store_true", help="write over the answers of a policy, or the scores of a run, in --out")
     add("--skip_missing", action="store_true", help="leave out questions whose video file is missing")
 
 
@@ -122,6 +123,7 @@ def scenes(add: Add) -> None:
     add("--cache", default="cache", help="folder of the built-in videos and of features [cache]")
     add("--out", default="runs/scenes", help="folder of the trained detector [runs/scenes]")
     add("--detector", help="saved detector [detector.safetensors in --out]")
+    add("--overwrite", action="store_true", help="--train: replace a saved detector")
     add("--seed", type=int, default=0, help="of the built-in videos and of training [0]")
 
 

@@ -31,25 +31,23 @@ WITHOUT_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EINVAL)  # fil
 
 @contextlib.contextmanager
 def claimed(
-    folder: str | Path, accelerator: Accelerator, results: Iterable[str] = (), overwrite: bool = False
+    folder: str | Path, accelerator: Accelerator | None, results: Iterable[str] = (), overwrite: bool = False
 ) -> Iterator[None]:
     """Within, no other program writes into the folder. Raises TrainingError if one does, if it cannot be written to, or
-    if it has one of the `results` already, unless they are to be overwritten.
+    if it has one of the `results` already, unless they are to be overwritten. No accelerator: one process.
     """
 
     def check() -> None:
         found = [name for name in results if (Path(folder) / name).exists()]
         if found and not overwrite:
-            raise TrainingError(
-                f"{folder} has {found[0]} already: replace it with --overwrite, or choose another --out"
-            )
+            raise TrainingError(f"{folder} has {found[0]}: write over it with --overwrite, or choose another --out")
 
     with locked(Path(folder) / ".lock", accelerator):
         main_does(accelerator, check)
         yield
 
 
-def claimed_file(path: str | Path, accelerator: Accelerator) -> contextlib.AbstractContextManager[None]:
+def claimed_file(path: str | Path, accelerator: Accelerator | None) -> contextlib.AbstractContextManager[None]:
     """Within, no other program writes to the file, a journal or a page. Raises TrainingError."""
     path = Path(path)
     return locked(path.with_name(f".{path.name}.lock"), accelerator)
@@ -65,7 +63,7 @@ def delete(folder: Path, names: Iterable[str]) -> None:
 
 
 @contextlib.contextmanager
-def locked(path: Path, accelerator: Accelerator) -> Iterator[None]:
+def locked(path: Path, accelerator: Accelerator | None) -> Iterator[None]:
     """Within, the main process holds a lock that this file stands for. Raises TrainingError in all processes."""
     file = main_does(accelerator, lambda: lock(path))
     try:

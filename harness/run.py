@@ -131,10 +131,12 @@ def share(tasks: Sequence[Any], accelerator: Accelerator) -> list[int]:
     return [i for i, task in enumerate(tasks) if number[task.video] % n == rank]
 
 
-def main_does(accelerator: Accelerator, do: Callable[[], T]) -> T | None:
+def main_does(accelerator: Accelerator | None, do: Callable[[], T]) -> T | None:
     """What `do` returns in the main process, None in the others, which wait. All raise TrainingError if it raises
-    TrainingError or OSError: one that went on alone would wait for the others for ever.
+    TrainingError or OSError: one that went on alone would wait for the others for ever. No accelerator: one process.
     """
+    if accelerator is None:
+        return do()
     result, problem = None, None
     if accelerator.is_main_process:
         try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import runpy
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -36,6 +37,7 @@ def end_of(script: str, *arguments: object) -> object:
     """What a program that is called in this process as from the command line gives to sys.exit."""
     with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as stop:
         patch.setattr(sys, "argv", [script, *map(str, arguments)])
+        patch.setattr(signal, "signal", lambda *_: None)  # whoever runs the tests handles them
         runpy.run_path(str(ROOT / script), run_name="__main__")
     return stop.value.code
 

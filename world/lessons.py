@@ -410,8 +410,12 @@ def teach(config: Config) -> None:
     cold_start(policy, config, vocabulary, accelerator)
 
     out = Path(config.out)
-    model.save_pretrained(out)
-    tokenizer.save_pretrained(out)
+    part = out / "checkpoint.part"
+    model.save_pretrained(part)
+    tokenizer.save_pretrained(part)
+    for file in part.iterdir():  # each is complete before it replaces another
+        file.replace(out / file.name)
+    part.rmdir()
     print(f"{out}: {sum(p.numel() for p in model.parameters()):,} parameters, {time.perf_counter() - start:.0f} s")
     if not config.test_data:
         return

@@ -1,0 +1,109 @@
+"""How programs end: one line for what is expected, whoever ends them."""
+
+from __future__ import annotations
+
+import errno
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from harness import run
+from harness.run import TrainingError, main_does, program
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def ending(error: Exception) -> object:
+    """What a program says and returns that ends with this error."""
+
+    def main():
+        raise error
+
+    with pytest.raises(SystemExit) as end:
+        program(main)
+    return end.value.code
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device", "a/b.json"), "error: a/b.json: No space left on device"),
+        (OSError(errno.ENOSPC, "No space left on device"), "error: writing: No space left on device"),
+        (PermissionError(errno.EACCES, "Permission denied", "a"), "error: a: Permission denied"),
+        (
+            RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:4711"),
+            "error: another process of this run has ended; its own message says why",
+        ),
+    ],
+)
+def test_a_full_disk_and_a_lost_process_are_one_line(error, said):
+    assert ending(error) == said
+
+
+def test_an_error_in_the_code_keeps_its_traceback():
+    with pytest.raises(RuntimeError, match="shapes"):
+        program(lambda: (_ for _ in ()).throw(RuntimeError("shapes do not match")))
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_what_fails_in_the_main_process_fails_in_all(monkeypatch, rank):
+    """What the others are told comes from its broadcast."""
+
+    def failing():
+        raise OSError(errno.EACCES, "Permission denied", "runs/x")
+
+    monkeypatch.setattr(run, "broadcast_object_list", lambda told: told if rank == 0 else ["runs/x: Permission denied"])
+    accelerator = SimpleNamespace(is_main_process=rank == 0, wait_for_everyone=lambda: None)
+    with pytest.raises(TrainingError, match="runs/x: Permission denied"):
+        main_does(accelerator, failing)
+
+
+# ---------------------------------------------------------------- processes of their own
+
+CHILD = """
+import os, sys, time
+sys.path.insert(0, {root!r})
+from harness import commands
+commands.begin("train", "A test.")
+parent = os.getppid()
+print("ready", flush=True)
+while os.getppid() == parent or {follows}:
+    time.sleep(0.01)
+time.sleep(0.3)
+print("alone", flush=True)
+"""
+PARENT = """
+import subprocess, sys
+subprocess.Popen([sys.executable, {child!r}]).wait()
+"""
+
+
+@pytest.mark.parametrize(("name", "follows"), [("accelerate", True), ("torchrun", True), ("job.sh", False)])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_program_does_not_outlive_its_launcher_and_does_outlive_a_shell(tmp_path, name, follows, number):
+    """`accelerate launch` passes no signal on; a program that a shell has left behind goes on, as after nohup."""
+    (tmp_path / "child.py").write_text(CHILD.format(root=str(ROOT), follows=follows))
+    (tmp_path / name).write_text(PARENT.format(child=str(tmp_path / "child.py")))
+    command = [sys.executable, str(tmp_path / name), "launch", "train.py"]
+    launcher = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert launcher.stdout.readline() == "ready\n"
+    launcher.send_signal(number)
+    said, errors = launcher.communicate(timeout=60)  # until the child, too, has closed them
+    assert (said, errors) == (("", "stopped by SIGTERM; what was finished is kept\n") if follows else ("alone\n", ""))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_while_a_program_loads_ends_it_with_a_line(tmp_path, number):
+    (tmp_path / "child.py").write_text(CHILD.format(root=str(ROOT), follows=True))
+    child = subprocess.Popen(
+        [sys.executable, str(tmp_path / "child.py")], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    child.stdout.readline()
+    child.send_signal(number)
+    _, errors = child.communicate(timeout=60)
+    assert child.returncode == 128 + number
+    assert errors == f"stopped by {signal.Signals(number).name}; what was finished is kept\n"
