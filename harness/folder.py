@@ -65,6 +65,7 @@ def delete(folder: Path, names: Iterable[str]) -> None:
 @contextlib.contextmanager
 def locked(path: Path, accelerator: Accelerator | None) -> Iterator[None]:
     """Within, the main process holds a lock that this file stands for. Raises TrainingError in all processes."""
+    made = [folder for folder in path.parents if not folder.exists()]
     file = main_does(accelerator, lambda: lock(path))
     try:
         yield
@@ -73,6 +74,9 @@ def locked(path: Path, accelerator: Accelerator | None) -> Iterator[None]:
             with contextlib.suppress(OSError):
                 path.unlink()  # before others can have the lock
             file.close()
+            with contextlib.suppress(OSError):  # of a program that has left nothing
+                for folder in made:
+                    folder.rmdir()
 
 
 def lock(path: Path) -> TextIO:

@@ -24,9 +24,10 @@ def test_the_second_program_is_told_who_holds_the_folder(tmp_path):
             claimed(tmp_path / "run", None),
         ):
             pytest.fail("two at a time")
-    assert not list((tmp_path / "run").iterdir())  # nothing is left behind
+    assert not list(tmp_path.iterdir())  # a program that has written nothing leaves nothing behind
     with claimed(tmp_path / "run", None):
-        pass
+        (tmp_path / "run" / "a").write_text("")
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["a"]
 
 
 def test_a_journal_has_a_lock_of_its_own(tmp_path):
