@@ -299,6 +299,16 @@ class Config:
     weight_decay: float = update(0.01, "AdamW's weight decay.", least=0)
     max_grad_norm: float = update(1.0, "Gradients are clipped to this norm.", above=0)
     train_vision: bool = update(True, "Train the vision tower too.")
+    lora_rank: int = update(
+        0, "LoRA: rank of the matrices that are trained beside frozen weights (peft); 0 trains the weights.", least=0
+    )
+    lora_alpha: float = update(32.0, "LoRA: these matrices' product counts lora_alpha / lora_rank.", above=0)
+    lora_targets: str = update(
+        "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj", "LoRA: layers of the language model that get them."
+    )
+    optimizer: str = update(
+        "adamw", "AdamW with moments in float32, or in 8 bits (bitsandbytes, on a GPU).", ("adamw", "adamw8bit")
+    )
     gradient_checkpointing: bool = update(True, "Recompute activations in the backward pass.")
 
     # ---- evaluation
@@ -313,7 +323,10 @@ class Config:
         used_by=("train",),
     )
     mixed_precision: str = machine(
-        "bf16", "Compute precision; weights and optimiser stay float32.", ("no", "bf16"), decides=True
+        "bf16",
+        "Compute precision; weights that are trained, and the optimiser, stay float32.",
+        ("no", "bf16"),
+        decides=True,
     )
     threads: int = machine(
         0,
@@ -604,6 +617,12 @@ def check(config: Config) -> None:
             "reference_device = cpu copies all layers for every token that the reference decodes: with zoom_judge = "
             "reference it needs zoom_answer = letters"
         )
+    if config.lora_rank and config.train_vision:
+        raise ConfigError(
+            f"lora_rank = {config.lora_rank} trains matrices of the language model alone: it needs train_vision = false"
+        )
+    if config.lora_rank and config.reference_device == "cpu":
+        raise ConfigError("with lora_rank the policy is its own reference: it needs reference_device = same")
     if config.prompts_per_step % config.updates_per_rollout:
         raise ConfigError(
             f"updates_per_rollout = {config.updates_per_rollout} must divide "

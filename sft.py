@@ -125,6 +125,8 @@ def train(run: Run, rows: Sequence[Trajectory]) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     config = configuration.parse(arguments, RECIPE, __doc__.splitlines()[0], "sft")
+    if config.train_data == "world" and config.lora_rank:
+        raise configuration.ConfigError("lessons of the built-in world train all weights: lora_rank needs trajectories")
     if config.train_data == "world":
         accelerator = Accelerator(mixed_precision=config.mixed_precision)
         with claimed(config.out, accelerator, ("config.json", "metrics.jsonl"), config.overwrite):

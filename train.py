@@ -41,6 +41,7 @@ from advantage import RewardError, credit
 from annotations.rows import DataError, Sample
 from annotations.samples import DataSet, Epochs, load_test, load_training
 from config import Config
+from engine.lora import adapters_off
 from engine.sharding import whole_weights
 from episodes import clip_failures, environments
 from grpo import loss_count, objective
@@ -101,8 +102,8 @@ def collect(run: Run, session: Session, step: int, drawn: Sequence[Drawn]) -> li
         failed = clip_failures(groups)
         with session.phase("zoom"):
             if config.zoom_reward:
-                judge = run.reference if config.zoom_judge == "reference" else run.model
-                failed |= zoom_pass(judge, groups, config, run.vocabulary)
+                with run.judge() as judge:
+                    failed |= zoom_pass(judge, groups, config, run.vocabulary)
     session.stop.check()
     unreadable = [pair for d in drawn for pair in d.failed]
     unreadable += [(group.view.sample, failed[id]) for group in groups if (id := group.view.sample.id) in failed]
@@ -229,7 +230,7 @@ def policy_step(run: Run, batches: Sequence[MicroBatch]) -> dict[str, float]:
     def loss_of(batch: MicroBatch) -> Tensor:
         reference = Reference(
             hidden=reference_hidden(run, batch),
-            lm_head=None if run.reference is None else run.reference.lm_head.weight,
+            lm_head=run.reference_head,
             weights=run.kl_weights,
             time_tokens=run.time_tokens,
         )
@@ -272,6 +273,9 @@ def reference_hidden(run: Run, batch: MicroBatch) -> Tensor | None:
     """The frozen reference's hidden states of the same tokens, [N, H]."""
     if run.reference is None:
         return None
+    if run.reference is run.model:
+        with adapters_off(run.model):
+            return batch.pass_through(run.policy, lambda hidden, lm_head: hidden)
     return group_hidden(run.reference, batch.prompts, batch.responses, batch.mask, batch.observations)
 
 

@@ -26,13 +26,14 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 import config as configuration
 from config import Config, ConfigError
+from engine.lora import merged, save_adapters
 from harness.folder import claimed, delete
 from harness.journal import save_whole, sync
 from harness.run import TrainingError, in_words, main_does
 from harness.setup import new_scheduler
 
 log = logging.getLogger("zoomgrpo")
-SAVED = ("checkpoint", "state")  # folders, in the order in which new ones are put in their place
+SAVED = ("checkpoint", "adapter", "state")  # folders, in the order in which new ones are put in their place
 # All that a run writes into `out`; --overwrite deletes it.
 SCORES = ("evaluation.json", "evaluation.html", "clue.png", "reliability.png", "results-after.jsonl")
 BEGUN = ("metrics.jsonl", "zoomgrpo", "curves.png", "episodes.html", *SCORES)
@@ -108,9 +109,13 @@ def save_checkpoint(run: Any, progress: Mapping[str, int]) -> None:
 
 
 def held_tensors(run: Any) -> dict[str, Tensor]:
-    """What this process holds of the policy's weights, and of the optimiser's moments as NAME/MOMENT."""
+    """What this process holds of the policy's weights (with LoRA, of those that are trained), and of the optimiser's
+    moments as NAME/MOMENT.
+    """
     found: dict[str, Tensor] = {}
     for name, weight in run.accelerator.unwrap_model(run.policy).named_parameters():
+        if run.config.lora_rank and not weight.requires_grad:
+            continue  # as the model that it began from has it
         found[name] = weight.detach()
         found |= {f"{name}/{moment}": value for moment, value in run.optimizer.state.get(weight, {}).items()}
     return found
@@ -120,7 +125,12 @@ def finish_save(run: Any, out: Path, weights: Mapping[str, Tensor], progress: Ma
     """The main process' part. step.json comes last: with it, both folders are complete."""
     # Each tied weight once: gathered from shards, its two names would be two tensors.
     weights = {name: weights[f"model.{name}"] for name, _ in run.model.named_parameters()}
+    config = run.config
+    lora = (config.lora_rank, config.lora_alpha, config.lora_targets.split(","))
     try:
+        if config.lora_rank:
+            save_adapters(weights, out / "adapter.part", config.model, *lora)
+            weights = merged(weights, config.lora_alpha / config.lora_rank)
         run.model.save_pretrained(out / "checkpoint.part", state_dict=weights)
         run.vocabulary.tokenizer.save_pretrained(out / "checkpoint.part")
     except SafetensorError as error:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 
@@ -15,8 +17,9 @@ from torch.optim.lr_scheduler import LambdaLR
 import kl
 from config import Config, ConfigError
 from engine.loading import load
+from engine.lora import adapters_off, add_adapters
 from engine.sharding import stream_layers
-from policy import Policy, Vocabulary
+from policy import ModelError, Policy, Vocabulary
 
 
 @dataclass
@@ -26,7 +29,7 @@ class Run:
     config: Config
     accelerator: Accelerator
     policy: torch.nn.Module  # Policy, wrapped by accelerate
-    reference: torch.nn.Module | None  # frozen
+    reference: torch.nn.Module | None  # frozen; with LoRA the policy's model, which is its own with its adapters off
     vocabulary: Vocabulary
     optimizer: torch.optim.Optimizer
     scheduler: LambdaLR
@@ -36,6 +39,20 @@ class Run:
     @property
     def model(self) -> torch.nn.Module:
         return self.accelerator.unwrap_model(self.policy).model
+
+    @property
+    def reference_head(self) -> Tensor | None:
+        """The reference's output projection [V, H], None if it is the policy's."""
+        return None if self.reference in (None, self.model) else self.reference.lm_head.weight
+
+    @contextlib.contextmanager
+    def judge(self) -> Iterator[torch.nn.Module]:
+        """Who answers in the zoom pass."""
+        if self.config.zoom_judge == "policy":
+            yield self.model
+        else:
+            with adapters_off(self.reference):
+                yield self.reference
 
 
 def check_rewards(config: Config) -> None:
@@ -63,25 +80,42 @@ def new_scheduler(optimizer: torch.optim.Optimizer, config: Config, updates: int
     return LambdaLR(optimizer, partial(learning_rate, config), last_epoch=updates - 1)
 
 
+def new_optimizer(policy: Policy, config: Config, accelerator: Accelerator) -> torch.optim.Optimizer:
+    """AdamW for what is trained. Raises ModelError for 8 bits without a GPU, with shards, or without bitsandbytes."""
+    trainable = [p for p in policy.parameters() if p.requires_grad]
+    settings = {"lr": config.lr, "weight_decay": config.weight_decay}
+    on_gpu = accelerator.device.type == "cuda"
+    if config.optimizer == "adamw":
+        # Not fused, a step on a GPU holds the square roots of all second moments, 4 bytes per parameter.
+        return torch.optim.AdamW(trainable, **settings, fused=True if on_gpu else None)
+    if not on_gpu or accelerator.is_fsdp2:
+        raise ModelError("optimizer = adamw8bit needs whole weights on a GPU: with FSDP2 or on a CPU, use adamw")
+    try:
+        from bitsandbytes.optim import AdamW8bit
+    except ImportError:
+        raise ModelError("optimizer = adamw8bit needs bitsandbytes: pip install bitsandbytes") from None
+    return AdamW8bit(trainable, **settings)
+
+
 def load_run(config: Config, accelerator: Accelerator) -> Run:
     """Load policy and reference, and hand them to accelerate. Raises ModelError."""
-    reference = None
-    if config.kl != "none" or config.zoom_judge == "reference":
-        # Read as half precision, not cast afterwards: that would round the rotary frequencies too.
-        reference, _ = load(config.model, torch.bfloat16 if config.mixed_precision == "bf16" else torch.float32)
+    reference, referred = None, config.kl != "none" or config.zoom_judge == "reference"
+    # Frozen weights are read as half precision, not cast afterwards: that would round the rotary frequencies too.
+    frozen = torch.bfloat16 if config.mixed_precision == "bf16" else torch.float32
+    if referred and not config.lora_rank:
+        reference, _ = load(config.model, frozen)
         reference.requires_grad_(False).eval().to(accelerator.device)
         if config.reference_device == "cpu":
             stream_layers(reference)
-    model, tokenizer = load(config.model)
+    model, tokenizer = load(config.model, frozen if config.lora_rank else torch.float32)
     vocabulary = Vocabulary.of(tokenizer, config.outer_tags)
     model.model.visual.requires_grad_(config.train_vision)
+    if config.lora_rank:
+        add_adapters(model, config.lora_rank, config.lora_alpha, config.lora_targets.split(","), config.seed)
     policy = Policy(model).train()  # there is no dropout; this only switches checkpointing on
     if config.gradient_checkpointing:
         policy.checkpoint_activations()
-    trainable = [p for p in policy.parameters() if p.requires_grad]
-    # Otherwise a step on a GPU holds the square roots of all second moments, 4 bytes per parameter.
-    fused = True if accelerator.device.type == "cuda" else None
-    optimizer = torch.optim.AdamW(trainable, lr=config.lr, weight_decay=config.weight_decay, fused=fused)
+    optimizer = new_optimizer(policy, config, accelerator)
     scheduler = new_scheduler(optimizer, config)
     if accelerator.is_fsdp2 and config.mixed_precision == "bf16":
         # accelerate's choice would round the loss, its statistics and the sums of gradients to bfloat16.
@@ -93,6 +127,8 @@ def load_run(config: Config, accelerator: Accelerator) -> Run:
         layer = type(model.model.language_model.layers[0]).__name__
         accelerator.state.fsdp_plugin.transformer_cls_names_to_wrap = [layer]
     policy, optimizer = accelerator.prepare(policy, optimizer)
+    if referred and config.lora_rank:
+        reference = accelerator.unwrap_model(policy).model
 
     time_tokens = kl.time_token_ids(tokenizer).to(accelerator.device)
     weights = torch.full((model.lm_head.weight.shape[0],), config.beta, device=accelerator.device)
