@@ -617,14 +617,20 @@ def check(config: Config) -> None:
             "reference_device = cpu copies all layers for every token that the reference decodes: with zoom_judge = "
             "reference it needs zoom_answer = letters"
         )
-    if config.lora_rank and config.train_vision:
-        raise ConfigError(
-            f"lora_rank = {config.lora_rank} trains matrices of the language model alone: it needs train_vision = false"
-        )
-    if config.lora_rank and config.reference_device == "cpu":
-        raise ConfigError("with lora_rank the policy is its own reference: it needs reference_device = same")
+    if config.lora_rank:
+        check_lora(config)
     if config.prompts_per_step % config.updates_per_rollout:
         raise ConfigError(
             f"updates_per_rollout = {config.updates_per_rollout} must divide "
             f"prompts_per_step = {config.prompts_per_step}"
         )
+
+
+def check_lora(config: Config) -> None:
+    """Raise ConfigError for what LoRA does without."""
+    if config.train_vision:
+        raise ConfigError(
+            f"lora_rank = {config.lora_rank} trains matrices of the language model alone: it needs train_vision = false"
+        )
+    if config.reference_device == "cpu":
+        raise ConfigError("with lora_rank the policy is its own reference: it needs reference_device = same")
