@@ -617,8 +617,7 @@ def check(config: Config) -> None:
             "reference_device = cpu copies all layers for every token that the reference decodes: with zoom_judge = "
             "reference it needs zoom_answer = letters"
         )
-    if config.lora_rank:
-        check_lora(config)
+    check_lora(config)
     if config.prompts_per_step % config.updates_per_rollout:
         raise ConfigError(
             f"updates_per_rollout = {config.updates_per_rollout} must divide "
@@ -628,6 +627,8 @@ def check(config: Config) -> None:
 
 def check_lora(config: Config) -> None:
     """Raise ConfigError for what LoRA does without."""
+    if not config.lora_rank:
+        return
     if config.train_vision:
         raise ConfigError(
             f"lora_rank = {config.lora_rank} trains matrices of the language model alone: it needs train_vision = false"

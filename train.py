@@ -28,6 +28,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
+from operator import attrgetter
 from pathlib import Path
 
 import torch
@@ -38,7 +39,7 @@ import config as configuration
 import evaluate
 import kl
 from advantage import RewardError, credit
-from annotations.rows import DataError, Sample
+from annotations.rows import DataError
 from annotations.samples import DataSet, Epochs, load_test, load_training
 from config import Config
 from engine.lora import adapters_off
@@ -118,11 +119,7 @@ def redraw(run: Run, session: Session, epochs: Epochs, step: int, groups: list[G
     how many were replaced by this process; what is left without variance takes no part in the loss. VideoZoomer section
     3.3 (dynamic sampling).
     """
-    config, accelerator = run.config, run.accelerator
-
-    def name(sample: Sample) -> tuple[str, str]:
-        return sample.video, sample.id
-
+    config, accelerator, name = run.config, run.accelerator, attrgetter("video", "id")
     tried: set[tuple[str, str]] = set()  # by all processes
     count = 0
     for attempt in range(config.max_redraws):

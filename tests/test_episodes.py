@@ -729,7 +729,7 @@ def test_a_step_stopped_while_it_redraws_counts_once(small_recipe, tmp_path, mon
     with pytest.raises(Stopped):
         train.main(["--config", str(small_recipe), "--max_redraws", "1"])
     progress = json.loads((tmp_path / "run" / "state" / "step.json").read_text())
-    assert progress == {"step": 0, "drawn": 0, "failures": 0}
+    assert progress == {"step": 0, "drawn": 0, "failures": 0, "updates": 0}
 
 
 ONE_FLAT = """
