@@ -110,6 +110,10 @@ class Config:
         "tensorboard", "Where accelerate logs to beside metrics.jsonl: tensorboard, wandb, ... or none.", free=True
     )
     save_every: int = run(50, "Steps between checkpoints; the last step always writes one.", above=0, free=True)
+    keep_checkpoints: int = run(
+        0, "How many of the last checkpoints stay as checkpoint-STEP/ beside checkpoint/.", least=0, free=True
+    )
+    log_every: int = run(10, "Steps between lines of figures where there is no terminal.", above=0, free=True)
     n_episodes: int = run(
         6, "Groups shown on the page of episodes at the end of the run.", least=0, free=True, used_by=("train",)
     )
@@ -313,6 +317,16 @@ class Config:
 
     # ---- evaluation
     eval_controls: bool = scoring(False, "Also ask with questions of other videos, and zoom on the true spans.")
+    eval_every: int = scoring(
+        0, "Steps between evaluations on the way, in results-STEP.jsonl; 0: none.", least=0, free=True, used_by=LOOPS
+    )
+    keep_best: str = scoring(
+        "",
+        "Score by which the best checkpoint evaluated on the way is kept as checkpoint-best/; empty: none is.",
+        ("", "mIoU", "R@0.5", "accuracy", "zoom_accuracy", "Acc@GQA"),
+        free=True,
+        used_by=LOOPS,
+    )
     eval_batch: int = scoring(8, "Looks of different questions in one pass on one device.", above=0, used_by=TESTING)
 
     # ---- machine

@@ -48,10 +48,10 @@ from config import Config
 from engine.loading import load
 from engine.sharding import whole_weights
 from harness.asking import Agent, Request, Steps, side_by_side, whole_video, zoomed
-from harness.checkpoints import SCORES
+from harness.checkpoints import SCORES, keep_best
 from harness.folder import claimed, delete
 from harness.journal import save_whole
-from harness.run import finish, patient_accelerator, program, share, use_threads
+from harness.run import finish, main_does, patient_accelerator, program, share, use_threads
 from media.file import VideoError
 from policy import ModelError, Vocabulary
 from prompts import TEMPLATES
@@ -244,6 +244,8 @@ def before_and_after(run: Any, test: Sequence[Sample]) -> Iterator[None]:
             save_whole(path, partial(write_results, rows=before))
     yield
     after = rows("after training")
+    if metric := run.config.keep_best:
+        keep_best(run, run.config.steps, overall(after)[metric])
     if accelerator.is_main_process:
         save_and_print({"before": before, "after": after}, out, test, run.config.data_format)
 
@@ -261,11 +263,34 @@ def stored_before(path: Path, test: Sequence[Sample]) -> list[dict] | None:
     return rows
 
 
+def evaluate_at(run: Any, test: Sequence[Sample], step: int) -> float | None:
+    """Evaluate a `setup.Run`'s policy on the way: a line, results-STEP.jsonl, and figures for the tracker.
+
+    Returns the score of `keep_best`, None without one. Raises ConfigError if these questions do not have it.
+    """
+    if not test:
+        return None
+    with torch.no_grad(), whole_weights(run.policy):
+        rows = evaluate(run.model, test, run.config, run.vocabulary, run.accelerator, f"after {step} steps")
+    scores, metric = overall(rows), run.config.keep_best
+    figures = {name: scores[name] for name in tables.HEADLINE if name in scores}
+    run.accelerator.log({f"eval/{name}": value for name, value in figures.items()}, step=step)
+    run.accelerator.print(f"after {step} steps: " + ", ".join(f"{name} {value:.3f}" for name, value in figures.items()))
+    path = Path(run.config.out) / f"results-{step}.jsonl"
+    main_does(run.accelerator, lambda: save_whole(path, lambda part: write_results(part, rows)))
+    if metric and metric not in figures:
+        raise configuration.ConfigError(f"keep_best = {metric}: these questions have {', '.join(figures)}")
+    return scores[metric] if metric else None
+
+
 # ---------------------------------------------------------------- command line
 
 
 def check_test_samples(samples: Sequence[Sample], config: Config) -> None:
-    """Raise DataError for samples that cannot be asked or scored."""
+    """Raise DataError for samples that cannot be asked or scored, ConfigError for evaluations that are not made."""
+    if config.keep_best and not (config.eval_every and samples):
+        needs = "it needs eval_every and test_data"
+        raise configuration.ConfigError(f"keep_best = {config.keep_best} compares evaluations on the way: {needs}")
     answered = () if TEMPLATES[config.template].event and not config.eval_controls else ("options", "answer")
     check_samples(samples, (*answered, *(["evidence"] if config.eval_controls else [])), config.test_data)
 

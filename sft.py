@@ -31,7 +31,7 @@ import config as configuration
 import evaluate
 import kl
 from annotations import trajectories
-from annotations.rows import DataError
+from annotations.rows import DataError, Sample
 from annotations.samples import load_test
 from annotations.trajectories import Example, Trajectory, build_example
 from harness.batches import Reading, generator
@@ -113,9 +113,10 @@ def update(run: Run, examples: Sequence[Example]) -> dict[str, float]:
     return figures | {"loss": accelerator.reduce(total, "sum").item(), "tokens": count.item()}
 
 
-def train(run: Run, rows: Sequence[Trajectory]) -> None:
+def train(run: Run, rows: Sequence[Trajectory], test: Sequence[Sample] = ()) -> None:
     """The loop. Raises Stopped after a signal."""
-    with Session(run, partial(example_batches, run, rows), {"loss": "loss"}) as session:
+    batches, evaluation = partial(example_batches, run, rows), partial(evaluate.evaluate_at, run, test)
+    with Session(run, batches, {"loss": "loss"}, evaluate=evaluation) as session:
         for _ in session.steps():
             examples = session.next_batch()
             with session.phase("update"):
@@ -144,7 +145,7 @@ def main(arguments: list[str] | None = None) -> None:
         start_tracker(config, accelerator)
         run = load_run(replace(config, kl="none", zoom_judge="policy"), accelerator)  # there is no reference
         with evaluate.before_and_after(run, test):
-            train(run, rows)
+            train(run, rows, test)
         accelerator.print(f"{config.out}/: config.yaml, metrics.jsonl, checkpoint/")
         finish(accelerator)
 

@@ -29,7 +29,6 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from operator import attrgetter
-from pathlib import Path
 
 import torch
 from accelerate.utils import gather_object
@@ -39,7 +38,7 @@ import config as configuration
 import evaluate
 import kl
 from advantage import RewardError, credit
-from annotations.rows import DataError
+from annotations.rows import DataError, Sample
 from annotations.samples import DataSet, Epochs, load_test, load_training
 from config import Config
 from engine.lora import adapters_off
@@ -52,23 +51,21 @@ from harness.log import start_tracker, step_figures
 from harness.run import TrainingError, finish, program, training_accelerator
 from harness.session import Session
 from harness.setup import Run, check_rewards, load_run
+from harness.watch import Watch
 from kl import Reference
 from policy import ModelError, Observation, Prompt, group_hidden, keep_tokens
 from report import ReportError
-from report.curves import plot_curves
-from report.episodes import episode_record, episodes_page
 from rewards import facets, paid_facets
 from rollout import Group, roll_out, zoom_pass
 
 
-def train(run: Run, sets: Sequence[DataSet]) -> None:
+def train(run: Run, sets: Sequence[DataSet], test: Sequence[Sample] = ()) -> None:
     """The loop. Raises Stopped after a signal."""
     config, accelerator = run.config, run.accelerator
     epochs = Epochs(sets, partial(generator, config.seed))
-    headline = {name: f"reward/{name}_mean" for name in paid_facets(config)}
-    groups: list[Group] = []
-    batches = partial(view_batches, config, accelerator, epochs)
-    with Session(run, batches, headline, at_end=lambda: draw_episodes(run, groups)) as session:
+    headline = {name: f"reward/{name}_mean" for name in paid_facets(config)} | {"kl": "kl/text"}
+    batches, watch = partial(view_batches, config, accelerator, epochs), Watch(run)
+    with Session(run, batches, headline, draw=watch.draw, evaluate=partial(evaluate.evaluate_at, run, test)) as session:
         for step in session.steps():  # resume, signals, checkpoints
             groups = collect(run, session, step, session.next_batch())  # coarse pass, zoom pass
             for group in groups:
@@ -79,14 +76,7 @@ def train(run: Run, sets: Sequence[DataSet]) -> None:
                 totals = update(run, groups) | {"redrawn": float(redrawn)}  # Eq. 2
             figures = step_figures(groups, totals, sum(session.seconds.values()), config, accelerator)
             session.log(figures | {"failed_videos": session.reading.failures})
-
-
-def draw_episodes(run: Run, groups: Sequence[Group]) -> None:
-    """The page of the main process' groups of the last step."""
-    if run.accelerator.is_main_process:
-        out = Path(run.config.out)
-        episodes = [episode_record(group, run.config) for group in groups[: run.config.n_episodes]]
-        episodes_page(episodes, out / "episodes.html", f"{out.name}: groups of the last step")
+            watch.note(step, groups, figures)  # curves, pages, warnings
 
 
 def collect(run: Run, session: Session, step: int, drawn: Sequence[Drawn]) -> list[Group]:
@@ -302,12 +292,9 @@ def main(arguments: list[str] | None = None) -> None:
     with claim_folder(config, accelerator):
         start_tracker(config, accelerator)
         run = load_run(config, accelerator)
-        out = Path(config.out)
         with evaluate.before_and_after(run, test):
-            train(run, sets)
-            if accelerator.is_main_process:
-                plot_curves([out], out / "curves.png")
-        accelerator.print(f"{out}/: config.yaml, metrics.jsonl, curves.png, episodes.html, checkpoint/")
+            train(run, sets, test)
+        accelerator.print(f"{config.out}/: config.yaml, metrics.jsonl, curves.png, episodes.html, checkpoint/")
         finish(accelerator)
 
 

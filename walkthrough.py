@@ -29,7 +29,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers.utils.logging import disable_progress_bar
 
 import advantage
 import config as configuration
@@ -46,7 +45,7 @@ from annotations.samples import load_training
 from config import Config
 from episodes import ClipEnvironment, environments
 from harness.run import program, training_accelerator
-from harness.setup import Run, load_run
+from harness.setup import Run, check_rewards, load_run
 from policy import ModelError
 from rollout import Group, Response
 from train import MicroBatch
@@ -419,8 +418,7 @@ def main(arguments: list[str] | None = None) -> None:
     config = configuration.parse([*DEFAULTS, *rest], RECIPES[options.agent], program="train")
     if options.clip:
         config = replace(config, clip_low=options.clip[0], clip_high=options.clip[1])
-    train.check_rewards(config)
-    disable_progress_bar()  # of loading weights
+    check_rewards(config)
     page = walk(config, tuple(options.clip or RELEASED_CLIP))
     if options.out:
         Path(options.out).write_text("\n".join(page.lines) + "\n", encoding="utf-8")

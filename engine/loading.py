@@ -11,6 +11,7 @@ from pickle import UnpicklingError
 import torch
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils.logging import disable_progress_bar
 
 from engine.families import FAMILIES, family_of, missing_weights
 from policy import ModelError, Vocabulary
@@ -23,6 +24,8 @@ def load(path: str, dtype: torch.dtype = torch.float32) -> tuple[PreTrainedModel
     Raises ModelError naming the path and what is wrong: another kind of model, a tokenizer without Qwen's special
     tokens or of other weights, and weights that are missing (transformers would fill them with random numbers).
     """
+    if Path(path).is_dir():
+        disable_progress_bar()  # of reading and writing weights; that of a download stays
     with _errors_of(path):
         config = read_config(path)
         tokenizer = AutoTokenizer.from_pretrained(path)

@@ -9,6 +9,8 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import os
+import shutil
 import warnings
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
@@ -36,7 +38,8 @@ log = logging.getLogger("zoomgrpo")
 SAVED = ("checkpoint", "adapter", "state")  # folders, in the order in which new ones are put in their place
 # All that a run writes into `out`; --overwrite deletes it.
 SCORES = ("evaluation.json", "evaluation.html", "clue.png", "reliability.png", "results-after.jsonl")
-BEGUN = ("metrics.jsonl", "zoomgrpo", "curves.png", "episodes.html", *SCORES)
+BEGUN = ("metrics.jsonl", "zoomgrpo", "curves.png", "episodes.html", "episodes-first.html", "best.json", *SCORES)
+NUMBERED = ("results-[0-9]*.jsonl", "checkpoint-*")  # of evaluations on the way, and checkpoints that are kept
 BEGUN += tuple(name + end for name in SAVED for end in ("", ".part", ".old"))
 OWNED = (*BEGUN, "config.yaml", "results-before.jsonl")
 OWNED += tuple(f"{name}.part" for name in ("config.yaml", "metrics.jsonl", "results-before.jsonl"))
@@ -70,7 +73,7 @@ def prepare_folder(config: Config, out: Path) -> None:
         found = "a run already: continue it with --resume," if saved else "a run that has no checkpoint yet:"
         raise TrainingError(f"{out} holds {found} replace it with --overwrite, or choose another --out")
     else:
-        delete(out, OWNED)
+        delete(out, [*OWNED, *(path.name for pattern in NUMBERED for path in out.glob(pattern))])
     save_whole(out / "config.yaml", partial(configuration.save, replace(config, resume=False, overwrite=False)))
 
 
@@ -108,6 +111,45 @@ def save_checkpoint(run: Any, progress: Mapping[str, int]) -> None:
     main_does(accelerator, partial(finish_save, run, out, weights, progress))
 
 
+def keep_numbered(out: Path, step: int, most: int) -> None:
+    """Keep the checkpoint of this step as checkpoint-STEP/, and of those before the last `most` in all."""
+    if most:
+        link_checkpoint(out, f"checkpoint-{step}")
+        numbers = [path.name.removeprefix("checkpoint-") for path in out.glob("checkpoint-*")]
+        older = sorted(int(number) for number in numbers if number.isdigit() and int(number) != step)
+        delete(out, [f"checkpoint-{number}" for number in older[: len(older) + 1 - most]])
+
+
+def keep_best(run: Any, step: int, score: float) -> None:
+    """Keep the checkpoint as checkpoint-best/ if no score before was as high; best.json says of which step it is."""
+    out = Path(run.config.out)
+
+    def keep() -> None:
+        path = out / "best.json"
+        if path.exists() and json.loads(path.read_text())["score"] >= score:
+            return
+        link_checkpoint(out, "checkpoint-best")
+        best = {"step": step, "metric": run.config.keep_best, "score": score}
+        save_whole(path, lambda part: part.write_text(json.dumps(best)))
+
+    main_does(run.accelerator, keep)
+
+
+def link_checkpoint(out: Path, name: str) -> None:
+    """The checkpoint under another name, too: its files are linked, since nothing writes into them again."""
+    delete(out, [f"{name}.part"])
+    shutil.copytree(out / "checkpoint", out / f"{name}.part", copy_function=link_or_copy)
+    delete(out, [name])
+    (out / f"{name}.part").rename(out / name)
+
+
+def link_or_copy(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # a file system without links
+        shutil.copy2(source, target)
+
+
 def held_tensors(run: Any) -> dict[str, Tensor]:
     """What this process holds of the policy's weights (with LoRA, of those that are trained), and of the optimiser's
     moments as NAME/MOMENT.
@@ -141,6 +183,7 @@ def finish_save(run: Any, out: Path, weights: Mapping[str, Tensor], progress: Ma
     done = dict(progress) | {"updates": run.scheduler.last_epoch}
     save_whole(out / "state.part" / "step.json", lambda part: part.write_text(json.dumps(done)))
     settle(out)
+    keep_numbered(out, progress["step"], run.config.keep_checkpoints)
 
 
 def settle(out: Path) -> None:

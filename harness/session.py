@@ -12,7 +12,7 @@ import torch
 from tqdm import tqdm
 
 from harness.batches import Reading
-from harness.checkpoints import resume, save_checkpoint
+from harness.checkpoints import keep_best, resume, save_checkpoint
 from harness.log import keep_metrics, log_step
 from harness.run import Stopped, StopSignal
 
@@ -24,7 +24,9 @@ class Session:
     repeated by --resume, which leaves the same metrics and weights.
 
     run: `setup.Run`. batches: from the first step, an iterator of what each step gets. headline: which metrics the
-    progress bar shows, {its name there: the metric's}. at_end: called after the last step, before it counts as done.
+    progress bar shows, {its name there: the metric's}. draw: called before each checkpoint and however the run ends, to
+    show how it stands. evaluate: called with the number of steps done, every `eval_every` of them; returns the score by
+    which the best checkpoint is kept, or None.
     """
 
     def __init__(
@@ -32,9 +34,12 @@ class Session:
         run: Any,
         batches: Callable[[Reading, int], Iterator[list]],
         headline: Mapping[str, str],
-        at_end: Callable[[], None] = lambda: None,
+        *,
+        draw: Callable[[], None] = lambda: None,
+        evaluate: Callable[[int], float | None] = lambda step: None,
     ):
-        self.run, self.make_batches, self.headline, self.at_end = run, batches, headline, at_end
+        self.run, self.make_batches, self.headline = run, batches, headline
+        self.draw, self.evaluate = draw, evaluate
         self.reading = Reading()
         self.seconds: dict[str, float] = {}  # of the step, by phase
         self.done = 0  # steps
@@ -57,6 +62,8 @@ class Session:
 
     def __exit__(self, kind: type | None, error: BaseException | None, traceback: object) -> None:
         with self.open:
+            if error is not None:
+                self.draw()
             if isinstance(error, Stopped):
                 self.reading.drawn, self.reading.failures = self.counted
                 if self.done != self.saved:
@@ -71,10 +78,14 @@ class Session:
             yield self.done
             self.done += 1
             self.counted = self.reading.drawn, self.reading.failures
-            if self.done == config.steps:
-                self.at_end()
-            if self.done == config.steps or self.done % config.save_every == 0:
+            last = self.done == config.steps
+            evaluated = config.eval_every and self.done % config.eval_every == 0 and not last
+            score = self.evaluate(self.done) if evaluated else None
+            if last or self.done % config.save_every == 0 or score is not None:
+                self.draw()
                 self.save()
+            if score is not None:
+                keep_best(self.run, self.done, score)
             self.stop.check()
 
     def save(self) -> None:
@@ -103,5 +114,11 @@ class Session:
         times = {f"seconds/{name}": value for name, value in self.seconds.items()} | {"seconds/step": total}
         log_step(self.run, self.done, {**metrics, **times})
         known = {name: metrics[metric] for name, metric in self.headline.items() if metric in metrics}
-        self.bar.set_postfix({name: f"{value:.2f}" for name, value in known.items()} | {"s/step": f"{total:.1f}"})
+        shown = {name: f"{value:.2f}" if abs(value) >= 0.1 else f"{value:.2g}" for name, value in known.items()}
+        shown["s/step"] = f"{total:.1f}"
+        self.bar.set_postfix(shown)
         self.bar.update()
+        number, config = self.done + 1, self.run.config
+        if self.bar.disable and (number % config.log_every == 0 or number == config.steps):
+            figures = "  ".join(f"{name} {value}" for name, value in shown.items())
+            self.run.accelerator.print(f"step {number}/{config.steps}  {figures}", flush=True)

@@ -56,7 +56,9 @@ class Run:
 
 
 def check_rewards(config: Config) -> None:
-    """Raise ConfigError for rewards that the template's responses cannot have."""
+    """Raise ConfigError for rewards that the template's responses cannot have, or that cannot be compared."""
+    if config.group_size == 1:
+        raise ConfigError("group_size = 1: advantages compare the responses to a prompt; take 2 or more")
     if config.multi_turn and (config.tokenadv != "off" or config.zoom_reward):
         raise ConfigError(
             f"template = {config.template} sums its rewards and has no zoom pass: it needs tokenadv = off and "
