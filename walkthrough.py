@@ -141,12 +141,12 @@ def show_budget(page: Page, seconds: float, clip: video.Clip, limits: tuple[int,
     fps, n, (tokens, v_min, v_max) = 1 / clip.step, len(clip.times), limits
     frames, _ = video.frame_budget(seconds, fps, *limits, config.paired_frames)
     v_res = video._tokens_per_frame(n, *limits)
-    height, width = clip.frames.shape[-2:]
+    (height, width), side = clip.frames.shape[-2:], 2 * clip.patch
     page.at(video.frame_budget, "Eq. 3: N", f"N = min({fps:g} * {seconds:g}, {tokens} / {v_min}) = {frames}")
     several = "" if n == frames else f" ({n} frames: each span rounds up)"
     numbers = f"V_res = max({v_min}, min({tokens} / {n}, {v_max})) = {v_res:.4g}{several}"
     page.at(video._tokens_per_frame, "Eq. 3: V_res", numbers)
-    page.at(video.frame_size, "", f"{height} x {width} pixels: {height * width // video.TOKEN**2} tokens of 28 x 28")
+    page.at(video.frame_size, "", f"{height} x {width} pixels: {height * width // side**2} tokens of {side} x {side}")
     page.at(video.sample_times, "", times_text(clip.times))
 
 
@@ -340,7 +340,7 @@ def show_again(page: Page, group: Group, g: int, run: Run, *, old: Tensor, new: 
     ratio = (logp - old[g, : len(A)]).exp()
     columns = {"A": A, "log p": logp, "ratio": ratio, "r A": ratio * A}
     columns[f"clip {low:g} to {high:g}"] = torch.minimum(ratio * A, ratio.clamp(low, high) * A)
-    page.at(grpo.grpo_loss, "ratio = log_ratio.exp()")
+    page.at(grpo.grpo_loss, "ratio = log_ratio")
     page.at(grpo.grpo_loss, "gain = ")
     if "KL" in tokens:
         ref = tokens["ref_logp"][g, : len(A)]
