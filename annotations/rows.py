@@ -208,11 +208,28 @@ def short(value: object) -> str:
 # ---------------------------------------------------------------- files
 
 
+RECORDS = 'JSON lines of {"video", "question", "options", "answer": "(C)", "glue": [[start, end], ...], "duration"}'
+# Files that recipes name and that nobody has before they are made or fetched.
+MADE = {
+    "zoom_zero_stage1.jsonl": f"Zoom-Zero's authors publish its 15,303 questions, {RECORDS}",
+    "zoom_zero_stage2.jsonl": "filters.py makes it of Stage I's; the commands are in recipes/zoom_zero_stage2.yaml",
+    "longvtg_r1.yaml": "a mixture that you write, a list of {data, format, video_root, weight} (docs/longvtg_r1.md)",
+    "videozoomer_rl.jsonl": f"questions with options, {RECORDS}",
+    "videozoomer_sft.jsonl": "exemplars.py makes its trajectories; the commands are in docs/videozoomer.md",
+}
+
+
+def whence(path: Path) -> str:
+    """Where a file comes from that a recipe names as data/NAME, and which format it has, for a message."""
+    made = MADE.get(path.name) if path.parent.name == "data" else None
+    return f"; {made}. --train_data names another file, in any format of docs/data.md" if made else ""
+
+
 @contextmanager
 def open_text(path: Path, newline: str | None = "\n") -> Iterator[TextIO]:
     """A UTF-8 text file. Raises DataError if it is missing, unreadable or something else."""
     if not path.is_file():
-        raise DataError(f"{path}: {'a folder, not a file' if path.is_dir() else 'no such file'}")
+        raise DataError(f"{path}: {'a folder, not a file' if path.is_dir() else 'no such file' + whence(path)}")
     try:
         with open(path, encoding="utf-8-sig", newline=newline) as file:
             yield file
@@ -387,7 +404,7 @@ def parquet_values(path: Path) -> Iterator[tuple[int, dict]]:
             f"{path}: needs pyarrow: pip install pyarrow, or convert it to a JSON list of its rows"
         ) from None
     if not path.is_file():
-        raise DataError(f"{path}: {'a folder, not a file' if path.is_dir() else 'no such file'}")
+        raise DataError(f"{path}: {'a folder, not a file' if path.is_dir() else 'no such file' + whence(path)}")
     number = 0
     try:
         for batch in pyarrow.parquet.ParquetFile(path).iter_batches():

@@ -3,13 +3,15 @@
 import json
 import sys
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from rowfiles import RECORD, write_json, write_rows
 
+import config as configuration
 from annotations import rows
-from annotations.rows import DataError, Sample
+from annotations.rows import DataError, Sample, whence
 from annotations.samples import read_samples, read_with_report, write_samples
 
 # ---------------------------------------------------------------- our own records
@@ -293,3 +295,14 @@ def test_a_special_token_or_half_a_character_is_named(tmp_path, field, value, me
 def test_signs_that_only_resemble_tokens_stay(tmp_path):
     question = "Is <| a |> b, x<|y, or <||> right? \U0001f600"
     assert read_samples(write_rows(tmp_path / "x.jsonl", [{**RECORD, "question": question}]))[0].question == question
+
+
+def test_a_missing_file_of_a_recipe_says_where_it_comes_from():
+    for recipe in sorted(configuration.RECIPES.glob("*.yaml")):
+        values = {} if recipe.stem.startswith("accelerate") else configuration.read_recipe(recipe)
+        name = str(values.get("train_data", ""))
+        if name.startswith("data/"):
+            assert whence(Path(name)).endswith("in any format of docs/data.md"), f"{recipe.name}: {name}"
+    with pytest.raises(DataError, match=r"stage2\.jsonl: no such file; filters\.py makes it of Stage I's"):
+        read_samples("data/zoom_zero_stage2.jsonl")
+    assert not whence(Path("mine/zoom_zero_stage1.jsonl"))
