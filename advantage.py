@@ -9,8 +9,7 @@ What the paper leaves open, and how it is settled:
 * Deviation: the population's (divide by G), which its Table 8 needs; `unbiased=True` (divide by G - 1) is the released
   code's.
 * A group without variance, or of one, gets exactly 0. "Without variance" means a deviation of at most `eps` times the
-  largest reward (at least 1), so that float noise is not blown up to +-1. `eps` is a threshold only, it is not added to
-  the deviation.
+  largest reward (at least 1), so that float noise is not blown up to +-1. `eps` is not added to the deviation.
 * Which tokens are glue: all that share a character with a `<glue>...</glue>` range (LongVTG-R1: `<timestamp>`). Tokens
   straddle tags (`><`, `<glue>(`), so a token that touches several segments belongs to the last of SEGMENTS among them:
   glue, then answer, then think. A tag that is missing claims nothing, repeated ones all count, an unclosed one reaches
@@ -19,8 +18,9 @@ What the paper leaves open, and how it is settled:
   that their sum stays the same. For Eq. 5 that is the mean over the facets that are present.
 
 The released code differs from Eq. 5 in its table ("code": all tokens that are neither answer nor glue get all four
-facets, divided by 3), and in finding segments by token counts (the answer is the five tokens before `<glue`; everything
-after it, the end token too, is glue). Here segments are those of the text in both tables; the end token is "other".
+facets, divided by 3), and in finding segments by token counts (five tokens before `<glue` are the answer, all after it
+are glue). Here segments are those of the text; the end token is "other". "time" is ours: Eq. 5, with times in `<think>`
+as glue, since they are written first and fix the spans.
 """
 
 from collections.abc import Collection
@@ -34,6 +34,7 @@ from rewards import FACETS
 
 SEGMENTS = ("other", "think", "answer", "glue")
 TAGS = {"think": "think", "answer": "answer", "glue": "glue", "timestamp": "glue"}  # tag: segment, the last one wins
+MORE_TAGS = {"time": {"time": "glue"}}  # by the table of CREDIT
 
 _ANSWERING = {"format": 1 / 3, "zoom": 1 / 3, "accuracy": 1 / 3}
 _GROUNDING = {"format": 1 / 3, "zoom": 1 / 3, "iou": 1 / 3}
@@ -43,6 +44,7 @@ _ALL_FOUR = {"format": 1 / 3, "zoom": 1 / 3, "accuracy": 1 / 3, "iou": 1 / 3}
 CREDIT = {
     "paper": {"other": _ANSWERING, "think": _ANSWERING, "answer": _ANSWERING, "glue": _GROUNDING},
     "code": {"other": _ALL_FOUR, "think": _ALL_FOUR, "answer": _ANSWERING, "glue": _GROUNDING},
+    "time": {"other": _ANSWERING, "think": _ANSWERING, "answer": _ANSWERING, "glue": _GROUNDING},
     "off": None,  # every token gets the mean of all facets given; with the summed reward as the only one, this is Eq. 1
 }
 
@@ -66,7 +68,8 @@ def credit(group: Any, config: Any) -> Tensor:
         advantages = {name: group_advantages(values, unbiased, facet=name) for name, values in rewards.items()}
     except ValueError as error:
         raise RewardError(f"sample {group.view.sample.id}: {error}") from None
-    segments = [segment_ids(response.text, response.offsets) for response in group.responses]
+    tags = TAGS | MORE_TAGS.get(config.tokenadv, {})
+    segments = [segment_ids(response.text, response.offsets, tags) for response in group.responses]
     padded = torch.nn.utils.rnn.pad_sequence(segments, batch_first=True)  # [G, T]
     return token_advantages(advantages, padded, credit_table(config.tokenadv, rewards))
 
@@ -137,14 +140,14 @@ def token_offsets(tokenizer, ids: list[int], skip_special_tokens: bool = True) -
     return text, offsets
 
 
-def segment_ids(text: str, offsets: list[tuple[int, int]]) -> Tensor:
+def segment_ids(text: str, offsets: list[tuple[int, int]], tags: dict[str, str] = TAGS) -> Tensor:
     """The segment of each token, as an index into SEGMENTS: long [T].
 
     A token belongs to the last of SEGMENTS that any of its characters lies in; one with an empty range counts as the
     character that follows it.
     """
     of_character = [0] * (len(text) + 1)  # one past the end: empty ranges there are "other"
-    for tag, segment in TAGS.items():
+    for tag, segment in tags.items():
         for start, end in tag_ranges(text, tag):
             of_character[start:end] = [SEGMENTS.index(segment)] * (end - start)
     return torch.tensor([max(of_character[start : max(end, start + 1)]) for start, end in offsets], dtype=torch.long)

@@ -244,8 +244,9 @@ class Config:
     # ---- advantages and loss
     tokenadv: str = loss(
         "paper",
-        "Credit table: Eq. 5 as printed, the released code's, or rewards summed (Eq. 1).",
-        ("paper", "code", "off"),
+        "Credit table: Eq. 5 as printed, the released code's, Eq. 5 with times in <think> as glue, or rewards summed "
+        "(Eq. 1).",
+        ("paper", "code", "time", "off"),
     )
     std: str = loss(
         "population",

@@ -1,6 +1,7 @@
 """Eq. 1, 4 and 5: the paper's own example, their invariances, and tags that straddle the real tokenizer's tokens."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +11,8 @@ from qwen import QWEN, TOKENS, offset_cases
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from advantage import CREDIT, SEGMENTS, TAGS, group_advantages, segment_ids, token_advantages, token_offsets
+from advantage import CREDIT, SEGMENTS, TAGS, credit, group_advantages, segment_ids, token_advantages, token_offsets
+from config import Config
 
 settings.register_profile("exact", derandomize=True, deadline=None, max_examples=100)
 settings.load_profile("exact")
@@ -319,6 +321,33 @@ def test_eq_5_by_hand():
     result = token_advantages(FACETS, SEGMENT_GRID, CREDIT["paper"])
     answering, grounding = 111 / 3, 1101 / 3
     assert torch.allclose(result, tensor([[answering] * 3 + [grounding], [-grounding] * 2 + [-answering] * 2]))
+
+
+def test_printed_eq_5_gives_the_times_that_fix_the_span_no_credit_for_it_and_the_repair_does():
+    """Two responses that differ in IoU alone, with the span written in think first and copied into glue."""
+    text = "<think>red<time>(3,8)</time></think><answer>B</answer><glue>[(3,8)]</glue>"
+    offsets = [(k, k + 1) for k in range(len(text))]
+    rewards = {"format": [1.0, 1.0], "zoom": [1.0, 1.0], "accuracy": [1.0, 1.0], "iou": [1.0, 0.0]}
+    response = SimpleNamespace(text=text, offsets=offsets)
+    group = SimpleNamespace(rewards=rewards, responses=[response] * 2, view=None)
+    found = {}
+    for name in CREDIT:
+        better, worse = credit(group, Config(tokenadv=name))
+        assert torch.equal(better, -worse)
+        found[name] = {
+            "time": better[text.index("<time>") : text.index("</think>")],
+            "red": better[text.index("red") : text.index("<time>")],
+            "answer": better[text.index("<answer>") : text.index("<glue>")],
+            "glue": better[text.index("<glue>") :],
+        }
+    credited = {name: {part: bool(values.any()) for part, values in parts.items()} for name, parts in found.items()}
+    assert credited["paper"] == {"time": False, "red": False, "answer": False, "glue": True}
+    assert credited["time"] == {"time": True, "red": False, "answer": False, "glue": True}
+    assert credited["code"] == {"time": True, "red": True, "answer": False, "glue": True}
+    assert credited["off"] == {"time": True, "red": True, "answer": True, "glue": True}
+    assert torch.allclose(found["time"]["time"], torch.tensor(1 / 3)) and torch.equal(
+        found["time"]["glue"], found["paper"]["glue"]
+    )
 
 
 def test_released_table_by_hand():
