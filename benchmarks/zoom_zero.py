@@ -1,0 +1,353 @@
+"""Zoom-Zero's tables on the built-in world: variants of training, several seeds each, and ways of asking.
+
+    python -m benchmarks.zoom_zero                              # every run that is missing, then the tables
+    python -m benchmarks.zoom_zero --only grpo both-code --seeds 0 1 --jobs 1
+    python -m benchmarks.zoom_zero --jobs 0                     # the tables of the runs so far
+
+A run is `train.py` from the main job's recipe with a variant's options, on one thread. A line is written to
+benchmarks/results/zoom_zero.jsonl when it starts and one when it ends, with its scores and its curves, so that what is
+there is not repeated, a later session goes on with the rest, and a run that was started and is not reported can be
+seen. Lines of another start (the hash of its weights) or of other options do not count.
+
+In the tables: mean over seeds with the 95% interval of Student's t; the difference to the first line, paired by seed,
+with its interval and the two-sided p-value of the exact test that flips its signs, which cannot be below 2 / 2^seeds.
+"Area" is the mean sampled R_IoU over all steps, "steps" the first at which its mean over ten steps reaches LEVEL.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import itertools
+import json
+import math
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from report.curves import read_metrics
+from report.drawing import LINE_COLOURS, LINES, add_legend, new_figure, save_figure, tidy
+from report.results import stored_rows
+from report.scores import by_kind, overall
+
+ROOT = Path(__file__).resolve().parents[1]
+RUNS = ROOT / "runs" / "zoom_zero"
+RESULTS = ROOT / "benchmarks" / "results"
+START = ROOT / "checkpoints" / "tiny"
+TEN = 10  # steps that a point of a curve is the mean of
+LEVEL = 0.6  # of R_IoU
+# Student's t, 97.5%, by degrees of freedom.
+T = (math.nan, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+SCORES = ("mIoU", "R@0.5", "accuracy", "zoom_accuracy", "Acc@GQA", "format")
+COSTS = ("passes", "frames", "visual_tokens", "seconds")
+LONG = ("--world_duration", "60")
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A line of a table about training: what it is called, and the options that make it."""
+
+    label: str
+    options: tuple[str, ...]
+
+
+def variant(label: str, options: str) -> Variant:
+    return Variant(label, tuple(options.split()))
+
+
+VARIANTS = {
+    "grpo": variant("GRPO: format + IoU + accuracy, summed", "--tokenadv off --zoom_reward false"),
+    "tokenadv-paper": variant("+ TokenAdv, Eq. 5 as printed", "--tokenadv paper --zoom_reward false"),
+    "tokenadv-code": variant("+ TokenAdv as released", "--tokenadv code --zoom_reward false"),
+    "tokenadv-time": variant("+ TokenAdv, times in think as glue", "--tokenadv time --zoom_reward false"),
+    "zoom": variant("+ R_zoom", "--tokenadv off"),
+    "both-paper": variant("+ both, Eq. 5 as printed", "--tokenadv paper"),
+    "both-code": variant("+ both, as released", "--tokenadv code"),
+    "both-time": variant("+ both, times in think as glue", "--tokenadv time"),
+    "g2": variant("G = 2", "--tokenadv code --group_size 2"),
+    "g4": variant("G = 4", "--tokenadv code --group_size 4"),
+    "noisy-grpo": variant(
+        "each end off by up to 3 s, GRPO", "--tokenadv off --zoom_reward false --world_label_noise 3"
+    ),
+    "noisy": variant("each end off by up to 3 s, both", "--tokenadv code --world_label_noise 3"),
+    "unlabelled": variant("no span labels: R_zoom and R_acc", "--tokenadv code --grounding none"),
+}
+TABLES = {
+    "TokenAdv and R_zoom (Table 5)": tuple(VARIANTS)[:8],
+    "Responses per prompt (Table 9)": ("g2", "g4", "both-code"),
+    "Wrong labels and none (left as future work)": ("both-code", "noisy-grpo", "noisy", "unlabelled"),
+}
+ASKED_OF = "both-code"  # the variant whose policies are asked
+ASKED = {
+    "one-stage": ("--strategy", "one-stage"),
+    "coarse-to-fine": ("--strategy", "coarse-to-fine"),
+    **{
+        f"divide-and-conquer, windows of {window}, top {top}": (
+            *("--strategy", "divide-and-conquer"),
+            *("--window", f"{window}", "--top", f"{top}"),
+        )
+        for window, top in ((20, 4), (10, 4), (30, 4), (20, 1), (20, 2), (20, 6))
+    },
+}
+WAYS = {
+    "One-stage, coarse-to-fine, divide-and-conquer (Tables 6, 12, 13)": tuple(ASKED)[:3],
+    "Divide-and-conquer: window and spans (Tables 10, 11)": tuple(ASKED)[2:],
+}
+
+
+# ---------------------------------------------------------------- runs
+
+
+def weights_name(checkpoint: Path) -> str:
+    """The beginning of the hash of a checkpoint's weights."""
+    return hashlib.sha256((checkpoint / "model.safetensors").read_bytes()).hexdigest()[:12]
+
+
+@dataclass
+class Ledger:
+    """The file of what was started and what came out; lines are added by several threads."""
+
+    path: Path
+    start: str  # `weights_name` of the policy that training starts from
+
+    def __post_init__(self) -> None:
+        self.lock = threading.Lock()
+
+    def lines(self) -> list[dict]:
+        """The lines that count, oldest first."""
+        if not self.path.exists():
+            return []
+        found = [json.loads(line) for line in self.path.read_text().splitlines()]
+        return [line for line in found if line["start"] == self.start and line["options"] == options_of(line["name"])]
+
+    def ended(self) -> dict[tuple[str, int], dict]:
+        """What came out, by name and seed."""
+        return {(line["name"], line["seed"]): line for line in self.lines() if line["event"] == "ended"}
+
+    def add(self, name: str, seed: int, event: str, **more) -> None:
+        line = {"name": name, "seed": seed, "event": event, "start": self.start, "options": options_of(name), **more}
+        with self.lock, self.path.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+
+
+def options_of(name: str) -> list[str]:
+    """The options behind the name of a variant or of a way of asking."""
+    return list(VARIANTS[name].options if name in VARIANTS else ASKED.get(name, ()))
+
+
+def blocks(values: Sequence[float]) -> list[float]:
+    """Means over ten steps, rounded; a shorter rest is left out."""
+    return [round(statistics.mean(values[k : k + TEN]), 4) for k in range(0, len(values) - TEN + 1, TEN)]
+
+
+def train(ledger: Ledger, name: str, seed: int, extra: Sequence[str]) -> None:
+    """One run of a variant, noted when it starts and when it ends; "failed" with its exit code otherwise."""
+    out = RUNS / f"{name}-{seed}"
+    ledger.add(name, seed, "started")
+    command = ["accelerate", "launch", "train.py", "--seed", f"{seed}", "--out", str(out), "--threads", "1"]
+    begun = time.perf_counter()
+    done = subprocess.run(
+        [*command, "--overwrite", "--model", str(START), *extra, *options_of(name)], cwd=ROOT, stdout=subprocess.DEVNULL
+    )
+    if done.returncode:
+        ledger.add(name, seed, "failed", code=done.returncode)
+        return
+    scores = json.loads((out / "evaluation.json").read_text())
+    kept = ("all", "by_kind", "by_duration", "by_clue_length", "by_clue_portion")
+    found = {when: {part: scores[when][part] for part in kept} for when in ("before", "after")}
+    rows = read_metrics(out / "metrics.jsonl")
+    paid = [key for key in rows[0] if key.startswith("reward/") and key.endswith("_mean")]
+    curves = {key: blocks([row[key] for row in rows]) for key in paid}
+    ledger.add(name, seed, "ended", **found, curves=curves, seconds=round(time.perf_counter() - begun))
+
+
+def ask(ledger: Ledger, name: str, seed: int, extra: Sequence[str]) -> None:
+    """Long videos' questions, asked in one way of the policy that `ASKED_OF` trained with this seed."""
+    model = RUNS / f"{ASKED_OF}-{seed}" / "checkpoint"
+    out = RUNS / f"asked-{seed}" / f"{name.replace(', ', '-').replace(' ', '-')}.jsonl"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    ledger.add(name, seed, "started")
+    command = [
+        sys.executable,
+        "infer.py",
+        "--config",
+        str(RUNS / f"{ASKED_OF}-{seed}" / "config.yaml"),
+        "--threads",
+        "1",
+    ]
+    words = [*command, "--model", str(model), "--out", str(out), *extra, *LONG, *options_of(name)]
+    done = subprocess.run(words, cwd=ROOT, stdout=subprocess.DEVNULL)
+    if done.returncode:
+        ledger.add(name, seed, "failed", code=done.returncode)
+        return
+    rows = stored_rows(out)
+    costs = {name: statistics.mean(row[name] for row in rows) for name in COSTS}
+    ledger.add(name, seed, "ended", after={"all": overall(rows) | costs, "by_kind": by_kind(rows)})
+
+
+# ---------------------------------------------------------------- statistics over seeds
+
+
+def interval(values: Sequence[float]) -> tuple[float, float]:
+    """Mean, and half of the 95% interval of Student's t (0 for one value)."""
+    if len(values) == 1:
+        return values[0], 0.0
+    return statistics.mean(values), T[len(values) - 1] * statistics.stdev(values) / math.sqrt(len(values))
+
+
+def flip_test(differences: Sequence[float]) -> float:
+    """The two-sided p-value of the mean under all ways to flip the differences' signs."""
+    observed = abs(sum(differences))
+    flipped = [
+        abs(sum(sign * d for sign, d in zip(signs, differences, strict=True)))
+        for signs in itertools.product((1, -1), repeat=len(differences))
+    ]
+    return sum(value >= observed - 1e-12 for value in flipped) / len(flipped)
+
+
+def figure(values: Sequence[float], digits: int = 3) -> str:
+    """0.812 ± 0.013"""
+    mean, half = interval(values)
+    return f"{mean:.{digits}f} ± {half:.{digits}f}"
+
+
+def reached(curve: Sequence[float], level: float = LEVEL) -> int | None:
+    """The step at which a curve of ten-step means first is at the level; None if it never is."""
+    return next((TEN * (k + 1) for k, value in enumerate(curve) if value >= level), None)
+
+
+# ---------------------------------------------------------------- tables
+
+
+def seeds_of(found: dict[tuple[str, int], dict], name: str) -> dict[int, dict]:
+    return {seed: line for (other, seed), line in sorted(found.items()) if other == name}
+
+
+def learning(lines: Sequence[dict]) -> list[str]:
+    """Area under the curve of R_IoU, and the steps to its level, where R_IoU is paid."""
+    curves = [line["curves"]["reward/iou_mean"] for line in lines if "reward/iou_mean" in line["curves"]]
+    if not curves:
+        return ["-", "-"]
+    steps = [step for curve in curves if (step := reached(curve)) is not None]
+    text = f"{statistics.mean(steps):.0f} ({len(steps)} of {len(curves)})" if steps else f"never (of {len(curves)})"
+    return [figure([statistics.mean(curve) for curve in curves]), text]
+
+
+def training_table(found: dict[tuple[str, int], dict], names: Sequence[str]) -> str:
+    """Scores after training of each variant, and differences in mIoU to the first one, paired by seed."""
+    lines = [
+        "| variant | seeds | " + " | ".join(SCORES) + " | area | steps | mIoU minus the first | p |",
+        "|---" * (len(SCORES) + 6) + "|",
+    ]
+    first = seeds_of(found, names[0])
+    for name in names:
+        ended = seeds_of(found, name)
+        if not ended:
+            lines.append(f"| {VARIANTS[name].label} | 0 |{' |' * (len(SCORES) + 4)}")
+            continue
+        cells = [figure([line["after"]["all"][score] for line in ended.values()]) for score in SCORES]
+        both = [seed for seed in ended if seed in first] if name != names[0] else []
+        gains = [ended[s]["after"]["all"]["mIoU"] - first[s]["after"]["all"]["mIoU"] for s in both]
+        test = [figure(gains), f"{flip_test(gains):.3f}"] if gains else ["", ""]
+        cells = [VARIANTS[name].label, f"{len(ended)}", *cells, *learning(list(ended.values())), *test]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def evidence_table(found: dict[tuple[str, int], dict], names: Sequence[str]) -> str:
+    """mIoU by how long the evidence is, and which share of the video (Table 2, Figure 3)."""
+    kept = {name: list(seeds_of(found, name).values()) for name in names}
+    kept = {name: lines for name, lines in kept.items() if lines}
+    table = ["| evidence | before | " + " | ".join(VARIANTS[name].label for name in kept) + " |"]
+    table.append("|---" * (len(kept) + 2) + "|")
+    for by in ("by_clue_length", "by_clue_portion"):
+        groups = next(iter(kept.values()))[0]["before"][by] if kept else {}
+        for group in groups:
+            before = [line["before"][by][group]["mIoU"] for line in next(iter(kept.values()))]
+            cells = [figure([line["after"][by][group]["mIoU"] for line in lines]) for lines in kept.values()]
+            of = "" if by == "by_clue_length" else " of the video"
+            table.append(f"| {group}{of} | {statistics.mean(before):.3f} | {' | '.join(cells)} |")
+    return "\n".join(table)
+
+
+def ways_table(found: dict[tuple[str, int], dict], names: Sequence[str]) -> str:
+    """Scores and costs of each way of asking about long videos."""
+    columns = ("accuracy", "mIoU", "Acc@GQA", *COSTS)
+    lines = ["| strategy | seeds | " + " | ".join(columns) + " |", "|---" * (len(columns) + 2) + "|"]
+    for name in names:
+        ended = list(seeds_of(found, name).values())
+        cells = [figure([line["after"]["all"][column] for line in ended]) if ended else "" for column in columns]
+        lines.append(f"| {name} | {len(ended)} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def draw(found: dict[tuple[str, int], dict], names: Sequence[str], out: Path) -> None:
+    """Mean curves of R_IoU and R_acc of the variants, with the range over seeds."""
+    picture = new_figure(9, 3.6)
+    axes = picture.subplots(1, 2)
+    for panel, (key, title) in zip(axes, {"iou": "IoU reward", "accuracy": "Answer reward"}.items(), strict=True):
+        for k, name in enumerate(names):
+            curves = [line["curves"][f"reward/{key}_mean"] for line in seeds_of(found, name).values()]
+            if curves:
+                steps = [TEN * (n + 1) for n in range(len(curves[0]))]
+                columns = list(zip(*curves, strict=True))
+                colour, style = LINE_COLOURS[k % len(LINE_COLOURS)], LINES[k % len(LINES)]
+                means = list(map(statistics.mean, columns))
+                panel.plot(steps, means, color=colour, linestyle=style, label=VARIANTS[name].label)
+                panel.fill_between(steps, list(map(min, columns)), list(map(max, columns)), color=colour, alpha=0.12)
+        panel.set_title(title, fontsize=10)
+        tidy(panel)
+    add_legend(picture)
+    save_figure(picture, out)
+
+
+def report(ledger: Ledger, command: str) -> str:
+    """All tables of the runs so far, as Markdown."""
+    found, events = ledger.ended(), [line["event"] for line in ledger.lines()]
+    parts = [
+        "# Zoom-Zero's tables on the built-in world",
+        f"`{command}`\n\nRuns started {events.count('started')}, ended {events.count('ended')}, failed "
+        f"{events.count('failed')}; the rest was interrupted. From the policy whose weights begin {ledger.start}.",
+    ]
+    for title, names in TABLES.items():
+        parts += [f"## {title}", training_table(found, names)]
+    parts += ["## mIoU by evidence (Table 2, Figure 3)", evidence_table(found, ("grpo", ASKED_OF))]
+    for title, names in WAYS.items():
+        parts += [f"## {title}", f"Videos of {LONG[1]} s.", ways_table(found, names)]
+    return "\n\n".join(parts) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("--only", nargs="+", choices=(*VARIANTS, "asked"), default=[*VARIANTS, "asked"])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time, each on one thread; 0: only the tables")
+    parser.add_argument("--rows", type=Path, default=RESULTS / "zoom_zero.jsonl", help="what came out, a line a run")
+    parser.add_argument("--cache", default="cache", help="folder of the built-in world's videos")
+    options = parser.parse_args()
+    ledger, extra = Ledger(options.rows, weights_name(START)), ("--cache", options.cache)
+    RUNS.mkdir(parents=True, exist_ok=True)
+    known = ledger.ended()
+    variants = [name for name in options.only if name != "asked"]
+    todo = [(name, seed) for seed in options.seeds for name in variants if (name, seed) not in known]
+    if options.jobs:
+        with ThreadPoolExecutor(options.jobs) as pool:
+            list(pool.map(lambda job: train(ledger, *job, extra), todo))
+            if "asked" in options.only:
+                trained = [seed for name, seed in ledger.ended() if name == ASKED_OF and seed in options.seeds]
+                ways = [(name, seed) for seed in trained for name in ASKED if (name, seed) not in known]
+                list(pool.map(lambda job: ask(ledger, *job, extra), ways))
+    text = report(ledger, " ".join(["python -m benchmarks.zoom_zero", *sys.argv[1:]]))
+    print(text)
+    (RESULTS / "zoom_zero.md").write_text(text)
+    draw(ledger.ended(), TABLES["TokenAdv and R_zoom (Table 5)"], RESULTS / "zoom_zero.png")
+
+
+if __name__ == "__main__":
+    main()
