@@ -19,7 +19,7 @@ What the paper leaves open, and how it is settled:
 
 The released code differs from Eq. 5 in its table ("code": all tokens that are neither answer nor glue get all four
 facets, divided by 3), and in finding segments by token counts (five tokens before `<glue` are the answer, all after it
-are glue). Here segments are those of the text; the end token is "other". "time" is ours: Eq. 5, with times in `<think>`
+is glue). Here segments are those of the text; the end token is "other". "time" is ours: Eq. 5 with times in `<think>`
 as glue, since they are written first and fix the spans.
 """
 
@@ -34,7 +34,7 @@ from rewards import FACETS
 
 SEGMENTS = ("other", "think", "answer", "glue")
 TAGS = {"think": "think", "answer": "answer", "glue": "glue", "timestamp": "glue"}  # tag: segment, the last one wins
-MORE_TAGS = {"time": {"time": "glue"}}  # by the table of CREDIT
+TIME_TAGS = TAGS | {"time": "glue"}
 
 _ANSWERING = {"format": 1 / 3, "zoom": 1 / 3, "accuracy": 1 / 3}
 _GROUNDING = {"format": 1 / 3, "zoom": 1 / 3, "iou": 1 / 3}
@@ -44,7 +44,6 @@ _ALL_FOUR = {"format": 1 / 3, "zoom": 1 / 3, "accuracy": 1 / 3, "iou": 1 / 3}
 CREDIT = {
     "paper": {"other": _ANSWERING, "think": _ANSWERING, "answer": _ANSWERING, "glue": _GROUNDING},
     "code": {"other": _ALL_FOUR, "think": _ALL_FOUR, "answer": _ANSWERING, "glue": _GROUNDING},
-    "time": {"other": _ANSWERING, "think": _ANSWERING, "answer": _ANSWERING, "glue": _GROUNDING},
     "off": None,  # every token gets the mean of all facets given; with the summed reward as the only one, this is Eq. 1
 }
 
@@ -68,8 +67,8 @@ def credit(group: Any, config: Any) -> Tensor:
         advantages = {name: group_advantages(values, unbiased, facet=name) for name, values in rewards.items()}
     except ValueError as error:
         raise RewardError(f"sample {group.view.sample.id}: {error}") from None
-    tags = TAGS | MORE_TAGS.get(config.tokenadv, {})
-    segments = [segment_ids(response.text, response.offsets, tags) for response in group.responses]
+    tags = TIME_TAGS if config.tokenadv == "time" else TAGS
+    segments = [segment_ids(r.text, r.offsets, tags) for r in group.responses]
     padded = torch.nn.utils.rnn.pad_sequence(segments, batch_first=True)  # [G, T]
     return token_advantages(advantages, padded, credit_table(config.tokenadv, rewards))
 
@@ -79,10 +78,10 @@ def credit_table(name: str, facets: Collection[str]) -> dict[str, dict[str, floa
 
     A segment's weights add up to what they do in CREDIT.
     """
-    if CREDIT[name] is None:
+    table, chosen = {}, CREDIT["paper" if name == "time" else name]
+    if chosen is None:
         return None
-    table = {}
-    for segment, printed in CREDIT[name].items():
+    for segment, printed in chosen.items():
         weights: dict[str, float] = {}
         for facet, weight in printed.items():
             alike = [other for other in facets if FACETS[other].credited_as == facet]

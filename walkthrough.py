@@ -253,8 +253,7 @@ def show_advantages(page: Page, group: Group, g: int, config: Config) -> None:
     page.at(advantage.credit_table, "", f"tokenadv = {config.tokenadv}")
     table = advantage.credit_table(config.tokenadv, paid)
     page.table(["segment", *each], [[s, *(float(table[s].get(name, 0)) for name in each)] for s in advantage.SEGMENTS])
-    tags = advantage.TAGS | advantage.MORE_TAGS.get(config.tokenadv, {})
-    segments = advantage.segment_ids(group.responses[g].text, group.responses[g].offsets, tags).tolist()
+    segments = advantage.segment_ids(group.responses[g].text, group.responses[g].offsets).tolist()
     t = segments.index(max(segments))  # the first token of the last segment: glue, if there is one
     segment = advantage.SEGMENTS[segments[t]]
     parts = " + ".join(f"{w:.4f} * {float(each[name][g]):.4f}" for name, w in table[segment].items() if name in each)

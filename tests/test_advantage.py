@@ -331,7 +331,7 @@ def test_printed_eq_5_gives_the_times_that_fix_the_span_no_credit_for_it_and_the
     response = SimpleNamespace(text=text, offsets=offsets)
     group = SimpleNamespace(rewards=rewards, responses=[response] * 2, view=None)
     found = {}
-    for name in CREDIT:
+    for name in (*CREDIT, "time"):
         better, worse = credit(group, Config(tokenadv=name))
         assert torch.equal(better, -worse)
         found[name] = {
