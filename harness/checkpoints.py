@@ -13,7 +13,7 @@ import os
 import shutil
 import warnings
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -159,7 +159,7 @@ def held_tensors(run: Any) -> dict[str, Tensor]:
         if run.config.lora_rank and not weight.requires_grad:
             continue  # as the model that it began from has it
         found[name] = weight.detach()
-        found |= {f"{name}/{moment}": value for moment, value in run.optimizer.state.get(weight, {}).items()}
+        found |= {f"{name}/{m}": torch.as_tensor(value) for m, value in run.optimizer.state.get(weight, {}).items()}
     return found
 
 
@@ -217,6 +217,7 @@ def resume(run: Any) -> dict[str, int]:
         reader = shards.HuggingFaceStorageReader(str(out / "state"))
         make_moments(run, reader.read_metadata().state_dict_metadata)
         shards.load(held_tensors(run), storage_reader=reader, no_dist=run.accelerator.num_processes == 1)
+    plain_counts(run)
     run.scheduler = new_scheduler(run.optimizer.optimizer, run.config, progress["updates"])
     return progress
 
@@ -238,17 +239,32 @@ def rescue(out: Path) -> str:
     return f"begin anew with --overwrite, or from its weights with --model {out / 'checkpoint'} and another --out"
 
 
-def make_moments(run: Any, saved: Iterable[str]) -> None:
-    """Room for the moments that a state has, which AdamW makes at its first step only."""
+def make_moments(run: Any, saved: Mapping[str, Any]) -> None:
+    """Room for the moments that a state has, which the optimiser makes at its first step only. saved: what is known of
+    each tensor of the state.
+    """
     moments: dict[str, list[str]] = defaultdict(list)
     for key in saved:
         name, _, moment = key.partition("/")
         moments[name] += [moment] if moment else []
-    fused = run.optimizer.defaults["fused"]
+    fused = run.optimizer.defaults.get("fused")
     for name, weight in run.accelerator.unwrap_model(run.policy).named_parameters():
         for moment in moments[name]:
-            step = torch.zeros((), device=weight.device if fused else "cpu")
-            run.optimizer.state[weight][moment] = step if moment == "step" else torch.zeros_like(weight)
+            about = saved[f"{name}/{moment}"]
+            if about.size == weight.shape and about.properties.dtype == weight.dtype:
+                room = torch.zeros_like(weight)  # sharded as the weight is
+            else:
+                on_cpu = moment == "step" and not fused
+                room = torch.zeros(about.size, dtype=about.properties.dtype, device="cpu" if on_cpu else weight.device)
+            run.optimizer.state[weight][moment] = room
+
+
+def plain_counts(run: Any) -> None:
+    """Steps that the optimiser counts as a Python integer, such as bitsandbytes' does, are one again."""
+    for moments in run.optimizer.state.values():
+        for name, value in moments.items():
+            if value.dtype == torch.int64 and not value.dim():
+                moments[name] = value.item()
 
 
 @contextlib.contextmanager

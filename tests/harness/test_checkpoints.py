@@ -262,6 +262,19 @@ def test_weights_moments_and_learning_rate_come_back_to_the_bit(run):
     assert all(torch.equal(value, after[name]) for name, value in checkpoints.held_tensors(run).items())
 
 
+def test_moments_of_any_shape_and_steps_that_are_integers_come_back(run):
+    """As an optimiser in 8 bits has them."""
+    first = next(run.policy.parameters())
+    absmax = torch.arange(5, dtype=torch.float32)
+    run.optimizer.state[first] = {"step": 7, "state1": torch.ones_like(first, dtype=torch.uint8), "absmax1": absmax}
+    save_checkpoint(run, {"step": 1, "drawn": 4, "failures": 0})
+    run.optimizer.state.clear()
+    checkpoints.resume(run)
+    (found,) = run.optimizer.state.values()
+    assert found["step"] == 7 and isinstance(found["step"], int) and torch.equal(found["absmax1"], absmax)
+    assert found["state1"].dtype == torch.uint8 and found["state1"].shape == first.shape and found["state1"].all()
+
+
 def test_a_full_disk_ends_a_save_with_one_line_and_what_was_saved_stays(run, tmp_path):
     updated(run)
     save_checkpoint(run, {"step": 1, "drawn": 4, "failures": 0})
