@@ -181,9 +181,8 @@ def named(event: str, arguments: tuple, parts: tuple[str, ...]) -> bool:
 # ---------------------------------------------------------------- a trial
 
 
-def command(mode: Mode, out: Path, log: Path) -> list[str]:
-    """What continues the work: as before, or as the last message has said."""
-    said = log.read_text(errors="replace") if log.exists() else ""
+def command(mode: Mode, out: Path, said: str) -> list[str]:
+    """What continues the work: as before, or as the last attempt has said."""
     last = next((line for line in reversed(said.splitlines()) if line.startswith("error: ")), "")
     more = []
     if mode.resumes and out.exists():
@@ -196,7 +195,7 @@ def command(mode: Mode, out: Path, log: Path) -> list[str]:
 def trial(mode: Mode, folder: Path, rng: random.Random, kills: int, extent: float) -> dict:
     """One run that is killed up to `kills` times. extent: CPU seconds or file operations of one that is not."""
     out, log = folder / "out", folder / "log"
-    done = {"kills": 0, "attempts": 0, "refused": 0}
+    done, said = {"kills": 0, "attempts": 0, "refused": 0}, ""
     while True:
         kill = None
         if done["kills"] < kills and done["attempts"] < 4 * kills:
@@ -206,7 +205,7 @@ def trial(mode: Mode, folder: Path, rng: random.Random, kills: int, extent: floa
             else:
                 kill = Kill(seconds=rng.uniform(0.05, 1) * extent, alone=alone)
         start = log.stat().st_size if log.exists() else 0
-        status = attempt(mode, command(mode, out, log), log, kill)
+        status = attempt(mode, command(mode, out, said), log, kill)
         done["attempts"] += 1
         said = log.read_text(errors="replace")[start:]
         if status < 0:
@@ -364,14 +363,18 @@ def full_disk(mode: Mode, folder: Path, seed: int, count: int) -> list[str]:
         try:
             log = folder / f"log-{number}"
             status = attempt(mode, mode.arguments(place / "out"), log)
-            said = [line for line in log.read_text(errors="replace").splitlines() if line.startswith("error: ")]
+            errors = [line for line in log.read_text(errors="replace").splitlines() if line.startswith("error: ")]
             subprocess.run(["mount", "-o", "remount,size=200m", str(place)], check=True)
-            while (again := attempt(mode, command(mode, place / "out", log), log)) and len(lines) < 99:
-                if "no checkpoint to resume from" not in log.read_text(errors="replace"):
+            again, words = 1, ""
+            for _ in range(3):  # --resume; what that advises
+                start = log.stat().st_size
+                again = attempt(mode, command(mode, place / "out", words), log)
+                words = log.read_text(errors="replace")[start:]
+                if not again:
                     break
             equal = mode.left(place / "out") == reference
             traces = log.read_text(errors="replace").count("Traceback")
-            lines.append(f"| {kilobytes:,} | {status} | {said[0] if said else ''} | {again} | {equal} | {traces} |")
+            lines.append(f"| {kilobytes:,} | {status} | {errors[0] if errors else ''} | {again} | {equal} | {traces} |")
             print(lines[-1].replace(str(place), "DISK"), flush=True)
             lines[-1] = lines[-1].replace(str(place), "DISK")
         finally:
