@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
+import multiprocessing
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -275,33 +278,46 @@ def drop_video_token(folder: Path) -> None:
         (folder / name).write_text((folder / name).read_text().replace("<|video_pad|>", "<|something|>"))
 
 
-# A script's main, in a process that notes the ids of what is passed to one of the script's functions.
-SPY = """
-import os, sys
-sys.path.insert(0, {root!r})
-import {script}
-call = {script}.{function}
-def noted(*arguments, **options):
-    given = [one for a in arguments for one in (a if isinstance(a, list) else [a]) if hasattr(one, "id")]
-    with open({folder!r} + "/asked-" + os.environ["RANK"], "a") as file:
-        file.writelines(one.id + chr(10) for one in given)
-    return call(*arguments, **options)
-{script}.{function} = noted
-{script}.main(sys.argv[1:])
-"""
+def exit_codes(work: Callable[[int], None], count: int = 1) -> list[int]:
+    """How `count` forks of this process end that do work(rank), negative for a signal; they have imported all that they
+    need. For programs that train nothing: autograd's threads do not survive a fork.
+    """
+
+    def begin(rank: int) -> None:
+        for state in (AcceleratorState, GradientState, PartialState):
+            state._reset_state()
+        work(rank)
+
+    forks = [multiprocessing.get_context("fork").Process(target=begin, args=(rank,)) for rank in range(count)]
+    for fork in forks:
+        fork.start()
+    for fork in forks:
+        fork.join(600)
+    return [fork.exitcode for fork in forks]
 
 
 def run_in_two_processes(script: str, function: str, arguments: list[str], folder: Path) -> list[list[str]]:
     """Run a script in two processes; the ids of what each of them has passed to the function."""
-    spy = folder / "spy.py"
-    spy.write_text(SPY.format(root=str(ROOT), script=script, function=function, folder=str(folder)))
-    # accelerate launch --cpu starts several processes with MPI only; torch's launcher needs nothing else.
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(spy)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    done = subprocess.run(
-        [*command, *arguments, "--threads", "1"], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600
-    )
-    assert done.returncode == 0, done.stderr
+    module = importlib.import_module(script)
+    call = getattr(module, function)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+
+    def work(rank: int) -> None:
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
+
+        def noted(*arguments, **options):
+            passed = [one for a in arguments for one in (a if isinstance(a, list) else [a]) if hasattr(one, "id")]
+            with open(folder / f"asked-{rank}", "a") as file:
+                file.writelines(f"{one.id}\n" for one in passed)
+            return call(*arguments, **options)
+
+        setattr(module, function, noted)
+        module.main([*arguments, "--threads", "1"])
+
+    assert exit_codes(work, 2) == [0, 0]
     return [(folder / f"asked-{rank}").read_text().split() for rank in range(2)]
 
 

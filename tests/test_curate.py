@@ -6,11 +6,11 @@ from __future__ import annotations
 import base64
 import hashlib
 import io
+import itertools
 import json
 import os
 import random
 import signal
-import subprocess
 import sys
 import threading
 from collections import Counter
@@ -20,7 +20,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import loud_model, run_in_two_processes, serving
+from conftest import exit_codes, loud_model, run_in_two_processes, serving
 from PIL import Image
 
 import config as configuration
@@ -420,38 +420,29 @@ def test_a_run_beside_a_failing_server_ends_complete(judge, impatient, long_worl
     assert len(read_samples(tmp_path / "train.jsonl")) == sum(row["kept"] for row in unique) > 0
 
 
-KILLED = """
-import os, random, signal, sys
-sys.path.insert(0, {root!r})
-from dataclasses import replace
-import curate
-from harness import chat, journal
-connect, append, left = chat.connect, journal.append, int(sys.argv[1])
-chat.connect = lambda *a: replace(connect(*a), sleep=lambda _: None, rng=random.Random(0))
-def interrupted(path, row):
-    global left
-    left -= 1
-    if not left:
-        with open(path, "ab") as file:
-            file.write(b'{{"id": "half a li')
-        os.kill(os.getpid(), signal.SIGKILL)
-    append(path, row)
-journal.append = interrupted
-curate.main(sys.argv[2:])
-"""
-
-
 @pytest.mark.processes
 def test_nothing_is_lost_or_asked_twice_after_kill_9(judge, impatient, long_world, tmp_path):
     """Killed among the questions and, after a restart, among the verdicts."""
-    script, out = tmp_path / "killed.py", tmp_path / "killed"
-    script.write_text(KILLED.format(root=str(ROOT)))
-    options = [*OPTIONS, *asking(judge, long_world), "--workers", 1]
-    left = {}
+    out, options, left = tmp_path / "killed", [*OPTIONS, *asking(judge, long_world), "--workers", 1], {}
+
+    def killed_at(line: int) -> list[int]:
+        append, lines = journal.append, itertools.count(1)
+
+        def interrupted(path, row):
+            if next(lines) == line:
+                with open(path, "ab") as file:
+                    file.write(b'{"id": "half a li')
+                os.kill(os.getpid(), signal.SIGKILL)
+            append(path, row)
+
+        def work(_):
+            journal.append = interrupted
+            curate.main(list(map(str, ["--out", out, *options])))
+
+        return exit_codes(work)
+
     for lines, name in ((9, "questions"), (15, "unique")):  # after 2 + 2 + 4, and after 10 + 4 more
-        command = [sys.executable, script, lines, "--out", out, *options]
-        died = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True, check=False)
-        assert died.returncode == -signal.SIGKILL, died.stderr
+        assert killed_at(lines) == [-signal.SIGKILL]
         left[name] = (out / f"{name}.jsonl").read_bytes()
         assert left[name].count(b"\n") == 4 and left[name].endswith(b"half a li")
     assert not (out / "train.jsonl").exists()
