@@ -35,6 +35,7 @@ from annotations.rows import Sample
 from annotations.samples import read_samples
 from episodes import environments
 from policy import Policy, Video, Vocabulary, build_prompt
+from report import drawing
 from rewards import facets
 from rollout import Group, roll_out
 from tests.numbered import get
@@ -93,6 +94,13 @@ threads: 1
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread():
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _unpainted(request, monkeypatch):
+    """Pictures are composed everywhere, but painted only where a test is about them: that takes a second or two."""
+    if "report" not in request.path.parts and not request.node.get_closest_marker("painted"):
+        monkeypatch.setattr(drawing, "save_figure", lambda figure, out: Path(out).touch())
 
 
 @pytest.fixture(autouse=True)

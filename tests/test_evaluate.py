@@ -169,6 +169,7 @@ def test_scores_by_length_and_portion_of_the_evidence():
     ]
 
 
+@pytest.mark.painted
 def test_what_an_evaluation_leaves_behind(samples, tmp_path, capsys):
     results = {
         label: [{**row(), **row_of(sample, answer, [[0.0, 5.0]])} for sample in samples]
