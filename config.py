@@ -185,7 +185,7 @@ class Config:
     temperature: float = rollout(
         1.0, "Temperature of sampling, and of the log-probabilities of policy and reference.", above=0, used_by=SAMPLING
     )
-    rollout_batch: int = rollout(8, "Prompts decoded together on one device.", above=0)
+    rollout_batch: int = rollout(8, "Prompts decoded together on one device.", above=0, used_by=LEARNING)
 
     # ---- episodes of several turns (VideoZoomer)
     max_turns: int = turns(5, "Turns of an episode; a call in the last one ends it without an answer.", above=0)

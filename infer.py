@@ -19,7 +19,7 @@ What the papers leave open, and how it is here:
 - A window is `window` frames at `fps` (256 at 1 per second: 256 s) and gets the whole budget of Eq. 3, or
   `window_budget`. The model sees a window as a video that starts at 0; what it claims is put back into the video's
   time. Windows have no frame in common, so what they share is the work around the model: one pass over the file decodes
-  all of them, and they are answered together, `rollout_batch` at a time.
+  all of them, and they are answered together, `eval_batch` at a time.
 - Confidence is the probability, among all tokens, of the token that carries the letter between <answer> and </answer>
   (tokenizers may fuse it with a bracket). A window without an answer has confidence 0. Without options, the confidence
   is that of the spans: the geometric mean of their tokens' probabilities.

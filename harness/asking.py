@@ -176,9 +176,9 @@ def side_by_side(
     line: list[Running] = []
     decoder = ThreadPoolExecutor(1, thread_name_prefix="prefetch")
 
-    def go_on(one: Running, resume: Callable[[], list[Request]]) -> Iterator[Finished]:
+    def go_on(one: Running, next_step: Callable[[], list[Request]]) -> Iterator[Finished]:
         try:
-            one.requests = resume()
+            one.requests = next_step()
         except StopIteration as end:
             yield Finished(one.name, end.value, one.seconds)
         except VideoError as error:

@@ -238,9 +238,11 @@ def test_a_strategy_is_judged_by_kind_and_cost():
     answers = iter("AABBB")
 
     def ask(agent, sample):
-        return SimpleNamespace(answer=next(answers), frames=len(agent), visual_tokens=40)
+        yield from ()  # it looks at nothing
+        return SimpleNamespace(answer=next(answers), frames=agent.frames, visual_tokens=40)
 
-    found = zoomer.asked("four", ask, samples)
+    agent = SimpleNamespace(config=SimpleNamespace(eval_batch=2), frames=4)
+    found = zoomer.asked(agent, ask, samples)
     expected = {"accuracy": 2 / 5, "coarse": 1 / 2, "others": 1 / 3, "frames": 4, "visual tokens": 40}
     assert found == pytest.approx(expected)
 

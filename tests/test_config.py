@@ -228,6 +228,11 @@ def options_within_reach(program: str) -> set[str]:
     so on: no fewer than those it reads.
     """
     trees = modules_of(program)
+    read_by_property = {
+        node.name: {inner.attr for inner in ast.walk(node) if isinstance(inner, ast.Attribute)}
+        for node in ast.walk(ast.parse(Path(configuration.__file__).read_text()))
+        if isinstance(node, ast.FunctionDef) and node.decorator_list
+    }
     named: dict[str, list[ast.AST]] = {}
     for tree in trees.values():
         for node in ast.walk(tree):
@@ -245,7 +250,7 @@ def options_within_reach(program: str) -> set[str]:
         for node in ast.walk(todo.pop()):
             name = getattr(node, "id", None) or getattr(node, "attr", None)
             if isinstance(node, ast.Attribute) and ast.unparse(node.value).endswith(("config", "grounding")):
-                found |= {node.attr} & set(OPTIONS)
+                found |= {node.attr, *read_by_property.get(node.attr, ())} & set(OPTIONS)
             if name and name not in seen:
                 seen.add(name)
                 todo += named.get(name, [])

@@ -11,6 +11,7 @@ import pytest
 from rowfiles import RECORD, write_rows
 
 import annotations.samples as samples_module
+import config as configuration
 from annotations.rows import DataError, Sample
 from annotations.samples import (
     Entry,
@@ -232,7 +233,7 @@ def test_training_on_evidence_that_no_span_can_hit_is_refused(small_world, tmp_p
 
 
 def test_a_sample_that_does_not_fit_its_file_is_named_once(small_world, samples, caplog):
-    config = Config(fps=1, budget=176, v_min=4, v_max=16)
+    config = Config(model=str(configuration.BUILT_IN), fps=1, budget=176, v_min=4, v_max=16)
     late = f"sample late ({samples[0].video}): the file has 20.0 s, not the 25.0 s of its row"
     for sample, expected in [
         (samples[0], None),

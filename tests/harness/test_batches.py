@@ -1,5 +1,6 @@
 """What training sees: the drawn number of frames of a glance."""
 
+import config as configuration
 from config import Config
 from harness.batches import Reading, glance_config
 
@@ -14,7 +15,7 @@ def test_the_most_frames_of_a_glance_are_drawn_anew_for_each_prompt():
 
 
 def test_views_of_training_have_as_many_frames_as_were_drawn(samples):
-    config = Config(max_frames=10, least_frames=2, budget=40, v_min=4)
+    config = Config(model=str(configuration.BUILT_IN), max_frames=10, least_frames=2, budget=40, v_min=4)
     frames = [len(Reading().view(samples[:1], (place, 0), config).view.clip.times) for place in range(8)]
     assert frames == [glance_config(config, (place, 0)).max_frames for place in range(8)]
     assert len(set(frames)) > 2
