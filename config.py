@@ -382,9 +382,10 @@ def suiting_recipe(model: str | None, data_format: str | None = None) -> Path:
     paper's values for the data set's kind of videos, long ones unless it is known for short ones."""
     if model is None or Path(model).resolve() == BUILT_IN.resolve():
         return DEFAULT_RECIPE
-    beside = Path(model).resolve().parent / "config.yaml"
-    if beside.is_file():
-        return beside
+    folder = Path(model).resolve()
+    for path in (folder / "config.yaml", folder.parent / "config.yaml"):
+        if path.is_file():
+            return path
     return RECIPES / ("short_video.yaml" if data_format in SHORT else "long_video.yaml")
 
 

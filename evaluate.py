@@ -51,6 +51,7 @@ from harness.asking import Agent, Request, Steps, side_by_side, whole_video, zoo
 from harness.checkpoints import SCORES, keep_best
 from harness.folder import claimed, delete
 from harness.journal import save_whole
+from harness.publish import write_card
 from harness.run import finish, main_does, patient_accelerator, program, share, use_threads
 from media.file import VideoError
 from policy import ModelError, Vocabulary
@@ -248,6 +249,9 @@ def before_and_after(run: Any, test: Sequence[Sample]) -> Iterator[None]:
         keep_best(run, run.config.steps, overall(after)[metric])
     if accelerator.is_main_process:
         save_and_print({"before": before, "after": after}, out, test, run.config.data_format)
+        found = {"before": overall(before), "after": overall(after)}
+        headline = {label: {n: x[n] for n in tables.HEADLINE if n in x} for label, x in found.items()}
+        write_card(out / "checkpoint", run.config, headline)
 
 
 def stored_before(path: Path, test: Sequence[Sample]) -> list[dict] | None:

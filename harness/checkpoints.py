@@ -31,6 +31,7 @@ from config import Config, ConfigError
 from engine.lora import merged, save_adapters
 from harness.folder import claimed, delete
 from harness.journal import save_whole, sync
+from harness.publish import complete
 from harness.run import TrainingError, in_words, main_does
 from harness.setup import new_scheduler
 
@@ -175,6 +176,7 @@ def finish_save(run: Any, out: Path, weights: Mapping[str, Tensor], progress: Ma
             weights = merged(weights, config.lora_alpha / config.lora_rank)
         run.model.save_pretrained(out / "checkpoint.part", state_dict=weights)
         run.vocabulary.tokenizer.save_pretrained(out / "checkpoint.part")
+        complete(out / "checkpoint.part", run.model, config)
     except SafetensorError as error:
         raise TrainingError(f"{out / 'checkpoint.part'}: cannot be written: {error}") from None
     for name in SAVED:

@@ -356,6 +356,9 @@ def test_a_model_is_shown_videos_as_it_is_used_to(tmp_path):
     (tmp_path / "config.yaml").write_text("fps: 3\n")
     assert suiting_recipe(str(tmp_path / "checkpoint")) == tmp_path / "config.yaml"
     assert suiting_recipe(str(tmp_path / "checkpoint"), "nextgqa") == tmp_path / "config.yaml"
+    (tmp_path / "checkpoint").mkdir()
+    save(Config(), tmp_path / "checkpoint" / "config.yaml")  # where a checkpoint is published, it has its own
+    assert suiting_recipe(str(tmp_path / "checkpoint")) == tmp_path / "checkpoint" / "config.yaml"
 
 
 @pytest.mark.parametrize(
