@@ -315,7 +315,7 @@ def test_result_files_are_scored_and_compared_without_a_model(written, samples, 
     printed = scored(capsys, "--test_data", written / "data.jsonl", "--results", *files, "--out", out)
     lines = [line.split() for line in printed.splitlines()]
     assert lines[0] == ["score", "guess", "oracle", "change"]
-    (accuracy,) = [line for line in lines if line[:1] == ["accuracy"]]
+    accuracy, _ = [line for line in lines if line[:1] == ["accuracy"]]  # and what it means, below the table
     share_of_a = sum(s.answer == "A" for s in samples) / len(samples)
     assert accuracy[1] == f"{share_of_a:.3f}" and accuracy[4] == "1.000" and accuracy[-3:-1] == ["p", "="]
     assert (out / "evaluation.html").exists() and (out / "clue.png").exists()

@@ -306,7 +306,8 @@ def test_every_option_runs_a_step(recipe, tmp_path, options):
 
 
 def test_every_choice_is_tried():
-    """Each choice of config.py is the default of the recipe or in OPTIONS above; templates have tests of their own."""
+    """Each choice of config.py is the default of the recipe or in OPTIONS above; templates and families have tests of
+    their own."""
     tried = {(o[i], o[i + 1]) for o in OPTIONS for i in range(len(o) - 1)}
     usual = {"--zoom_judge": "policy", "--invalid_span": "zero", "--zoom_answer": "letters", "--kl": "exact"}
     usual |= {"--tokenadv": "code", "--std": "population", "--normalise": "sequence", "--schedule": "constant"}
@@ -314,7 +315,7 @@ def test_every_choice_is_tried():
     for name, field in configuration.Config.__dataclass_fields__.items():
         for choice in field.metadata["choices"] or ():
             pair = (f"--{name}", choice)
-            assert pair in tried or pair in usual.items() or name == "template", pair
+            assert pair in tried or pair in usual.items() or name in ("template", "family"), pair
 
 
 @pytest.mark.parametrize(("estimate", "clamp"), [("exact", 0), ("k1", 0), ("k2", 0), ("k3", 0), ("k3", 0.5)])
@@ -580,7 +581,7 @@ def test_expected_errors_become_one_line(recipe, arguments, expected):
     [
         ("", "no rows|empty|none of the 0 rows"),
         ("not json\n", "row 1|line 1"),
-        ('{"video": "v.mp4", "question": "?", "options": ["a", "b"], "glue": [[0, 1]]}\n', "row 1.*answer"),
+        ('{"video": "train/00000.mp4", "question": "?", "options": ["a", "b"], "glue": [[0, 1]]}\n', "row 1.*answer"),
         (
             '{"video": "v.mp4", "question": "?", "options": ["a", "b"], "answer": "A", "glue": [], "duration": 9}\n',
             "evidence",
