@@ -5,7 +5,7 @@
 Every file that the tests of reading know is cut, zeroed, spliced and bit-flipped at `--places` places in all. Each
 damaged copy is probed, then asked for pictures between its first and last second, in a process of its own (a fork) that
 may take `--seconds` of processor time and of the clock, and `--megabytes` more memory than there was. Same seed, same
-damage: `--only FILE:PLACE` repeats one with its traceback.
+damage: `--only FILE:PLACE` repeats one with its traceback, `--only FILE` all of a file.
 """
 
 from __future__ import annotations
@@ -117,17 +117,18 @@ def main() -> None:
     parser.add_argument("--places", type=int, default=1000, help="of each file")
     parser.add_argument("--seconds", type=int, default=20)
     parser.add_argument("--megabytes", type=int, default=2048)
-    parser.add_argument("--only", help="FILE:PLACE")
+    parser.add_argument("--only", nargs="+", metavar="FILE[:PLACE]", help="these files or places alone")
     args = parser.parse_args()
     av.logging.set_level(av.logging.PANIC)
     torch.set_num_threads(1)
     args.folder.mkdir(parents=True, exist_ok=True)
     rows, total = [], Counter()
     for name, path in files(args.folder):
-        if args.only and args.only.rpartition(":")[0] != name:
+        only = [place for file, _, place in (one.partition(":") for one in args.only or [name]) if file == name]
+        if not only:
             continue
         data, counts = path.read_bytes(), Counter()
-        for place in [int(args.only.rpartition(":")[2])] if args.only else range(args.places):
+        for place in range(args.places) if "" in only else map(int, only):
             rng = random.Random(f"{name}:{place}")
             broken = args.folder / f"broken{path.suffix}"
             broken.write_bytes(damage(data, rng))

@@ -251,20 +251,21 @@ def rows_of(path: Path) -> list[dict]:
     return [{name: value for name, value in row.items() if not name.startswith(TIMES)} for row in lines]
 
 
-def tensors(path: Path) -> object:
-    """A file of the state: its tensors, which may be in any order, or its text."""
-    if path.suffix != ".safetensors":
-        return path.read_text()
-    return sorted((name, tuple(one["shape"]), bytes(one["data"])) for name, one in deserialize(path.read_bytes()))
+def tensors(state: Path) -> list[tuple]:
+    """All tensors of a run's state: each may be in any process' file, and in any order."""
+    read = (one for path in state.glob("*.safetensors") for one in deserialize(path.read_bytes()))
+    return sorted((name, tuple(one["shape"]), bytes(one["data"])) for name, one in read)
 
 
 def training_left(out: Path) -> dict:
     """All that a training run leaves, without times and pictures of times."""
     left: dict[str, object] = {"files": sorted(str(path.relative_to(out)) for path in out.rglob("*"))}
     left["metrics"] = rows_of(out / "metrics.jsonl")
+    left["tensors"] = tensors(out / "state")
     for path in sorted(out.rglob("*")):
-        if path.is_file() and path.name not in ("metrics.jsonl", "curves.png", "config.yaml"):
-            left[str(path.relative_to(out))] = tensors(path) if path.parent.name == "state" else path.read_bytes()
+        apart = path.name in ("metrics.jsonl", "curves.png", "config.yaml") or (out / "state") in path.parents
+        if path.is_file() and (not apart or path.name == "step.json"):
+            left[str(path.relative_to(out))] = path.read_bytes()
     return left
 
 
