@@ -216,6 +216,7 @@ MADE = {
     "longvtg_r1.yaml": "a mixture that you write, a list of {data, format, video_root, weight} (docs/longvtg_r1.md)",
     "videozoomer_rl.jsonl": f"questions with options, {RECORDS}",
     "videozoomer_sft.jsonl": "exemplars.py makes its trajectories; the commands are in docs/videozoomer.md",
+    "spans.jsonl": "dialogues that claim their evidence, which you write; a row is in recipes/spans_sft.yaml",
 }
 
 

@@ -347,7 +347,7 @@ def test_help_shows_both_kinds_of_options(capsys):
     printed = capsys.readouterr().out
     assert "A script." in printed and "--colour {red,blue}" in printed and "where this script writes" in printed
     assert "--budget" in printed and printed.count("--out ") == 1
-    assert "[8192]" in printed and "[paper | code | off]" in printed  # defaults and choices
+    assert "[8192]" in printed and "[paper | code | time | off]" in printed  # defaults and choices
 
 
 def test_a_model_is_shown_videos_as_it_is_used_to(tmp_path):

@@ -373,6 +373,6 @@ def test_all_that_save_checkpoint_writes_is_owned_and_is_tensors_and_text(run, t
     save_checkpoint(run, {"step": 0, "drawn": 0, "failures": 0})
     assert {path.name for path in (tmp_path / "run").iterdir()} <= set(OWNED)
     kinds = {path.suffix for path in (tmp_path / "run").rglob("*") if path.is_file()}
-    assert kinds <= {".safetensors", ".json", ".jinja"}
+    assert kinds <= {".safetensors", ".json", ".jinja", ".yaml", ".md"}
     (shard,) = (tmp_path / "run" / "state").glob("*.safetensors")
     assert not [name for name in load_file(shard) if "/" in name]  # there are no moments before the first update

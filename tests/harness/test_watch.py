@@ -42,6 +42,7 @@ def test_a_run_without_a_terminal_prints_a_line(start, capsys):
     assert float(figures["format"]) == pytest.approx(row["reward/format_mean"], abs=5e-3)
 
 
+@pytest.mark.painted
 def test_a_stopped_run_has_curves_and_the_first_and_last_groups(start, tmp_path, monkeypatch):
     note = Watch.note
 
