@@ -290,11 +290,16 @@ def evaluate_at(run: Any, test: Sequence[Sample], step: int) -> float | None:
 # ---------------------------------------------------------------- command line
 
 
-def check_test_samples(samples: Sequence[Sample], config: Config) -> None:
-    """Raise DataError for samples that cannot be asked or scored, ConfigError for evaluations that are not made."""
+def check_evaluations(samples: Sequence[Sample], config: Config) -> None:
+    """What training evaluates: as `check_test_samples`. Raises ConfigError for evaluations that are not made."""
     if config.keep_best and not (config.eval_every and samples):
         needs = "it needs eval_every and test_data"
         raise configuration.ConfigError(f"keep_best = {config.keep_best} compares evaluations on the way: {needs}")
+    check_test_samples(samples, config)
+
+
+def check_test_samples(samples: Sequence[Sample], config: Config) -> None:
+    """Raise DataError for samples that cannot be asked or scored."""
     answered = () if TEMPLATES[config.template].event and not config.eval_controls else ("options", "answer")
     check_samples(samples, (*answered, *(["evidence"] if config.eval_controls else [])), config.test_data)
 

@@ -140,7 +140,7 @@ def main(arguments: list[str] | None = None) -> None:
         config = replace(config, steps=max(1, round(config.epochs * len(rows) / config.prompts_per_step)))
     with accelerator.main_process_first():
         test = load_test(config)
-    evaluate.check_test_samples(test, config)
+    evaluate.check_evaluations(test, config)
     with claim_folder(config, accelerator):
         start_tracker(config, accelerator)
         run = load_run(replace(config, kl="none", zoom_judge="policy"), accelerator)  # there is no reference

@@ -288,7 +288,7 @@ def main(arguments: list[str] | None = None) -> None:
     with accelerator.main_process_first():  # one process writes the built-in videos, the others find them
         sets = load_training(config)
         test = load_test(config)
-    evaluate.check_test_samples(test, config)
+    evaluate.check_evaluations(test, config)
     with claim_folder(config, accelerator):
         start_tracker(config, accelerator)
         run = load_run(config, accelerator)
