@@ -416,7 +416,9 @@ def damaged(mode: Mode, folder: Path) -> list[str]:
     _, reference = measured(mode, folder / "reference")
     lines = []
     for name, harm in DAMAGE.items():
-        out, log = folder / name.replace(" ", "-"), folder / f"log-{name.replace(' ', '-')}"
+        place = folder / name.replace(" ", "-")  # whose run has the reference's name, which pages show
+        place.mkdir()
+        out, log = place / "out", place / "log"
         shutil.copytree(folder / "reference" / "out", out)
         harm(out)
         status = attempt(mode, [*mode.arguments(out), "--resume"], log)
