@@ -606,7 +606,7 @@ def check(config: Config) -> None:
     if config.least_frames > config.max_frames:
         raise ConfigError(f"least_frames = {config.least_frames} must be at most max_frames = {config.max_frames}")
     if config.multi_turn:
-        clip = config.zoom_budget or config.budget
+        clip = config.zoom_limits[0]
         if config.frames_per_call * config.v_min > clip:
             raise ConfigError(
                 f"frames_per_call = {config.frames_per_call} of at least v_min = {config.v_min} tokens need a larger "

@@ -29,16 +29,7 @@ from media.file import VideoError
 from media.frames import FrameCache
 from policy import Observation, Prompt, Video, Vocabulary, build_prompt
 from prompts import CALL_END, ToolCall
-from rollout import (
-    Group,
-    Response,
-    ToolReply,
-    View,
-    coarse_words,
-    episode_limits,
-    observation_ids,
-    read_turn,
-)
+from rollout import Group, Response, ToolReply, View, coarse_words, episode_limits, observation_ids, read_turn
 from video import Budget, Clip, ClipPlan, load_clip, plan_clip
 
 KEPT_BYTES = 2**28  # of decoded frames kept for further calls about the same videos

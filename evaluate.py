@@ -245,13 +245,12 @@ def before_and_after(run: Any, test: Sequence[Sample]) -> Iterator[None]:
             save_whole(path, partial(write_results, rows=before))
     yield
     after = rows("after training")
-    if metric := run.config.keep_best:
-        keep_best(run, run.config.steps, overall(after)[metric])
+    scores = {"before": headline(before), "after": headline(after)}
+    if (best := score_of_best(scores["after"], run.config)) is not None:
+        keep_best(run, run.config.steps, best)
     if accelerator.is_main_process:
         save_and_print({"before": before, "after": after}, out, test, run.config.data_format)
-        found = {"before": overall(before), "after": overall(after)}
-        headline = {label: {n: x[n] for n in tables.HEADLINE if n in x} for label, x in found.items()}
-        write_card(out / "checkpoint", run.config, headline)
+        write_card(out / "checkpoint", run.config, scores)
 
 
 def stored_before(path: Path, test: Sequence[Sample]) -> list[dict] | None:
@@ -276,15 +275,25 @@ def evaluate_at(run: Any, test: Sequence[Sample], step: int) -> float | None:
         return None
     with torch.no_grad(), whole_weights(run.policy):
         rows = evaluate(run.model, test, run.config, run.vocabulary, run.accelerator, f"after {step} steps")
-    scores, metric = overall(rows), run.config.keep_best
-    figures = {name: scores[name] for name in tables.HEADLINE if name in scores}
+    figures = headline(rows)
     run.accelerator.log({f"eval/{name}": value for name, value in figures.items()}, step=step)
     run.accelerator.print(f"after {step} steps: " + ", ".join(f"{name} {value:.3f}" for name, value in figures.items()))
     path = Path(run.config.out) / f"results-{step}.jsonl"
     main_does(run.accelerator, lambda: save_whole(path, lambda part: write_results(part, rows)))
-    if metric and metric not in figures:
-        raise configuration.ConfigError(f"keep_best = {metric}: these questions have {', '.join(figures)}")
-    return scores[metric] if metric else None
+    return score_of_best(figures, run.config)
+
+
+def headline(rows: Sequence[dict]) -> dict[str, float]:
+    """The scores that are named first, as far as these rows have them."""
+    scores = overall(rows)
+    return {name: scores[name] for name in tables.HEADLINE if name in scores}
+
+
+def score_of_best(figures: Mapping[str, float], config: Config) -> float | None:
+    """The score of `keep_best`, None without one. Raises ConfigError if these questions do not have it."""
+    if config.keep_best and config.keep_best not in figures:
+        raise configuration.ConfigError(f"keep_best = {config.keep_best}: these questions have {', '.join(figures)}")
+    return figures[config.keep_best] if config.keep_best else None
 
 
 # ---------------------------------------------------------------- command line

@@ -292,8 +292,7 @@ def score(run: Run, batch: MicroBatch) -> tuple[dict[str, Tensor], dict[str, flo
     """The batch's tokens under policy and reference, `kl.TokenStats` as [G, T] with "KL", the sum over the vocabulary;
     and the sums of `grpo.objective`.
     """
-    head = None if run.reference is None else run.reference.lm_head.weight
-    reference = kl.Reference(train.reference_hidden(run, batch), head, run.kl_weights, run.time_tokens)
+    reference = kl.Reference(train.reference_hidden(run, batch), run.reference_head, run.kl_weights, run.time_tokens)
 
     def tokens(hidden: Tensor, lm_head: Tensor) -> kl.TokenStats:
         targets, temperature = batch.responses[batch.mask], run.config.temperature

@@ -179,7 +179,8 @@ def parts(model: Qwen2_5_VLConfig, recipe: Config, gpus: int = 1, fsdp: bool = F
         return max(tokens * work.forward, min(VISION_CHUNK, 4 * visual) * patch)
 
     visual = visual_tokens(recipe, recipe.budget, recipe.v_max)
-    zoomed = visual_tokens(recipe, recipe.zoom_budget or recipe.budget, recipe.zoom_v_max or recipe.v_max)
+    zoom_budget, _, zoom_v_max = recipe.zoom_limits
+    zoomed = visual_tokens(recipe, zoom_budget, zoom_v_max)
     prompt, responses = visual + TEXT_TOKENS, recipe.group_size * recipe.max_tokens
     per_token = cache_bytes_per_token(model, width)
     batch = recipe.rollout_batch

@@ -69,7 +69,7 @@ def write_card(folder: Path, config: Config, scores: Mapping[str, Mapping[str, f
         f"{' video' if config.question_first else ''}; system prompt: {config.system_prompt!r}",
         f"- coarse pass: {config.fps:g} frames per second, {config.budget:,} visual tokens per clip, "
         f"{config.v_min} to {config.v_max} per frame",
-        f"- zoom pass: at least {config.zoom_fps:g} frames per second, {config.zoom_budget or config.budget:,} tokens",
+        f"- zoom pass: at least {config.zoom_fps:g} frames per second, {config.zoom_limits[0]:,} tokens",
         f"- at most {config.max_tokens} tokens per response, greedy or at temperature {config.temperature:g}, without "
         "a repetition penalty",
         "",

@@ -9,7 +9,7 @@ import torch
 
 from engine.families import FAMILIES, family_of
 from engine.sampling import Sampled
-from policy import Prompt, Video, Vocabulary
+from policy import Prompt, Video, Vocabulary, group_hidden
 from video import normalise_patches
 
 CLIP = "<|vision_start|><|video_pad|><|vision_end|>"
@@ -28,6 +28,12 @@ def random_responses(seed: int, lengths: list[list[int]], n_tokens: int) -> tupl
     ids = torch.randint(8, n_tokens, (len(lengths), len(lengths[0]), T), generator=generator)
     mask = torch.arange(T) < torch.tensor(lengths)[..., None]
     return ids, mask
+
+
+def group_logp(model, prompts: list[Prompt], ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Log-probabilities of all real tokens, from one row of shared prompts: [N]."""
+    hidden = group_hidden(model, prompts, ids, mask)
+    return model.lm_head(hidden).log_softmax(-1).gather(-1, ids[mask][:, None])[:, 0]
 
 
 def separate_logp(model, prompt: Prompt, response: torch.Tensor, after: torch.Tensor | None = None) -> torch.Tensor:

@@ -348,6 +348,14 @@ def test_the_official_scores_of_a_result_file_are_printed(tmp_path, capsys):
     assert official == pytest.approx(expected, rel=1e-9)
 
 
+def test_a_score_for_the_best_checkpoint_that_these_questions_lack_is_named():
+    config = configuration.Config(keep_best="Acc@GQA")
+    with pytest.raises(configuration.ConfigError, match="keep_best = Acc@GQA: these questions have mIoU, format"):
+        evaluate.score_of_best({"mIoU": 0.5, "format": 1.0}, config)
+    assert evaluate.score_of_best({"Acc@GQA": 0.25}, config) == 0.25
+    assert evaluate.score_of_best({"mIoU": 0.5}, configuration.Config()) is None
+
+
 def test_an_evaluator_that_cannot_score_says_why(samples):
     rows = [row_of(sample, None, None) for sample in samples]
     found = official_scores(rows, "nextgqa")

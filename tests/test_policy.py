@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import drop_video_token, drop_weights, loud_model
-from passes import CLIP, change_family, random_video, separate_logp
+from passes import CLIP, change_family, group_logp, random_video, separate_logp
 from qwen import QWEN
 from transformers import Qwen2_5_VLForConditionalGeneration
 
@@ -130,12 +130,6 @@ def test_a_clip_that_prompts_share_is_encoded_once(vocabulary, model64, monkeypa
     assert encoded == [[shared.grid, other.grid]]
     for prompt, row in zip(prompts, together, strict=True):
         torch.testing.assert_close(last_hidden(model64, [prompt])[0], row, atol=1e-4, rtol=1e-4)
-
-
-def group_logp(model, prompts, ids, mask) -> torch.Tensor:
-    """Log-probabilities of all real tokens: [N]."""
-    hidden = group_hidden(model, prompts, ids, mask)
-    return model.lm_head(hidden).log_softmax(-1).gather(-1, ids[mask][:, None])[:, 0]
 
 
 def test_group_equals_separate_passes(model64, scene):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import loud_model
-from passes import CLIP, random_responses, random_video, separate_logp
+from passes import CLIP, group_logp, random_responses, random_video, separate_logp
 from transformers import Qwen3VLProcessor
 from transformers.video_utils import VideoMetadata
 
@@ -175,11 +175,6 @@ def test_the_table_of_positions_is_interpolated_bilinearly():
 
 
 # ---------------------------------------------------------------- the language model
-
-
-def group_logp(model, prompts, ids, mask) -> torch.Tensor:
-    hidden = group_hidden(model, prompts, ids, mask)
-    return model.lm_head(hidden).log_softmax(-1).gather(-1, ids[mask][:, None])[:, 0]
 
 
 def test_group_equals_separate_passes_of_transformers(model, scene):
