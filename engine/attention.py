@@ -29,6 +29,10 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 TREE_ATTENTION = "zoomgrpo_tree"
+# In a step of decoding, a stem with so many scores (queries of its group times its tokens) is attended to by a flash
+# kernel of its own: the unfused softmax writes and reads each score ten times. Fewer cost less than one more launch.
+# float("inf") switches it off.
+FLASH_STEM = 2**18
 
 
 @dataclass(frozen=True)
@@ -260,15 +264,17 @@ class GroupCache:
     """Keys and values of B prompts, once each, and of their G responses, in static buffers.
 
     Per layer: those of the prompts [B, key heads, P, d], and of the responses [B, key heads, G, `capacity`, d], both
-    padded on the right. Before each step, `place` says where the next token of each response goes, so that responses
-    may differ in length. `attend` reads and writes these tensors and asks the host nothing: it can be captured in a
-    CUDA graph. `extend` adds many tokens to some responses. Rows of responses that have ended can be dropped (`keep`).
+    padded on the right; `stems` are the prompts' lengths. Before each step, `place` says where the next token of each
+    response goes, so that responses may differ in length. `attend` reads and writes these tensors and asks the host
+    nothing: it can be captured in a CUDA graph. `extend` adds many tokens to some responses. Rows of responses that
+    have ended can be dropped (`keep`).
     """
 
     def __init__(self, tree: Tree, group_size: int, capacity: int):
         self.tree, self.group_size, self.capacity = tree, group_size, capacity
         self.layers: dict[int, list[Tensor]] = {}  # prompt keys, prompt values, response keys, response values
-        lengths = torch.tensor(tree.prompts)
+        self.stems = list(tree.prompts)
+        lengths = torch.tensor(self.stems)
         self.padding = torch.arange(int(lengths.max())) >= lengths[:, None]  # [B, P]
 
     def prefill(self, layer: int, k: Tensor, v: Tensor) -> None:
@@ -300,14 +306,40 @@ class GroupCache:
             own.scatter_(3, self.slots.expand(-1, heads, -1, -1, d), x.view(heads, batch, size, 1, d).transpose(0, 1))
         own_k, own_v = own_k[:, :, :, : self.window], own_v[:, :, :, : self.window]
         grouped = q.view(heads, -1, batch, size, d).permute(2, 0, 3, 1, 4)  # [B, key heads, G, heads per key head, d]
-        queries = grouped.reshape(batch, heads, -1, d)
-        to_prompt = _product(queries, prompt_k.transpose(-1, -2)).view(*grouped.shape[:4], -1)
+        if _flash(q) and len(q) * size * prompt_k.shape[2] >= FLASH_STEM:
+            out = self._attend_by_stem(grouped, prompt_k, prompt_v, own_k, own_v, scale)
+        else:
+            out = self._attend_at_once(grouped, prompt_k, prompt_v, own_k, own_v, scale)
+        return out.permute(1, 3, 0, 2, 4).reshape(q.shape).to(q.dtype)
+
+    def _attend_at_once(
+        self, grouped: Tensor, prompt_k: Tensor, prompt_v: Tensor, own_k: Tensor, own_v: Tensor, scale: float
+    ) -> Tensor:
+        """One softmax over stems and own keys: grouped [B, key heads, G, heads per key head, d] -> the same shape."""
+        to_prompt = _product(grouped.flatten(2, 3), prompt_k.transpose(-1, -2)).view(*grouped.shape[:4], -1)
         to_itself = _product(grouped, own_k.transpose(-1, -2))
         scores = torch.cat([to_prompt, to_itself], dim=-1) * scale
-        p = scores.masked_fill_(self.unseen, -torch.inf).softmax(-1).to(v.dtype)
+        p = scores.masked_fill_(self.unseen, -torch.inf).softmax(-1).to(own_v.dtype)
         from_prompt, from_itself = p.split([prompt_k.shape[2], self.window], dim=-1)
-        out = _product(from_prompt.flatten(2, 3), prompt_v).view(grouped.shape) + _product(from_itself, own_v)
-        return out.permute(1, 3, 0, 2, 4).reshape(q.shape).to(q.dtype)
+        return _product(from_prompt.flatten(2, 3), prompt_v).view(grouped.shape) + _product(from_itself, own_v)
+
+    def _attend_by_stem(
+        self, grouped: Tensor, prompt_k: Tensor, prompt_v: Tensor, own_k: Tensor, own_v: Tensor, scale: float
+    ) -> Tensor:
+        """The same with a fused kernel per stem, in which all queries of the group that share a key head are rows of
+        one head: nothing is masked, padding is left out, and each key of the stem is read once.
+
+        With output o and log-sum-exp l, a stem is one more key for the own softmax, with score l and value o.
+        """
+        queries, found = grouped.flatten(2, 3), []
+        for b, n in enumerate(self.stems):
+            here = slice(b, b + 1)
+            found.append(attend(queries[here], prompt_k[here, :, :n], prompt_v[here, :, :n], False, scale))
+        out, lse = (torch.cat(parts).view(*grouped.shape[:4], -1) for parts in zip(*found, strict=True))
+        later = self.unseen[..., -self.window :]
+        to_itself = (_product(grouped, own_k.transpose(-1, -2)) * scale).masked_fill_(later, -torch.inf)
+        own, stem = torch.cat([to_itself, lse.to(to_itself)], dim=-1).softmax(-1).split([self.window, 1], dim=-1)
+        return _product(own.to(own_v.dtype), own_v) + stem * out
 
     def extend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, stretches: Sequence[Stretch], scale: float) -> Tensor:
         """More tokens of some responses, one stretch after the other in a row: q [heads, N, d], k and v [key heads, N,
@@ -334,7 +366,11 @@ class GroupCache:
         self.capacity = capacity
 
     def keep(self, prompts: Tensor, responses: Tensor) -> None:
-        """Keep these of the prompts [b] and, for each, these of its responses [b, g]; indices into the current ones."""
+        """Keep these of the prompts [b] and, for each, these of its responses [b, g]; indices into the current ones, on
+        the CPU.
+        """
+        self.stems = [self.stems[b] for b in prompts.tolist()]
+        prompts, responses = prompts.to(self.padding.device), responses.to(self.padding.device)
         self.padding = self.padding[prompts]
         for tensors in self.layers.values():
             for i in range(2):

@@ -71,22 +71,27 @@ def _evaluation_mode(model: nn.Module) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Pace:
-    """Decoding is looked at every `check` tokens, to see which responses have ended. In between, attention is over a
-    multiple of `window` of a response's own slots, and steps are CUDA graphs if `capture`.
+    """Decoding is looked at every `check` tokens, to see which responses have ended; these leave if the batch is then
+    at most `leave` times as large. In between, attention is over a multiple of `window` of a response's own slots, and
+    steps are CUDA graphs if `capture`.
     """
 
     check: int
     window: int
     capture: bool
+    leave: float = 0.75
 
 
 def decoding_pace(model: nn.Module) -> Pace:
     """On the CPU, responses leave as soon as they can. A GPU would wait for the host at each look, and for the launch
     of each kernel. FSDP2's hooks cannot be captured.
+
+    A capture takes as long as eight steps of 7B, and each window and each size of the batch needs one, while weights
+    and prompts are what a step reads: so there are few of either.
     """
     if model.get_input_embeddings().weight.device.type != "cuda":
         return Pace(1, 1, False)
-    return Pace(16, 64, not any(isinstance(module, FSDPModule) for module in model.modules()))
+    return Pace(16, 256, not any(isinstance(module, FSDPModule) for module in model.modules()), leave=0.5)
 
 
 class Graphs:
@@ -353,16 +358,16 @@ class Sampler:
         return turns
 
     def _leave(self) -> None:
-        """Stop computing rows that have ended, if that makes the batch smaller by a quarter: of each prompt, the same
-        number stays.
+        """Stop computing rows that have ended, if that makes the batch small enough (see `Pace`): of each prompt, the
+        same number stays.
         """
         going = torch.tensor([[row in self.active for row in group] for group in self.computed.tolist()])
         prompts = going.any(1).nonzero().flatten()
         widest = int(going.sum(1).max())
-        if len(prompts) * widest > 0.75 * going.numel():
+        if len(prompts) * widest > self.pace.leave * going.numel():
             return
         left = (~going)[prompts].int().argsort(dim=1, stable=True)[:, :widest]  # those that go on come first
-        self.cache.keep(prompts.to(self.index.device), left.to(self.index.device))
+        self.cache.keep(prompts, left)
         self.computed = self.computed[prompts].gather(1, left)
         self.index = self.computed.flatten().to(self.index.device)
         if self.graphs is not None:

@@ -133,6 +133,44 @@ def test_the_kernels_are_the_definitions(causal, length, keys, seed):
             torch.testing.assert_close(x, y, atol=1e-12, rtol=0)
 
 
+@pytest.fixture
+def by_stem(monkeypatch):
+    """Decoding attends to each stem by itself, as on a GPU in half precision; the number of stems of each call."""
+    stems = []
+
+    def spy(*arguments):
+        stems.append(arguments[1].shape)
+        return attend(*arguments)
+
+    monkeypatch.setattr("engine.attention._flash", lambda q: True)
+    monkeypatch.setattr("engine.attention.FLASH_STEM", 0)
+    monkeypatch.setattr("engine.attention.attend", spy)
+    return stems
+
+
+@pytest.mark.parametrize("prompts", [(7, 4, 6), (5, 5, 5)])
+def test_stem_by_stem_is_the_same_as_all_at_once(prompts, by_stem):
+    test_token_by_token_is_the_same_as_all_at_once(prompts)
+    stems = [(1, 2, n, 8) for n in prompts]
+    assert by_stem == 2 * stems + 3 * [stems[0], stems[2]]  # without their padding, and without the one that has left
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_stem_by_stem_is_as_exact_as_one_softmax(dtype, by_stem):
+    """Scores up to 60, the last slots unseen: against the same in float64."""
+    q, k, v = (x[:, :46] for x in random_row(Tree((46,)), dtype, heads=4, key_heads=2, d=8)[:3])
+    q = 6 * q
+    found = {}
+    for name, kind in (("apart", dtype), ("exact", torch.float64)):
+        cache = GroupCache(Tree((30, 12)), 2, 8)
+        cache.prefill(0, *(x[:, :42].to(kind) for x in (k, v)))
+        cache.place(torch.zeros(2, 2, dtype=torch.long), 4)
+        found[name] = cache.attend(0, *(x[:, 42:].to(kind) for x in (q, k, v)), SCALE)
+    assert len(by_stem) == 4 and found["apart"].dtype == dtype
+    bound = 1e-5 if dtype == torch.float32 else 0.02
+    torch.testing.assert_close(found["apart"].double(), found["exact"], atol=bound, rtol=0)
+
+
 @pytest.mark.parametrize("prompts", [(7, 4, 6), (5, 5, 5)])
 def test_token_by_token_is_the_same_as_all_at_once(prompts):
     """Three prompts with two responses of five tokens; along the way some of them are dropped."""

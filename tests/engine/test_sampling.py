@@ -109,15 +109,16 @@ def test_a_step_asks_nothing_of_the_host(tokenizer, vocabulary, scene):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("autocast", [False, True])
 def test_captured_steps_are_the_eager_ones(model64, vocabulary, scene, monkeypatch, dtype, autocast):
+    """To the bit, at the same pace; other paces have other shapes, which only wide numbers do not notice."""
     prompts, _, _ = scene
     model = copy.deepcopy(model64).to("cuda", torch.float32 if autocast else dtype)
     found = []
-    for pace in (Pace(16, 64, False), Pace(16, 64, True), Pace(4, 8, True)):
+    for pace in (Pace(16, 64, False), Pace(16, 64, True), Pace(4, 8, False), Pace(4, 8, True)):
         monkeypatch.setattr("engine.sampling.decoding_pace", lambda _, pace=pace: pace)
-        with torch.autocast("cuda", dtype, enabled=autocast):
+        with torch.autocast("cuda", dtype, enabled=autocast and dtype != torch.float32):
             found.append([x.cpu() for x in decode(model, vocabulary, prompts, T=40)])
-    for ids, mask in found[1:]:
-        assert torch.equal(ids, found[0][0]) and torch.equal(mask, found[0][1])
+    for eager, captured in (found[:2], found[2:], *([found[1:3]] if dtype == torch.float32 else [])):
+        assert all(map(torch.equal, eager, captured))
 
 
 def test_a_response_does_not_depend_on_its_batch(model64, vocabulary, scene):
