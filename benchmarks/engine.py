@@ -49,10 +49,11 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler would report eac
 import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
-from transformers import AutoModelForImageTextToText, Qwen2_5_VLConfig
+from transformers import AutoModelForImageTextToText, AutoTokenizer, PreTrainedConfig, Qwen2_5_VLConfig
 
 from benchmarks.kl import processor
 from benchmarks.memory import GIB, Parameters, cache_bytes_per_token, head_size, shape
+from engine.families import family_of
 from engine.qwen2_5_vl import encode_clips
 from engine.sampling import generate
 from grpo import grpo_loss
@@ -60,6 +61,7 @@ from kl import CHUNK as KL_CHUNK
 from kl import chunked_weighted_kl, logits, same_dtype
 from policy import Policy, Prompt, Video, Vocabulary, build_prompt, group_hidden, last_hidden
 from video import normalise_patches
+from world import tiny
 
 ROOT = Path(__file__).resolve().parents[1]
 PHASES = ("rollout", "reference", "update", "zoom")
@@ -103,29 +105,39 @@ class Problem:
         return [self.zooms[k : k + self.zoom_batch] for k in range(0, len(self.zooms), self.zoom_batch)]
 
 
-def random_prompt(
-    model: Qwen2_5_VLConfig,
+class Letters(Vocabulary):
+    """Without a tokenizer: each letter of the text that a family writes between frames is an ordinary token."""
+
+    def ids(self, text: str) -> list[int]:
+        return [ORDINARY[0] + ord(letter) for letter in text]
+
+
+def random_piece(
+    model: PreTrainedConfig,
     visual: int,
     generator: torch.Generator,
     text_only: bool = False,
     grid: tuple[int, int] = GRID,
     text: tuple[int, int] = TEXT,
-) -> Prompt:
-    """A prompt with `visual` visual tokens, or as long and of text alone."""
+) -> tuple[list[int], list[Video]]:
+    """Ids and a clip of `visual` visual tokens, or ids alone, as many as if there were one."""
     before, after = (torch.randint(*ORDINARY, (n,), generator=generator).tolist() for n in text)
     if text_only:
-        between = torch.randint(*ORDINARY, (visual,), generator=generator).tolist()
-        return build_prompt(before + between + after, [], model)
+        return before + torch.randint(*ORDINARY, (visual,), generator=generator).tolist() + after, []
     h, w = grid
     grid = (visual * 4 // (h * w), h, w)
     patches = torch.randint(0, 256, (visual * 4, 1176), generator=generator, dtype=torch.uint8)
-    return build_prompt(
-        [*before[:-1], model.vision_start_token_id, model.video_token_id, *after], [Video(patches, grid, 1.0)], model
-    )
+    clip = Video(patches, grid, 1.0, [float(k) for k in range(2 * grid[0])])
+    return [*before[:-1], model.vision_start_token_id, model.video_token_id, *after], [clip]
+
+
+def random_prompt(model: PreTrainedConfig, visual: int, generator: torch.Generator, **sizes) -> Prompt:
+    """A prompt of a `random_piece`."""
+    return build_prompt(*random_piece(model, visual, generator, **sizes), model, endless())
 
 
 def make_problem(
-    model: Qwen2_5_VLConfig,
+    model: PreTrainedConfig,
     visual: int,
     group: int,
     length: int,
@@ -140,7 +152,8 @@ def make_problem(
 ) -> Problem:
     """`visual` tokens per prompt, from frames of `grid` patches; `zoom`: the same of zoomed clips, if it differs."""
     generator = torch.Generator().manual_seed(seed)
-    prompts = [random_prompt(model, visual, generator, text_only, grid, text) for _ in range(batch)]
+    sizes = {"text_only": text_only, "grid": grid, "text": text}
+    prompts = [random_prompt(model, visual, generator, **sizes) for _ in range(batch)]
     zoomed, zoom_grid = zoom or (visual, grid)
     zooms = [random_prompt(model, zoomed, generator, grid=zoom_grid, text=text) for _ in range(batch * group)]
     responses = torch.randint(*ORDINARY, (batch, group, length), generator=generator)
@@ -183,7 +196,7 @@ class Engine:
 
 def endless(banned: Sequence[int] = ()) -> Vocabulary:
     """A vocabulary in which no token ends a response, so that all are as long as they may be."""
-    return Vocabulary(None, (), tuple(banned))
+    return Letters(None, (), tuple(banned))
 
 
 class Ours(Engine):
@@ -258,7 +271,8 @@ class Naive(Engine):
         fields = {"input_ids": ids, "attention_mask": real, "position_ids": positions}
         videos = [video for prompt in prompts for video in prompt.videos * copies]
         if videos:
-            fields["pixel_values_videos"] = normalise_patches(torch.cat([video.patches for video in videos]))
+            patches, pixels = torch.cat([video.patches for video in videos]), family_of(self.model.config).pixels
+            fields["pixel_values_videos"] = normalise_patches(patches, pixels)
             fields["video_grid_thw"] = torch.tensor([video.grid for video in videos])
         return {name: field.to(self.device) for name, field in fields.items()}
 
@@ -317,11 +331,18 @@ class Naive(Engine):
         return logp.gather(-1, problem.responses[..., None])[..., 0][problem.mask]
 
 
+def config_of(name: str) -> PreTrainedConfig:
+    """A shape in `benchmarks/memory.py`, or `qwen3`: the built-in Qwen3-VL."""
+    if name != "qwen3":
+        return shape(name)
+    return tiny.qwen3_vl_config(AutoTokenizer.from_pretrained(ROOT / "checkpoints" / "tiny"))
+
+
 def engines(name: str = "20m", checkpoint: bool = True, seed: int = 0) -> tuple[Naive, Ours]:
-    """Both, of a shape in `benchmarks/memory.py`, with the same weights, which are as large as trained ones; the
+    """Both, of the shape `config_of` this name, with the same weights, which are as large as trained ones; the
     references are a little different.
     """
-    model = AutoModelForImageTextToText.from_config(shape(name), attn_implementation="sdpa")
+    model = AutoModelForImageTextToText.from_config(config_of(name), attn_implementation="sdpa")
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for p in model.parameters():

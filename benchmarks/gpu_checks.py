@@ -4,10 +4,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import multiprocessing
+import statistics
 import sys
+import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from unittest import mock
 
@@ -153,8 +158,21 @@ def tree_attention(at: Setting, heads: tuple[int, int, int], dtype: torch.dtype,
     compare(name, ours, plain, exact, "out dq dk dv")
 
 
-def cached_attention(at: Setting, heads: tuple[int, int, int], dtype: torch.dtype) -> None:
+@contextlib.contextmanager
+def stems_apart(at: Setting, apart: bool) -> Iterator[None]:
+    """In decoding, half precision attends to each stem by itself, however short it is, or to all in one softmax."""
+    as_on_a_gpu = contextlib.nullcontext() if at.cuda else mock.patch.object(attention, "_flash", lambda q: apart)
+    with mock.patch.object(attention, "FLASH_STEM", 0 if apart else float("inf")), as_on_a_gpu:
+        yield
+
+
+def cached_attention(at: Setting, heads: tuple[int, int, int], dtype: torch.dtype, apart: bool = False) -> None:
     """Token by token in a padded cache, rows that leave, then many tokens at once."""
+    with stems_apart(at, apart):
+        _cached_attention(at, heads, dtype, ", stems apart" * apart)
+
+
+def _cached_attention(at: Setting, heads: tuple[int, int, int], dtype: torch.dtype, how: str) -> None:
     prompts, group, steps, more = (193, 64, 310), 4, 6, 5
     tree = Tree(prompts, ((steps + more,) * group,) * 3)
     q, k, v, _ = random_row(tree, heads, dtype, at.device)
@@ -173,12 +191,12 @@ def cached_attention(at: Setting, heads: tuple[int, int, int], dtype: torch.dtyp
     for t in range(steps):
         if t == 3:
             kept, left = torch.tensor([0, 2]), torch.tensor([[1, 3], [0, 2]])
-            cache.keep(kept.to(at.device), left.to(at.device))
+            cache.keep(kept, left)
             rows = rows[kept].gather(1, left)
         here = n + rows.flatten() * (steps + more) + t
         cache.place(torch.full_like(rows, t).to(at.device), 8)
         keep(cache.attend(0, *(x[:, here.to(at.device)] for x in (q, k, v)), scale), here)
-    name = f"cached attention, {heads[0]}/{heads[1]} heads of {heads[2]}, {str(dtype)[6:]}"
+    name = f"cached attention{how}, {heads[0]}/{heads[1]} heads of {heads[2]}, {str(dtype)[6:]}"
     compare(name, *([torch.cat(x)] for x in found), "steps")
     found = [[], [], []]
     cache.reserve(steps + more)
@@ -283,6 +301,7 @@ def kernels(at: Setting, scratch: Path) -> None:
     for heads in HEADS:
         for dtype in (HALF, SINGLE):
             jobs += [(tree_attention, (at, heads, dtype)), (cached_attention, (at, heads, dtype))]
+        jobs.append((cached_attention, (at, heads, HALF, True)))
     jobs += [(chunked_kl, (at, HALF)), (chunked_kl, (at, SINGLE)), (sampler, (at,)), (score_rounding, (at,))]
     long = Tree((at(8192, 300),), ((64, 1, 33),))
     jobs += [(flash_backward, (at,)), (tree_attention, (at, (7, 1, 128), HALF, long))]
@@ -340,10 +359,10 @@ def play(model: torch.nn.Module, pace: tuple[int, int, bool], turns: int) -> lis
     generator = torch.Generator().manual_seed(5)
     config, group = model.config, 4
     prompts = [engine.random_prompt(config, visual, generator) for visual in (64, 128, 192)]
-    shown = [engine.random_prompt(config, 64, generator, text=(3, 5)) for _ in range(12)]
+    shown = [engine.random_piece(config, 64, generator, text=(3, 5)) for _ in range(12)]
     said: list[tuple[list, list, list]] = [([], [], []) for _ in range(3 * group)]
     with mock.patch.object(sampling, "decoding_pace", lambda _: sampling.Pace(*pace)):
-        vocabulary = policy.Vocabulary(None, tuple(range(16, 116)), VISION)
+        vocabulary = engine.Letters(None, tuple(range(16, 116)), (config.image_token_id, config.video_token_id))
         episodes = sampling.Sampler(
             model, prompts, group, 48, vocabulary, seed=lambda b, n: 100 * b + n, keep_hidden=True
         )
@@ -353,11 +372,7 @@ def play(model: torch.nn.Module, pace: tuple[int, int, bool], turns: int) -> lis
                 said[turn.row][0].append(turn.ids)
                 said[turn.row][1].append(turn.hidden)
                 if turn.number + 1 < turns and turn.row % 3:
-                    ids = shown[turn.row].ids
-                    pads = ids == config.video_token_id
-                    first = pads.int().argmax()
-                    kept = [*ids[:first].tolist(), config.video_token_id, *ids[~pads][first:].tolist()]
-                    going[turn.row] = (kept, shown[turn.row].videos)
+                    going[turn.row] = shown[turn.row]
             for row_, observation in episodes.observe(going).items():
                 said[row_][2].append(observation)
     return prompts, [(torch.cat(ids), torch.cat(states), seen) for ids, states, seen in said]
@@ -375,33 +390,39 @@ def learnt(model: torch.nn.Module, prompts: list, said: list) -> Tensor:
         return policy.group_hidden(model, prompts, ids.view(folded), mask.view(folded), seen)
 
 
-def sampled_turns(at: Setting, turns: int) -> None:
+def sampled_turns(at: Setting, turns: int, name: str = "20m") -> None:
     """In float32 the CPU's tokens; in half precision the same tokens with graphs as without, from states that are as
     near to the update's as those are to float64.
     """
-    _, ours = engine.engines()
+    _, ours = engine.engines(name)
     model = ours.model
     _, expected = play(model, (1, 1, False), turns)
-    for name, pace in PACES.items():
+    for pace_name, pace in PACES.items():
         if pace[2] and not at.cuda:
             continue
         _, found = play(copy.deepcopy(model).to(at.device), pace, turns)
         wrong = sum(not torch.equal(x[0], y[0]) for x, y in zip(found, expected, strict=True))
-        check(f"{turns} turns, float32, {name}: other episodes than on the CPU", wrong, 0)
+        check(f"{name}, {turns} turns, float32, {pace_name}: other episodes than on the CPU", wrong, 0)
     half = copy.deepcopy(model).to(at.device, HALF)
+    for apart in (False, True):
+        with stems_apart(at, apart):
+            half_turns(at, half, turns, f"{name}, {turns} turns, bfloat16{', stems apart' * apart}")
+
+
+def half_turns(at: Setting, half: torch.nn.Module, turns: int, name: str) -> None:
     prompts, eager = play(half, PACES["eager"], turns)
     if at.cuda:
         _, captured = play(half, PACES["graphs"], turns)
         wrong = sum(not torch.equal(x[0], y[0]) for x, y in zip(captured, eager, strict=True))
-        check(f"{turns} turns, bfloat16: other episodes with graphs than without", wrong, 0)
+        check(f"{name}: other episodes with graphs than without", wrong, 0)
         eager = captured
     exact = learnt(copy.deepcopy(half).double().cpu(), prompts, eager)
     update, sampled = learnt(half, prompts, eager), torch.cat([states for _, states, _ in eager])
-    compare(f"{turns} turns, bfloat16, sampler's states", [sampled], [update], [exact], "states")
+    compare(f"{name}, sampler's states", [sampled], [update], [exact], "states")
     ids = torch.cat([ids for ids, _, _ in eager])[:, None].to(at.device)
     logp = [kl.logits(x, half.lm_head.weight).log_softmax(-1).gather(-1, ids) for x in (sampled, update)]
     apart = (logp[0] - logp[1]).abs()
-    suspect(f"sampler and update differ, {turns} turns", f"log p by {apart.mean():.4f}, at most {apart.max():.4f}")
+    suspect(f"sampler and update differ: {name}", f"log p by {apart.mean():.4f}, at most {apart.max():.4f}")
 
 
 def streamed(at: Setting) -> None:
@@ -425,6 +446,14 @@ def whole_policy(at: Setting, scratch: Path) -> None:
     with torch.no_grad():
         checks(jobs[:2])
     checks(jobs[2:])
+
+
+def families(at: Setting, scratch: Path) -> None:
+    """The built-in Qwen3-VL with random weights."""
+    jobs: list[tuple[Callable, tuple]] = []
+    jobs += [(whole_gradient, (at, "qwen3", *kind)) for kind in ((HALF, False), (SINGLE, False), (SINGLE, True))]
+    jobs += [(sampled_turns, (at, turns, "qwen3")) for turns in (1, 3)]
+    checks(jobs)
 
 
 # ---------------------------------------------------------------- training
@@ -452,12 +481,15 @@ def supervised(ours: Ours, steps: int, autocast: bool) -> list[float]:
     return losses
 
 
-def rewarded(ours: Ours, steps: int, autocast: bool) -> list[float]:
-    """The rewards of GRPO, sampled anew in each step; a response's reward is its share of tokens with an even id."""
+def rewarded(device: str, autocast: bool, steps: int, seed: int) -> list[float]:
+    """The rewards of GRPO from the same weights, sampled anew in each step; `seed` is of prompts and samples. A
+    response's reward is its share of tokens with an even id.
+    """
+    _, ours = ours_and_naive("20m", device, SINGLE)
     optimizer, rewards = torch.optim.AdamW(ours.model.parameters(), lr=3e-4), []
-    for k in range(steps):
+    for k in range(1000 * seed, 1000 * seed + steps):
         problem = make_problem(ours.model.config, 64, 8, 24, seed=k, batch=2, per_pass=2)
-        with torch.autocast(ours.device.type, HALF, enabled=autocast):
+        with torch.autocast(device, HALF, enabled=autocast):
             turns = sampling.generate(
                 ours.model,
                 problem.prompts,
@@ -477,30 +509,59 @@ def rewarded(ours: Ours, steps: int, autocast: bool) -> list[float]:
     return rewards
 
 
-def training(at: Setting, scratch: Path) -> None:
-    """Losses are on the same data: autocast on a CPU moves them by 0.2% of their fall in 20 steps, so at most 1%.
-    Rewards are of other samples as soon as one token differs, and rise from 0.5 to 0.9 ever faster: from the first
-    quarter of the steps to the last by at least half as much as the CPU's.
-    """
-    steps = at(20, 4)
-
-    def both(function: Callable) -> list[list[float]]:
-        found = []
-        for device, autocast in (("cpu", False), (at.device, True)):
-            _, ours = ours_and_naive("20m", device, SINGLE)
-            found.append(function(ours, steps, autocast))
-        return found
-
+def losses(at: Setting, scratch: Path) -> None:
+    """On the same data: autocast on a CPU moves the losses by 0.2% of their fall in 20 steps, so at most 1%."""
+    found = []
+    for device, autocast in (("cpu", False), (at.device, True)):
+        _, ours = ours_and_naive("20m", device, SINGLE)
+        found.append(supervised(ours, at(20, 4), autocast))
     head("step", "loss, CPU float32", f"loss, {at.device} autocast")
-    cpu, other = both(supervised)
+    cpu, other = found
     say(*(row([k, f"{x:.4f}", f"{y:.4f}"]) for k, (x, y) in enumerate(zip(cpu, other, strict=True))))
     apart = max(abs(x - y) for x, y in zip(cpu, other, strict=True)) / (cpu[0] - cpu[-1])
-    head("step", "reward, CPU float32", f"reward, {at.device} autocast")
-    cpu, other = both(rewarded)
-    say(*(row([k, f"{x:.3f}", f"{y:.3f}"]) for k, (x, y) in enumerate(zip(cpu, other, strict=True))))
-    quarter = steps // 4
-    rise = [(sum(x[-quarter:]) - sum(x[:quarter])) / quarter for x in (cpu, other)]
     head("check", "error", "bound", "")
     check("losses, largest difference over their fall", apart, 0.01)
-    if not at.dry:  # four steps are noise
-        check("share of the rewards' rise that is missing", 1 - rise[1] / rise[0], 0.5)
+
+
+AUTOCAST = {"float32": False, "autocast": True}
+SEEDS, SECONDS = 5, 70  # of rewards: so many seeds, or as many as fit
+
+
+def rise(rewards: Sequence[float]) -> float:
+    """From the first quarter of the steps to the last."""
+    quarter = len(rewards) // 4
+    return (sum(rewards[-quarter:]) - sum(rewards[:quarter])) / quarter
+
+
+def reward_rises(at: Setting, scratch: Path) -> None:
+    """Rewards of other samples as soon as one token differs, which rise ever faster: so one run says little. The mean
+    rise over the seeds may differ by three standard errors.
+    """
+    steps, end = at(20, 4), time.monotonic() + SECONDS
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as alone:  # a thread would slow the others down
+        cpu = alone.submit(rewarded, "cpu", False, steps, 0)
+        found: dict[str, list[list[float]]] = {name: [] for name in AUTOCAST}
+        for seed in range(at(SEEDS, 2)):
+            if seed > 1 and time.monotonic() > end:
+                break
+            for name, autocast in AUTOCAST.items():
+                found[name].append(rewarded(at.device, autocast, steps, seed))
+        single = cpu.result()
+    runs = {"CPU float32, seed 0": [single]} | {f"{at.device} {name}": runs for name, runs in found.items()}
+    head("step", *runs)
+    for k in range(steps):
+        say(row([k, *(f"{statistics.mean(run[k] for run in series):.3f}" for series in runs.values())]))
+    head("arithmetic", "rise of the rewards per seed", "mean", "standard deviation")
+    for name, series in runs.items():
+        rises = list(map(rise, series))
+        deviation = f"{statistics.stdev(rises):.3f}" if len(rises) > 1 else "-"
+        say(row([name, ", ".join(f"{x:.3f}" for x in rises), f"{statistics.mean(rises):.3f}", deviation]))
+    one, other = (list(map(rise, found[name])) for name in AUTOCAST)
+    error = ((statistics.variance(one) + statistics.variance(other)) / len(one)) ** 0.5
+    head("check", "error", "bound", "")
+    apart = abs(statistics.mean(one) - statistics.mean(other))
+    check(f"rise of the rewards in {len(one)} seeds, difference of the means", apart, 3 * error)
+
+
+def training(at: Setting, scratch: Path) -> None:
+    parts([(losses, (at, scratch)), (reward_rises, (at, scratch))])

@@ -20,11 +20,24 @@ from transformers import AutoModelForImageTextToText, StoppingCriteria, Stopping
 
 import kl
 import policy
-from benchmarks import engine
+from benchmarks import engine, memory
 from benchmarks.engine import Cost, Meter, Naive, Ours, make_problem, row
-from benchmarks.gpu_checks import HALF, SINGLE, Setting, head, ours_and_naive, parts, say, suspect
+from benchmarks.gpu_checks import (
+    HALF,
+    SINGLE,
+    Setting,
+    check,
+    head,
+    ours_and_naive,
+    parts,
+    say,
+    stems_apart,
+    suspect,
+)
 from benchmarks.memory import GIB, Parameters, cache_bytes_per_token, shape
+from config import Config
 from engine import sampling, sharding
+from engine.attention import GroupCache, Tree
 
 # ---------------------------------------------------------------- 7B
 
@@ -89,7 +102,7 @@ class Seven:
     """The model and the problem of the timings, and what the device can do."""
 
     def __init__(self, at: Setting, scratch: Path):
-        self.at, self.scratch, self.seconds = at, scratch, {}
+        self.at, self.scratch, self.seconds, self.peaks = at, scratch, {}, {}
         self.visual, self.group, self.length = at(8192, 128), at(8, 2), at(512, 8)
         self.peak, self.traffic = limits_of(at)
         start = time.perf_counter()
@@ -110,7 +123,7 @@ class Seven:
             costs.append(self.meter.stop())
             waits = found if k == 0 else waits
         cost = min(costs, key=lambda cost: cost.seconds)
-        self.seconds[name] = cost.seconds
+        self.seconds[name], self.peaks[name] = cost.seconds, self.resting + max(cost.bytes for cost in costs)
         speed = flops / cost.seconds
         cells = [f"{cost.seconds:.3f}", f"{flops / 1e12:.1f}", f"{speed / 1e12:.0f}", f"{speed / self.peak:.0%}"]
         say(row([name, *cells, f"{self.gib(cost):.1f}", shown_waits(waits)]))
@@ -176,13 +189,53 @@ def kl_phase(s: Seven) -> None:
     s.measure("(KL alone, a part of the update)", run, 6 * 2 * n * lm_head.numel())
 
 
+def planned(config, recipe: Config, visual: int, text: int) -> list[memory.Part]:
+    """The plan of benchmarks/memory.py for clips and prompts of exactly so many tokens."""
+    with mock.patch.multiple(memory, visual_tokens=lambda *_: visual, TEXT_TOKENS=text):
+        return memory.parts(config, recipe, fsdp=not recipe.lora_rank)  # shards keep bfloat16 between layers, as here
+
+
+def peaks(s: Seven) -> None:
+    """Weights and gradients are bfloat16 here, and nobody keeps AdamW's moments; the rest is the plan's. Of the update
+    it is a bound: it adds all gradients to all that is kept for the backward pass, which makes room for them.
+    """
+    recipe = Config(group_size=s.group, max_tokens=s.length, rollout_batch=1, zoom_batch=engine.ZOOM_BATCH)
+    found = planned(s.config, recipe, s.visual, sum(engine.TEXT))
+    weights = 2 * Parameters.of(s.config).total
+    # A pass of the reference alone comes before anything is kept for the update.
+    plans = {name: weights for name in s.peaks if name[0] != "("}
+    for name in plans:
+        kind = name.split()[0].strip(",")
+        phases = {"update": ("backward",), "prefill": ("prefill",), "zoom": ("zoom",), "reference": ("reference",)}
+        for part in found:
+            work = part.name.startswith("~") or part.name.startswith(
+                ("rollout", "update") if kind != "reference" else "~"
+            )
+            plans[name] += part.bytes if work and set(part.phases) & set(phases.get(kind, ())) else 0
+        plans[name] += weights if kind == "update" else 0
+    head("peak", "measured, GiB", "planned, GiB")
+    say(*(row([name, f"{s.peaks[name] / GIB:.1f}", f"{plan / GIB:.1f}"]) for name, plan in plans.items()))
+    head("check", "error", "bound", "")
+    for name, plan in plans.items():
+        if s.at.cuda and not name.startswith(("vision", "update")):
+            check(f"peak beside its plan, {name}", abs(s.peaks[name] / plan - 1), 0.1)
+
+
 def begin(s: Seven, prompts: list, length: int, capture: bool) -> sampling.Sampler:
-    with mock.patch.object(sampling, "decoding_pace", lambda _: sampling.Pace(16, 64, capture and s.at.cuda)):
+    pace = sampling.Pace(16, 256, capture and s.at.cuda, leave=0.5)  # a GPU's, with graphs or without
+    with mock.patch.object(sampling, "decoding_pace", lambda _: pace):
         return sampling.Sampler(s.model, prompts, s.group, length, engine.endless(), seed=lambda b, n: b)
 
 
-def decoding(s: Seven, count: int, length: int, capture: bool) -> None:
-    """A row of the table of decoding: `count` prompts with their groups, `length` tokens each."""
+def decoding(s: Seven, count: int, length: int, capture: bool, apart: bool = True) -> None:
+    """A row of the table of decoding: `count` prompts with their groups, `length` tokens each; long stems apart, or all
+    in one softmax.
+    """
+    with stems_apart(s.at, apart):
+        _decoding(s, count, length, capture, "" if apart else ", one softmax")
+
+
+def _decoding(s: Seven, count: int, length: int, capture: bool, how: str) -> None:
     episodes = begin(s, [s.prompt()] * count, length, capture)
     plain, captures = sampling.Graphs.run, []
 
@@ -207,8 +260,8 @@ def decoding(s: Seven, count: int, length: int, capture: bool) -> None:
     least = traffic / s.traffic
     with torch.no_grad(), sampling._evaluation_mode(s.model):
         waits = None if capture else host_waits(s.at, partial(episodes._step, 64))
-    name = f"{count} x {s.group}, {length} tokens, {'graphs' if capture else 'no graphs'}"
-    if count == 1:
+    name = f"{count} x {s.group}, {length} tokens, {'graphs' if capture else 'no graphs'}{how}"
+    if count == 1 and not how:
         s.seconds[f"decode, {'graphs' if capture else 'no graphs'}"] = per_step
         s.seconds["capture"] = sum(captures)
     cells = [f"{1000 * per_step:.2f}", f"{count * s.group / per_step:,.0f}", f"{1000 * least:.2f}"]
@@ -220,8 +273,58 @@ def decoding(s: Seven, count: int, length: int, capture: bool) -> None:
 
 def decode_tables(s: Seven) -> None:
     head("decoding", "ms per step", "tokens/s", "limit, ms", "share", "captures", "peak, GiB", "host waits per step")
-    for count, length, capture in ((1, s.length, True), (1, s.at(64, 8), False), (8, s.at(128, 8), True)):
-        parts([(decoding, (s, count, length, capture))])
+    runs = ((1, s.length, True), (1, s.at(128, 8), True, False), (1, s.at(64, 8), False))
+    for run in (*runs, (8, s.at(128, 8), True), (8, s.at(128, 8), True, False)):
+        parts([(decoding, (s, *run))])
+
+
+def cached_layers(s: Seven) -> None:
+    """The cached attention of one layer: what FLASH_STEM chooses by."""
+    t, length, many = s.config.text_config, s.visual, s.at(20, 2)
+    heads, keys = t.num_attention_heads, t.num_key_value_heads
+    size = t.hidden_size // heads
+    head(
+        "prompts x responses",
+        "tokens of a prompt",
+        "scores of a stem",
+        "one softmax, us",
+        "stems apart, us",
+        "limit, us",
+    )
+    for count, group, tokens in (
+        (1, 8, length),
+        (8, 8, length),
+        (32, 1, length),
+        (64, 1, length // 8),
+        (8, 8, length // 8),
+    ):
+        stems = tuple(tokens - 16 * (b % 5) for b in range(count))
+        cache = GroupCache(Tree(stems), group, 256)
+        row_of = partial(torch.randn, device=s.at.device, dtype=HALF)
+        cache.prefill(0, row_of(keys, sum(stems), size), row_of(keys, sum(stems), size))
+        cache.place(torch.full((count, group), 100, device=s.at.device), 256)
+        step = [row_of(n, count * group, size) for n in (heads, keys, keys)]
+        seconds = []
+        for apart in (False, True):
+            with stems_apart(s.at, apart), torch.no_grad():
+                seconds.append(repeated(s.at, partial(cache.attend, 0, *step, size**-0.5), many))
+        least = 4 * keys * size * (sum(stems) + 100 * count * group) / s.traffic
+        scores = heads * group * tokens
+        say(row([f"{count} x {group}", tokens, f"{scores:,}", *(f"{1e6 * x:.0f}" for x in (*seconds, least))]))
+
+
+def repeated(at: Setting, job: Callable[[], object], many: int) -> float:
+    """Seconds of one of `many` calls, in a graph as when decoding."""
+    if not at.cuda:
+        return seconds_of(at, job)
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        job()
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph, stream=stream):
+        for _ in range(many):
+            job()
+    return seconds_of(at, graph.replay) / many
 
 
 def whole_step(s: Seven) -> None:
@@ -247,8 +350,8 @@ def streamed_seven(s: Seven) -> None:
 
 def seven(at: Setting, scratch: Path) -> None:
     s = Seven(at, scratch)
-    jobs = (warm_up, forward_phases, update_phase, zoom_phase, kl_phase, decode_tables, whole_step, streamed_seven)
-    parts([(job, (s,)) for job in jobs])
+    jobs = (warm_up, forward_phases, update_phase, zoom_phase, kl_phase, peaks, decode_tables, whole_step)
+    parts([(job, (s,)) for job in (*jobs, cached_layers, streamed_seven)])
 
 
 # ---------------------------------------------------------------- transformers alone

@@ -153,6 +153,11 @@ class Work:
     kept: int
     backward: int
 
+    def with_adapters(self, inner: int, hidden: int, width: int) -> Work:
+        """peft casts what each adapter takes to float32, one at a time, and keeps it in the type of products."""
+        inputs = width * (inner + 6 * hidden)
+        return Work(self.forward + 4 * inner, self.kept + inputs, self.backward + inputs + 4 * inner)
+
     @classmethod
     def of(cls, inner: int, hidden: int, width: int, stream: int) -> Work:
         """Of an MLP's inner size; `width` and `stream` are bytes of a number in products and between layers."""
@@ -166,9 +171,12 @@ class Work:
 def parts(model: Qwen2_5_VLConfig, recipe: Config, gpus: int = 1, fsdp: bool = False) -> list[Part]:
     """Everything that one of `gpus` devices holds during a step of this recipe."""
     width = 2 if recipe.mixed_precision == "bf16" else 4  # bytes of a number in computation
-    stream = width if fsdp else 4  # between decoder layers: autocast leaves the embeddings' float32
+    # Between decoder layers, autocast leaves the type of the embeddings.
+    stream = width if fsdp or recipe.lora_rank else 4
     t, v = model.text_config, model.vision_config
     layer = Work.of(t.intermediate_size, t.hidden_size, width, stream)
+    if recipe.lora_rank:
+        layer = layer.with_adapters(t.intermediate_size, t.hidden_size, width)
     reference = Work.of(t.intermediate_size, t.hidden_size, width, width)
     block = Work.of(v.intermediate_size, v.hidden_size, width, width)
     pixels = v.in_channels * v.temporal_patch_size * v.patch_size**2  # of a patch
@@ -214,7 +222,8 @@ def parts(model: Qwen2_5_VLConfig, recipe: Config, gpus: int = 1, fsdp: bool = F
         work = at_work(reference, row, clip)
         found.append(Part("~ update: a layer of the reference at work", work, ("reference",)))
     # kl.py's own figure for its rows of logits, and the projection with its gradient in the precision of computation.
-    kl_work = 5 * rows * t.vocab_size * 4 + 2 * width * t.vocab_size * t.hidden_size
+    projection = 0 if recipe.lora_rank else 2 * width * t.vocab_size * t.hidden_size
+    kl_work = 5 * rows * t.vocab_size * 4 + projection
     found += [
         Part("update: KL", kl_work, ("KL",)),
         Part("~ update: a layer and its gradients", backward, ("backward",)),
@@ -225,6 +234,8 @@ def parts(model: Qwen2_5_VLConfig, recipe: Config, gpus: int = 1, fsdp: bool = F
 
 def weights(model: Qwen2_5_VLConfig, recipe: Config, gpus: int, fsdp: bool, width: int) -> list[Part]:
     """What does not depend on the length of prompts and responses."""
+    if recipe.lora_rank:
+        return adapted_weights(model, recipe, gpus, fsdp, width)
     n = Parameters.of(model)
     trained = n.total if recipe.train_vision else n.total - n.vision
     shards = gpus if fsdp else 1
@@ -253,6 +264,31 @@ def weights(model: Qwen2_5_VLConfig, recipe: Config, gpus: int, fsdp: bool, widt
         # Autocast keeps them until it is left, so for all of the update's forward pass, which includes the KL.
         cast = n.total - (0 if model.text_config.tie_word_embeddings else n.embedding)
         found.append(Part("policy: copies that autocast keeps, 16 bits", 2 * cast, (*sampling, "reference", "KL")))
+    return found
+
+
+def adapters(model: Qwen2_5_VLConfig, recipe: Config) -> int:
+    """Parameters of all adapters: matrices of rank x inputs and outputs x rank beside each layer of these names."""
+    t = model.text_config
+    h, kv, inner = t.hidden_size, t.num_key_value_heads * head_size(model), t.intermediate_size
+    sides = {"q_proj": h + h, "k_proj": h + kv, "v_proj": h + kv, "o_proj": h + h}
+    sides |= {"gate_proj": h + inner, "up_proj": h + inner, "down_proj": inner + h}
+    return t.num_hidden_layers * recipe.lora_rank * sum(sides[name] for name in recipe.lora_targets.split(","))
+
+
+def adapted_weights(model: Qwen2_5_VLConfig, recipe: Config, gpus: int, fsdp: bool, width: int) -> list[Part]:
+    """`weights` with LoRA: no copies by autocast and no reference; adapters alone are trained."""
+    n, trained, shards = Parameters.of(model), adapters(model, recipe), gpus if fsdp else 1
+    phases = PHASES if gpus > 1 and not fsdp else (*UPDATE, "optimiser")
+    found = [
+        Part(f"policy: weights, {8 * width} bits", width * n.total // shards, PHASES),
+        Part("adapters: weights and AdamW's two moments, float32", 12 * trained // shards, PHASES),
+        Part("adapters: gradients, float32", 4 * trained // shards, phases),
+    ]
+    if fsdp:
+        sampling, gathered = ("prefill", "decode", "zoom"), n.total - n.layers + 2 * n.layer
+        found.append(Part(f"policy: whole weights to sample with, {8 * width} bits", width * n.total, sampling))
+        found.append(Part(f"policy: whole weights of units at work, {8 * width} bits", width * gathered, UPDATE))
     return found
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -10,7 +11,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from transformers import Qwen2_5_VLForConditionalGeneration
 
-from benchmarks import engine, gpu, gpu_checks, main_job, memory, zoomer
+from benchmarks import engine, gpu, gpu_checks, gpu_runs, main_job, memory, zoomer
 from benchmarks.engine import Cost, Ours
 from benchmarks.memory import Parameters
 from config import Config
@@ -86,6 +87,15 @@ def test_weights_by_number_of_devices():
     assert streamed["reference: weights, 16 bits"] == 2 * (n - 28 * layer)
     frozen = named(memory.parts(model, Config(train_vision=False)))
     assert frozen["policy: gradients, float32"] == 4 * (n - Parameters.of(model).vision)
+
+
+def test_lora_holds_one_model_in_half_precision_and_trains_adapters_alone():
+    model, recipe = memory.shape("20m"), Config(lora_rank=16, train_vision=False)
+    found = named(memory.parts(model, recipe))
+    assert memory.adapters(model, recipe) == 720_896  # as peft makes them
+    assert found["policy: weights, 16 bits"] == 2 * Parameters.of(model).total
+    assert found["adapters: weights and AdamW's two moments, float32"] == 12 * 720_896
+    assert not any(name.startswith("reference:") for name in found)
 
 
 def test_caches_and_activations_follow_the_recipe():
@@ -274,6 +284,35 @@ def test_a_report_names_what_failed_and_gathers_the_suspects():
     lines = gpu.compose(["# On a GPU"], body).splitlines()
     assert lines[2:4] == ["Failed: 1.", "| c | 3 | 2 | FAILED |"]
     assert lines[-1] == "| b | refuted |" and lines.count("suspect: b | refuted") == 0
+
+
+def test_what_is_timed_runs_after_all_that_only_checks(tmp_path, monkeypatch):
+    ran = []
+
+    def section(name, limit, dry, scratch, take):
+        ran.append(name)
+        take(f"{name} done")
+
+    monkeypatch.setattr("benchmarks.gpu.run_section", section)
+    report = gpu.Report(tmp_path / "gpu.md", True, ["seven", "kernels", "policy"])
+    gpu.run_all(report, math.inf, True)
+    assert ran == ["kernels", "policy", "seven"]
+    assert (tmp_path / "gpu.md").read_text().splitlines()[-3:] == ["seven done", "kernels done", "policy done"]
+    gpu.run_all(report, -math.inf, True)
+    assert sum(gpu.FAILED in line for line in report.lines()) == 3
+
+
+def test_rewards_of_a_job_are_summed_and_steps_are_medians():
+    steps = [{"seconds/step": k, "seconds/rollout": 1, "seconds/zoom": 2, "seconds/update": 3} for k in (9, 1, 2, 3)]
+    rows = [step | {"reward/a_mean": 0.1 * k, "reward/b_mean": 1.0, "reward/a_std": 7} for k, step in enumerate(steps)]
+    assert gpu_runs.step_cells(rows) == ["3.00", "1.00", "2.00", "3.00", "1.000", "1.300"]
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_cached_attention_passes_its_checks_on_a_cpu(capsys, apart):
+    gpu_checks.cached_attention(gpu_checks.Setting(dry=True), (4, 2, 32), torch.bfloat16, apart)
+    out = capsys.readouterr().out
+    assert out.count("| ok |") == 2 and out.count("stems apart") == 2 * apart
 
 
 def test_a_job_that_raises_leaves_the_others(capsys):
