@@ -1,10 +1,10 @@
 """The main job over several seeds: mean and standard deviation of the table it ends with, and its duration.
 
-    python -m benchmarks.main_job                                        # the README's table
+    python -m benchmarks.main_job                                        # the README's lines are among what it prints
     python -m benchmarks.main_job --label paper -- --tokenadv paper      # any option of train.py, after --
 
-Runs go to runs/main_job/LABEL-SEED; a run that is finished there is not repeated. The table is printed and written to
-benchmarks/results/main_job-LABEL.md.
+Runs go to runs/main_job/LABEL-SEED; a run that is finished there is not repeated. The table, and the one that the first
+seed's console ended with, are printed and written to benchmarks/results/main_job-LABEL.md.
 """
 
 import argparse
@@ -14,6 +14,9 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+
+from report import tables
+from report.results import stored_rows
 
 ROOT = Path(__file__).resolve().parents[1]
 SCORES = ("mIoU", "mIoP", "mIoG", "R@0.3", "R@0.5", "accuracy", "zoom_accuracy", "Acc@GQA", "format")
@@ -61,6 +64,11 @@ def table(runs: list[dict]) -> str:
     return "\n".join(lines)
 
 
+def console(out: Path) -> str:
+    """The table that a finished run's console ended with."""
+    return tables.table({label: stored_rows(out / f"results-{label}.jsonl") for label in ("before", "after")})
+
+
 def main() -> None:
     arguments, options = sys.argv[1:], []
     if "--" in arguments:
@@ -70,11 +78,13 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--label", default="default", help="name of the runs and of the result file")
     given = parser.parse_args(arguments)
-    runs = [finished_run(ROOT / "runs" / "main_job" / f"{given.label}-{seed}", seed, options) for seed in given.seeds]
+    folders = [ROOT / "runs" / "main_job" / f"{given.label}-{seed}" for seed in given.seeds]
+    runs = [finished_run(out, seed, options) for out, seed in zip(folders, given.seeds, strict=True)]
     minutes = [run["seconds"] / 60 for run in runs]
     command = "python -m benchmarks.main_job" + "".join(f" {word}" for word in sys.argv[1:])
     text = f"`{command}`\n\nSeeds {given.seeds}, mean ± standard deviation, test split.\n\n{table(runs)}\n\n"
-    text += f"Minutes per run, evaluation and start included: {', '.join(f'{m:.1f}' for m in minutes)}.\n"
+    text += f"Minutes per run, evaluation and start included: {', '.join(f'{m:.1f}' for m in minutes)}.\n\n"
+    text += f"Seed {given.seeds[0]}, as the console ends:\n\n```\n{console(folders[0])}\n```\n"
     print(text)
     results = ROOT / "benchmarks" / "results"
     results.mkdir(exist_ok=True)

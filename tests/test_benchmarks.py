@@ -15,6 +15,7 @@ from benchmarks import engine, gpu, gpu_checks, gpu_runs, main_job, memory, zoom
 from benchmarks.engine import Cost, Ours
 from benchmarks.memory import Parameters
 from config import Config
+from report.results import write_results
 from video import Budget, VideoInfo, plan_clip
 
 # ---------------------------------------------------------------- memory.py
@@ -277,6 +278,20 @@ def test_the_main_job_tells_kinds_and_lengths_apart():
     lines = main_job.table([{"before": result(0.25), "after": result(value)} for value in (0.75, 0.85)]).splitlines()
     change = "| 0.250 ± 0.000 | 0.800 ± 0.071 | 0.550 ± 0.071 |"
     assert {f"| {part} {change}" for part in ("Acc@GQA", "coarse: accuracy", "0 to 20 s: mIoU")} <= set(lines)
+
+
+def test_the_main_job_s_console_table_is_that_of_its_result_files(tmp_path):
+    """Two questions, of which one is found after training: the table's first lines."""
+    rows = [{"id": f"q{k}", "video": f"{k}.mp4", "kind": "fine", "duration": 20.0, "answer": "A"} for k in range(2)]
+    for label, spans in (("before", [[0, 10], [0, 10]]), ("after", [[10, 20], [0, 10]])):
+        told = [
+            {**row, "predicted_answer": None, "evidence": [[10, 20]], "predicted": [span]}
+            for row, span in zip(rows, spans, strict=True)
+        ]
+        write_results(tmp_path / f"results-{label}.jsonl", told)
+    heading, first = main_job.console(tmp_path).splitlines()[:2]
+    assert heading.split() == ["score", "before", "after", "change"]
+    assert first.startswith("mIoU") and "0.000 [0.00, 0.00]  0.500 [0.00, 1.00]  +0.500 [+0.00, +1.00] p" in first
 
 
 def test_a_report_names_what_failed_and_gathers_the_suspects():
