@@ -168,7 +168,7 @@ def step_cells(rows: list[dict]) -> list[str]:
 
 def tests(at: Setting, scratch: Path) -> None:
     """Those that are skipped without a GPU."""
-    if missing("pytest", "hypothesis"):
+    if missing("pytest", "hypothesis", "av"):
         return
     files = ["tests/engine/test_sampling.py", "tests/test_kl.py"]
     command = [

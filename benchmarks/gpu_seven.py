@@ -298,7 +298,7 @@ def cached_layers(s: Seven) -> None:
         (64, 1, length // 8),
         (8, 8, length // 8),
     ):
-        stems = tuple(tokens - 16 * (b % 5) for b in range(count))
+        stems = tuple(tokens - b % 5 for b in range(count))
         cache = GroupCache(Tree(stems), group, 256)
         row_of = partial(torch.randn, device=s.at.device, dtype=HALF)
         cache.prefill(0, row_of(keys, sum(stems), size), row_of(keys, sum(stems), size))
