@@ -173,7 +173,7 @@ def plot_curves(
     for position, key in enumerate(keys, start=1):
         draw_panel(figure.add_subplot(n_rows, columns, position), runs, key, window)
     add_legend(figure)
-    note = "horizontal axis: step"
+    note = "horizontal axis: step, from 0"
     if window > 1:
         note += f"; line: mean of {window} neighbouring rows; dots: single rows"
     if len(runs) == 1:

@@ -46,7 +46,8 @@ def evaluation_page(
     """
     if not results:
         raise ReportError("no results to show; give at least one label")
-    *_, last = results.values()
+    *earlier, last = results.values()
+    rule = "right: by the last answer" + (f" of {list(results)[-1]}" if earlier else "")
     numbers = {video: k for k, video in enumerate(videos or {})}
     by_id = {label: {row.get("id"): row for row in rows} for label, rows in results.items()}
     table = []
@@ -66,6 +67,7 @@ def evaluation_page(
             title,
             f"<h1>{text(title)}</h1>\n{summary_html(summary)}\n{filters_html([words for _, words in table])}"
             '<p class="muted legend"><span>click a heading to sort, again to reverse</span>'
+            f"<span>{text(rule)}; without options, an IoU of at least 0.5</span>"
             '<span><span class="span true"></span> true span</span>'
             '<span><span class="span pred"></span> predicted span</span></p>\n'
             f'<table class="results"><thead><tr>{heads}<th scope="col" class="line">Time line</th></tr></thead>\n'
@@ -188,6 +190,8 @@ def result_cells(answers: Mapping[str, Mapping], numbers: Mapping[str, int]) -> 
         for spans, kind in ((truth, "true"), *((spans, "pred") for spans in lines.values())):
             tracks += f'<div class="track">{bars(spans, duration, kind)}</div>'
     times = [span_text(truth) if truth else "not annotated", *map(span_text, lines.values())]
+    if len(lines) > 1:
+        times = [f"{text(name)} {time}" for name, time in zip(("true", *lines), times, strict=True)]
     look = ""
     if row["video"] in numbers:
         look = f'<details data-video="{numbers[row["video"]]}"><summary>frames and player</summary></details>'

@@ -121,10 +121,10 @@ def plot_reliability(found: Mapping[str, Mapping], out: str | Path) -> None:
         x, y = ([part[name] for part in one["bins"]] for name in ("confidence", "accuracy"))
         share = np.array([part["questions"] for part in one["bins"]]) / one["questions"]
         axes.plot(x, y, linestyle=LINES[i % len(LINES)], linewidth=1.2, markersize=5, **style, label=named(words))
-        axes.scatter(x, y, s=30 + 400 * share, alpha=0.3, linewidths=0, color=style["color"])
+        axes.scatter(x, y, s=30 + 400 * share, alpha=0.3, linewidths=0, color=style["color"], clip_on=False)
     axes.set_xlim(-0.02, 1.02)
     axes.set_ylim(-0.02, 1.02)
-    axes.set_xlabel("confidence (mean of a bin)", fontsize=9, color=INK)
+    axes.set_xlabel("confidence (mean of a bin; discs: share of the answers)", fontsize=9, color=INK)
     axes.set_title("accuracy", loc="left", fontsize=9, color=INK)
     tidy(axes)
     add_legend(figure)

@@ -109,7 +109,9 @@ def test_several_results_stand_side_by_side(tmp_path):
     assert [one.text for one in zoomed.all("div", "one")] == ["before B ✗", "<after> A ✓"]
     assert zoomed.attrs["data-sort"] == "1"  # the last one sorts
     assert len(second.all(cls="true")) == 1 and len(second.all(cls="pred")) == 2
-    assert second.all("td")[-1].text == "00:04.0–00:08.0 | 00:04.0–00:08.0 | 00:04.0–00:08.0"
+    times = [f"{name} 00:04.0–00:08.0" for name in ("true", "before", "<after>")]
+    assert second.all("td")[-1].text == " | ".join(times)
+    assert "right: by the last answer of <after>; without options, an IoU" in root.all(cls="legend")[0].text
 
 
 FILTER = """
