@@ -25,6 +25,10 @@ HEADLINE = {
     "format": "responses in the template's format",
     **dict(zip(COSTS, ("calls per question", "frames per question", "visual tokens per question"), strict=True)),
 }
+ONE_ANSWER = {  # of results without another answer from zoomed frames, such as those of a strategy
+    "accuracy": "right answers",
+    "Acc@GQA": "right answers whose claimed time is at least half evidence",
+}
 CONTROLS = {
     "true_zoom_accuracy": "control: right answers from the frames of the true spans",
     "shuffled mIoU": "control: spans claimed for the question of another video",
@@ -166,7 +170,8 @@ def official_text(found: dict, path: str = "") -> str:
 def meanings(results: Mapping[str, list[dict]]) -> str:
     """What each score of the table means, a line each."""
     found = overall(next(iter(results.values())))
-    return aligned([(name, text) for name, text in (HEADLINE | CONTROLS).items() if name in found])
+    told = HEADLINE | CONTROLS | ({} if "zoom_accuracy" in found else ONE_ANSWER)
+    return aligned([(name, text) for name, text in told.items() if name in found])
 
 
 def describe(results: Mapping[str, list[dict]], benchmark: str) -> str:

@@ -40,6 +40,14 @@ def test_every_score_of_a_table_has_its_meaning_below_under_the_same_name():
     assert len(set(meant.values())) == len(meant)
 
 
+def test_what_an_accuracy_is_said_to_be_depends_on_whether_there_is_another_answer():
+    two, one = {"policy": [question(0)]}, {"strategy": [question(0)]}
+    del one["strategy"][0]["zoom_answer"]
+    told = [dict(re.split("  +", line, maxsplit=1) for line in tables.meanings(r).splitlines()) for r in (two, one)]
+    assert told[0]["accuracy"].endswith("from what the coarse pass shows")
+    assert told[1]["accuracy"] == "right answers" and list(told[1]) == [n for n in told[0] if n != "zoom_accuracy"]
+
+
 def test_every_score_of_a_question_is_in_a_table():
     row = question(0, **dict.fromkeys(COSTS, 1))
     assert set(score(row)) == {*tables.HEADLINE, *tables.CONTROLS} - {
