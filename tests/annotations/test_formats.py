@@ -400,12 +400,15 @@ def test_a_misspelled_field_is_not_an_absent_one(tmp_path):
     row = {"video": "a.mp4", "question": "When?", "option": ["at once", "later"]}
     with pytest.raises(DataError, match=r"'options': is missing; there are .*option"):
         read_samples(write_rows(tmp_path / "misspelled.jsonl", [row]))
+    row = {"video": "a.mp4", "qestion": "When?"}
+    with pytest.raises(DataError, match="'question': is missing; there are qestion, video"):
+        read_samples(write_rows(tmp_path / "question.jsonl", [row]))
 
 
 def test_a_file_of_another_format_says_which(published, tmp_path):
     path = published / "rextime/rextime_val.jsonl"
     with pytest.raises(
-        DataError, match=r"row 1, field 'options': is missing.*like rextime: choose --data_format rextime"
+        DataError, match=r"row 1, field 'video': is missing.*like rextime: choose --data_format rextime"
     ):
         read_samples(path)
     with pytest.raises(DataError, match="looks like nextgqa: choose --data_format nextgqa"):
