@@ -1,4 +1,7 @@
-"""What several tests share: a small world, random models, and a policy that has learned the form of a response."""
+"""What several tests share: a small world, random models, and a policy that has learned the form of a response.
+
+transformers and accelerate, which take seconds to import, are imported where they are needed: the formulas do without.
+"""
 
 from __future__ import annotations
 
@@ -14,32 +17,22 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 # Before they are read: no test asks the hub for a name that is no folder, or lets OpenMP's threads wait at full speed.
 os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_WAIT_POLICY": "PASSIVE"}
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState, PartialState
-from passes import CLIP, random_responses, random_video
-from safetensors.torch import load_file, save_file
-from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLRMSNorm
 
 import config as configuration
-import prompts
-from advantage import credit
-from annotations.rows import Sample
-from annotations.samples import read_samples
-from episodes import environments
-from policy import Policy, Video, Vocabulary, build_prompt
 from report import drawing
-from rewards import facets
-from rollout import Group, roll_out
-from tests.numbered import get
-from world import benchmark, lessons, tiny
+
+if TYPE_CHECKING:
+    from annotations.rows import Sample
+    from rollout import Group
 
 ROOT = Path(__file__).resolve().parents[1]
 # What a program reads without effect: greedy answers have no temperature; supervised training has no reference, and
@@ -96,11 +89,43 @@ def _one_thread():
     torch.set_num_threads(1)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _short_names():
+    """transformers spells out the configuration of every model that it loads for its log, which nobody sees here."""
+    with pytest.MonkeyPatch.context() as patch:
+        if loaded := sys.modules.get("transformers.configuration_utils"):
+            patch.setattr(loaded.PreTrainedConfig, "__repr__", object.__repr__)
+        yield
+
+
 @pytest.fixture(autouse=True)
 def _unpainted(request, monkeypatch):
-    """Pictures are composed everywhere, but painted only where a test is about them: that takes a second or two."""
+    """Pictures are painted only where a test is about them, and curves of the same figures are composed once: a run
+    would take a second or two for them.
+    """
     if "report" not in request.path.parts and not request.node.get_closest_marker("painted"):
         monkeypatch.setattr(drawing, "save_figure", lambda figure, out: Path(out).touch())
+        if watch := sys.modules.get("harness.watch"):
+            monkeypatch.setattr(watch, "plot_curves", composed_once(watch.plot_curves))
+
+
+COMPOSED: set[tuple] = set()  # how many rows, of which figures
+
+
+def composed_once(plot: Callable) -> Callable:
+    """The function that draws a run's curves, which a run with the same figures leaves out."""
+    from report.curves import read_metrics
+
+    def compose(runs: list[Path], out: Path) -> None:
+        rows = read_metrics(runs[0] / "metrics.jsonl")
+        figures = len(rows), *sorted({name for row in rows for name in row})
+        if figures in COMPOSED:
+            Path(out).touch()
+        else:
+            plot(runs, out)
+            COMPOSED.add(figures)
+
+    return compose
 
 
 @pytest.fixture(autouse=True)
@@ -129,22 +154,34 @@ def _programs_read_what_they_offer(monkeypatch):
 def _fresh_accelerate():
     """Runs in one process may differ in precision."""
     yield
-    for state in (AcceleratorState, GradientState, PartialState):
-        state._reset_state()
+    reset_accelerate()
+
+
+def reset_accelerate() -> None:
+    """Forget which process this is and how it computes."""
+    if state := sys.modules.get("accelerate.state"):
+        for kept in (state.AcceleratorState, state.GradientState, state.PartialState):
+            kept._reset_state()
 
 
 @pytest.fixture(scope="session")
 def tokenizer():
+    from world import lessons, tiny
+
     return tiny.build_tokenizer(lessons.corpus())
 
 
 @pytest.fixture(scope="session")
 def vocabulary(tokenizer):
+    from policy import Vocabulary
+
     return Vocabulary.of(tokenizer)
 
 
 def loud_model(tokenizer, seed: int = 0, family: str = "qwen2_5_vl", **options):
     """A tiny model whose random weights are as large as trained ones, so that attention matters."""
+    from world import tiny
+
     model = tiny.build_model(tokenizer, seed, family, **options)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -165,6 +202,10 @@ def model64(tokenizer):
 @pytest.fixture
 def scene(vocabulary, model64):
     """Two prompts of different length with clips, and three responses of different lengths each."""
+    from passes import CLIP, random_responses, random_video
+
+    from policy import build_prompt
+
     prompts = [
         build_prompt(vocabulary.ids(f"{CLIP} red <think>"), [random_video(0, 4, 56, 84)], model64.config),
         build_prompt(vocabulary.ids(f"a b c {CLIP} blue"), [random_video(1, 2, 28, 56)], model64.config),
@@ -176,6 +217,7 @@ def scene(vocabulary, model64):
 @pytest.fixture
 def exact_norm(monkeypatch):
     """transformers computes this norm in float32 whatever the type, which rounds states and gradients too."""
+    from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLRMSNorm
 
     def norm(self, x):
         return self.weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.variance_epsilon)
@@ -186,6 +228,8 @@ def exact_norm(monkeypatch):
 @pytest.fixture(scope="session")
 def small_world(tmp_path_factory) -> dict[str, Path]:
     """The annotation files of a small built-in world: {"train": path, "test": path}."""
+    from world import benchmark
+
     root = tmp_path_factory.mktemp("world")
     return {"train": benchmark.build(root, "train", 6, workers=1), "test": benchmark.build(root, "test", 3, workers=1)}
 
@@ -193,6 +237,8 @@ def small_world(tmp_path_factory) -> dict[str, Path]:
 @pytest.fixture(scope="module")
 def samples(small_world) -> list[Sample]:
     """The small world's training samples."""
+    from annotations.samples import read_samples
+
     return read_samples(small_world["train"], video_root=small_world["train"].parent)
 
 
@@ -201,39 +247,9 @@ def talker(tmp_path_factory, tokenizer, vocabulary) -> Path:
     """A checkpoint that writes well-formed responses with arbitrary letters and spans, whatever it sees: its rewards
     vary.
     """
-    folder = tmp_path_factory.mktemp("talker")
-    model = tiny.build_model(tokenizer).train()
-    policy = Policy(model)
-    optimizer = torch.optim.AdamW(policy.parameters(), betas=(0.9, 0.98))
-    generator = torch.Generator().manual_seed(0)
-    steps = 120
-    for step in range(steps):
-        optimizer.param_groups[0]["lr"] = 3e-3 * min(1, (step + 1) / 10) * (1 - step / steps)
-        grey = torch.randint(0, 256, (1, 3, 1, 1), generator=generator, dtype=torch.uint8)
-        clip = Video.from_frames(grey.expand(2 + step % 3 * 9, 3, 28, 28), 1.0)
-        chat = prompts.chat_text(f"Which pattern does {draw(benchmark.COLOURS, generator)} show? A B C D", system=None)
-        prompt = build_prompt(vocabulary.ids(chat), [clip], model.config)
-        batch = lessons.Batch.of([prompt], [[vocabulary.ids(random_response(generator)) for _ in range(12)]])
-        loss = policy(batch.prompts, batch.ids, batch.mask, partial(lessons.cross_entropy, batch))
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-    assert loss.item() < 0.6  # nats per token
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+    from talking import teach
 
-
-def draw(names, generator: torch.Generator) -> str:
-    return list(names)[int(torch.randint(len(names), (1,), generator=generator))]
-
-
-def random_response(generator: torch.Generator) -> str:
-    start, end = sorted(torch.randint(0, 20, (2,), generator=generator).tolist())
-    times = lessons.written_spans([(start, end + 1)])
-    think = f"<think>{draw(benchmark.COLOURS, generator)}<time>{times}</time></think>"
-    return f"{think}<answer>{draw('ABCD', generator)}</answer><glue>[{times}]</glue>{lessons.END}"
+    return teach(tmp_path_factory.mktemp("talker"), tokenizer, vocabulary)
 
 
 @pytest.fixture
@@ -248,11 +264,17 @@ def recipe(tmp_path, talker, small_world) -> Path:
 
 def roll_out_episodes(model, views, config, vocabulary, step: int | None) -> list[Group]:
     """Groups of episodes in the environment that the template has."""
+    from episodes import environments
+    from rollout import roll_out
+
     return roll_out(model, views, config, vocabulary, step, environments=environments(views, config))
 
 
 def pay(groups, config) -> None:
     """Rewards and advantages, as the loop has them."""
+    from advantage import credit
+    from rewards import facets
+
     for group in groups:
         group.rewards = facets(group, config)
         group.advantages = credit(group, config)
@@ -271,11 +293,15 @@ def folder(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def plain(folder) -> Path:
     """A file of 60 frames at 25 fps with B-frames."""
+    from tests.numbered import get
+
     return get(folder, "b.mp4")
 
 
 def drop_weights(folder: Path, part: str) -> None:
     """Delete the weights with `part` in their name from a checkpoint."""
+    from safetensors.torch import load_file, save_file
+
     tensors = load_file(folder / "model.safetensors")
     save_file({k: v for k, v in tensors.items() if part not in k}, folder / "model.safetensors", {"format": "pt"})
 
@@ -292,8 +318,7 @@ def exit_codes(work: Callable[[int], None], count: int = 1) -> list[int]:
     """
 
     def begin(rank: int) -> None:
-        for state in (AcceleratorState, GradientState, PartialState):
-            state._reset_state()
+        reset_accelerate()
         work(rank)
 
     forks = [multiprocessing.get_context("fork").Process(target=begin, args=(rank,)) for rank in range(count)]

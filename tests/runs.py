@@ -1,36 +1,118 @@
-"""Runs of the programs in processes of their own, and what they leave behind, compared."""
+"""Runs of the programs in processes of their own, and what they leave behind, compared.
+
+A program needs seconds to import what it uses, and so does every process of it. So these are forks of a server that has
+imported it all, and computed nothing.
+"""
 
 from __future__ import annotations
 
+import functools
+import multiprocessing
 import os
 import runpy
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Sequence
+from multiprocessing import connection, forkserver
 from pathlib import Path
 
 import pytest
 import torch
+from accelerate.commands import launch
+from accelerate.utils.launch import prepare_multi_gpu_env
 from conftest import read_metrics
 from transformers import Qwen2_5_VLForConditionalGeneration
 
 ROOT = Path(__file__).resolve().parents[1]
 TIMES = ("seconds/", "visual_tokens_per_second", "text_tokens_per_second")
+PROGRAMS = ["train", "sft", "evaluate", "infer", "curate", "filters", "exemplars", "scenes", "report.curves"]
+PROGRAMS += ["report.plots"]
 
-# accelerate launch --cpu starts several processes with MPI only; torch's launcher needs nothing else.
-TWO = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "train.py"]
-TWO_SHARDED = ["-m", "accelerate.commands.launch", "--config_file", "recipes/accelerate_fsdp2.yaml"]
-TWO_SHARDED += ["--num_processes", "2", "--main_process_port", "0", "tests/fsdp2_on_cpu.py"]
+SHARDED = ["--config_file", "recipes/accelerate_fsdp2.yaml", "--num_processes", "2", "--main_process_port", "0"]
+SHARDED += ["tests/fsdp2_on_cpu.py"]
 
 
 def environment() -> dict[str, str]:
     return os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
 
 
-def call(*arguments: object, script: Sequence[str] = ("train.py",)) -> subprocess.CompletedProcess:
-    command = [sys.executable, *script, *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=600)
+@functools.cache
+def forks():
+    """Makes processes that begin as forks of the server, which is started here."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["runs", *PROGRAMS])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(ROOT)
+        patch.setenv("PYTHONPATH", os.pathsep.join(map(str, (ROOT, ROOT / "tests"))))
+        for name, value in environment().items():
+            patch.setenv(name, value)
+        forkserver.ensure_running()
+    return context
+
+
+def as_program(script: str, arguments: Sequence[str], given: dict[str, str], errors: str) -> None:
+    """In a fork: what `python script arguments` does in this environment."""
+    os.environ.clear()
+    os.environ |= given
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    os.dup2(os.open(errors, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
+    sys.path[:0] = [folder for folder in given.get("PYTHONPATH", "").split(os.pathsep) if folder]
+    sys.argv = [script, *arguments]
+    runpy.run_path(script, run_name="__main__")
+
+
+def start(errors: Path, *arguments: object, script: str = "train.py", given: dict[str, str] | None = None):
+    """The process of a program; what it says on its standard error goes to the end of a file."""
+    words = [*map(str, arguments)]
+    process = forks().Process(target=as_program, args=(script, words, given or environment(), str(errors)))
+    process.start()
+    return process
+
+
+def ranks(given: dict[str, str]) -> list[dict[str, str]]:
+    """What torch's launcher would tell each of two processes."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    both = given | {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    both |= {"TORCHELASTIC_RUN_ID": "tests"}
+    return [both | {"RANK": rank, "LOCAL_RANK": rank} for rank in "01"]
+
+
+def sharding() -> dict[str, str]:
+    """The environment that accelerate's launcher makes of recipes/accelerate_fsdp2.yaml."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(ROOT)
+        for name, value in environment().items():
+            patch.setenv(name, value)
+        arguments, _, _ = launch._validate_launch_command(launch.launch_command_parser().parse_args(SHARDED))
+        return prepare_multi_gpu_env(arguments)
+
+
+def in_two(errors: Path, *arguments: object, script: str = "train.py", shards: bool = False) -> None:
+    """Run a program in two processes, each with the whole model or with a shard of it; they must end well."""
+    script, given = ("tests/fsdp2_on_cpu.py", sharding()) if shards else (script, environment())
+    processes = [start(errors, *arguments, script=script, given=told) for told in ranks(given)]
+    going = {process.sentinel: process for process in processes}
+    while going and all(process.exitcode in (None, 0) for process in processes):
+        ended = connection.wait(going, timeout=600)
+        if not ended:
+            break
+        for sentinel in ended:
+            going.pop(sentinel).join()
+    for process in going.values():  # what waits for one that has failed
+        process.kill()
+        process.join()
+    assert [process.exitcode for process in processes] == [0, 0], errors.read_text()
+
+
+def launched(*arguments: object) -> None:
+    """The same with shards, by `accelerate launch` itself."""
+    command = [sys.executable, "-m", "accelerate.commands.launch", *SHARDED, *map(str, arguments)]
+    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
 
 
 def end_of(script: str, *arguments: object) -> object:

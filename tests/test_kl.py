@@ -516,8 +516,12 @@ def test_a_projection_in_one_shard(tmp_path):
     sharded_worker(0, 1, tmp_path)
 
 
+@pytest.mark.processes
 def test_a_sharded_projection_gets_the_average_gradient_of_its_processes(tmp_path):
-    mp.spawn(sharded_worker, args=(2, tmp_path), nprocs=2)
+    from runs import forks  # which imports much that no other test of this file needs
+
+    forks()
+    mp.start_processes(sharded_worker, args=(2, tmp_path), nprocs=2, start_method="forkserver")
 
 
 class Recorder(TorchDispatchMode):

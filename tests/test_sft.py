@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from runs import TWO_SHARDED, assert_same_run, call
+from runs import assert_same_run, in_two
 
 import config as configuration
 import policy
@@ -21,7 +21,6 @@ from episodes import ClipEnvironment, messages, replay
 from harness.run import Stopped, StopSignal
 from rollout import view_video
 
-TWO_WHOLE = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "sft.py")
 AGENT = ["--template", "world_zoomer", "--max_frames", "20", "--zoom_budget", "256"]
 CALL = '<think>closer</think><video_zoom>{"segment": [3, 5], "fps": 2}</video_zoom>'
 ANSWER = "<think>seen</think><answer>B</answer>"
@@ -179,22 +178,20 @@ def test_two_processes_with_shards_are_one_run(arguments, tmp_path, monkeypatch)
     given = [*arguments, "--train_vision", "false"]
     sft.main([*given, "--out", str(tmp_path / "one")])
     monkeypatch.setenv("SCRIPT", "sft")
-    done = call(*given, "--out", tmp_path / "two", script=TWO_SHARDED)
-    assert done.returncode == 0, done.stderr
+    in_two(tmp_path / "errors", *given, "--out", tmp_path / "two", shards=True)
     assert_same_run(tmp_path / "one", tmp_path / "two", tolerance=1e-3)
 
 
 @pytest.mark.processes
-@pytest.mark.parametrize("script", [TWO_SHARDED, TWO_WHOLE], ids=["shards", "copies"])
-def test_a_process_with_text_alone_keeps_step_with_one_that_sees_a_video(arguments, tmp_path, monkeypatch, script):
+@pytest.mark.parametrize("shards", [True, False], ids=["shards", "copies"])
+def test_a_process_with_text_alone_keeps_step_with_one_that_sees_a_video(arguments, tmp_path, monkeypatch, shards):
     """The vision tower is trained, and a process whose rows have no video has no gradient for it."""
     words = [{"role": "user", "content": "red ?"}, {"role": "assistant", "content": ANSWER}]
     lines = [json.dumps({"messages": words}), (tmp_path / "t.jsonl").read_text().splitlines()[0]]
     (tmp_path / "t.jsonl").write_text("".join(f"{line}\n" for line in lines))
     sft.main([*arguments, "--out", str(tmp_path / "one")])
     monkeypatch.setenv("SCRIPT", "sft")
-    done = call(*arguments, "--out", tmp_path / "two", script=script)
-    assert done.returncode == 0, done.stderr
+    in_two(tmp_path / "errors", *arguments, "--out", tmp_path / "two", script="sft.py", shards=shards)
     assert_same_run(tmp_path / "one", tmp_path / "two", tolerance=1e-3)
 
 

@@ -9,13 +9,12 @@ import logging
 import math
 import os
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,7 +22,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from conftest import pay, read_metrics
-from runs import TWO, TWO_SHARDED, assert_same_run, call, end_of, environment, weights
+from runs import assert_same_run, end_of, in_two, launched, start, weights
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 
@@ -215,8 +214,7 @@ def test_two_processes_train_like_one(recipe, tmp_path):
     """The same metrics and weights after two steps of two updates each, up to float noise."""
     common = ["--config", recipe, "--updates_per_rollout", "2", "--beta", "0.05", "--train_vision", "false"]
     main([*map(str, common), "--out", str(tmp_path / "one")])
-    done = call(*common, "--out", tmp_path / "two", script=TWO)
-    assert done.returncode == 0, done.stderr
+    in_two(tmp_path / "errors", *common, "--out", tmp_path / "two")
     assert len(list((tmp_path / "two" / "state").glob("shard-*"))) == 2  # each process has written its part
     assert_same_run(tmp_path / "one", tmp_path / "two", tolerance=2e-4)
     start, after = weights_of_vision(recipe), weights(tmp_path / "one")
@@ -230,11 +228,9 @@ def test_two_processes_with_sharded_weights_train_like_one(recipe, tmp_path):
     common = ["--config", recipe, "--updates_per_rollout", "2", "--beta", "0.05", "--prompts_per_step", "8"]
     main([*map(str, common), "--out", str(tmp_path / "one")])
     two = tmp_path / "two"
-    for more in (["--steps", "1"], ["--resume"]):
-        done = call(
-            *common, "--out", two, "--prompts_per_pass", "1", "--gradient_checkpointing", *more, script=TWO_SHARDED
-        )
-        assert done.returncode == 0, done.stderr
+    sharded = [*common, "--out", two, "--prompts_per_pass", "1", "--gradient_checkpointing"]
+    launched(*sharded, "--steps", "1")
+    in_two(tmp_path / "errors", *sharded, "--resume", shards=True)
     shards = [load_file(path) for path in (two / "state").glob("shard-*")]
     for kind in ("", "/exp_avg", "/exp_avg_sq"):
         sizes = [
@@ -251,8 +247,7 @@ def test_sharded_weights_in_bfloat16_leave_sums_unrounded(recipe, tmp_path, smal
     """With a frozen vision tower, and a table before and after training."""
     options = ["--mixed_precision", "bf16", "--train_vision", "false", "--test_data", small_world["test"]]
     options += ["--steps", "1", "--updates_per_rollout", "2", "--beta", "0.05", "--group_size", "2"]
-    done = call("--config", recipe, *options, script=TWO_SHARDED)
-    assert done.returncode == 0, done.stderr
+    in_two(tmp_path / "errors", "--config", recipe, *options, shards=True)
     (row,) = read_metrics(tmp_path / "run")
     assert all(math.isfinite(value) for value in row.values())
     assert 0 < row["kl/penalty"] == pytest.approx(0.05 * (row["kl/time"] + row["kl/text"]), rel=1e-5)
@@ -704,9 +699,9 @@ def test_resuming_without_a_checkpoint_is_an_error(recipe):
         main(["--config", str(recipe), "--resume"])
 
 
-def wait_for_metrics(process: subprocess.Popen, path: Path, lines: int) -> None:
+def wait_for_metrics(process: BaseProcess, path: Path, lines: int) -> None:
     for _ in range(6000):
-        if process.poll() is not None or (path.exists() and path.read_text().count("\n") >= lines):
+        if process.exitcode is not None or (path.exists() and path.read_text().count("\n") >= lines):
             return
         time.sleep(0.1)
 
@@ -716,12 +711,12 @@ def wait_for_metrics(process: subprocess.Popen, path: Path, lines: int) -> None:
 def test_a_stopped_run_resumes_as_if_nothing_had_happened(finished, tmp_path, number):
     out = tmp_path / "stopped"
     arguments = ["--config", finished / "run" / "config.yaml", "--out", out, "--tracker", "none", "--test_data", ""]
-    command = [sys.executable, "train.py", *map(str, arguments)]
-    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, env=environment())
+    process = start(tmp_path / "errors", *arguments)
     wait_for_metrics(process, out / "metrics.jsonl", 1)
-    process.send_signal(number)
-    _, errors = process.communicate(timeout=600)
-    assert process.returncode == 128 + number, errors
+    os.kill(process.pid, number)
+    process.join(600)
+    errors = (tmp_path / "errors").read_text()
+    assert process.exitcode == 128 + number, errors
     assert "Traceback" not in errors and "stopping soon" in errors and "--resume continues" in errors
     done = json.loads((out / "state" / "step.json").read_text())["step"]
     assert 1 <= done < 3 and (out / "checkpoint" / "config.json").exists()
