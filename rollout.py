@@ -323,16 +323,19 @@ def roll_out_batch(
         keep_hidden=keep_hidden,
     )
     while ended := sampler.sample():
-        observed = {}
+        asked, observed = [], {}
         for sampled in ended:
-            response, turn = responses[sampled.row], read_turn(sampled.ids, vocabulary, bool(environments))
+            turn = read_turn(sampled.ids, vocabulary, bool(environments))
             turn.hidden = sampled.hidden
-            response.turns.append(turn)
+            responses[sampled.row].turns.append(turn)
             if environments:
-                environments[sampled.row // size].respond(response)
-            if turn.reply:
-                keep_tokens(model, [video for video in turn.reply.videos if video.tokens is None])
-                observed[sampled.row] = observation_ids(turn, vocabulary), turn.reply.videos
+                asked.append(partial(environments[sampled.row // size].respond, responses[sampled.row]))
+        with prefetch(asked, ahead=len(asked)) as shown:  # the next clip is decoded while one is encoded
+            for sampled, _ in zip(ended, shown, strict=False):
+                turn = responses[sampled.row].turns[-1]
+                if turn.reply:
+                    keep_tokens(model, [video for video in turn.reply.videos if video.tokens is None])
+                    observed[sampled.row] = observation_ids(turn, vocabulary), turn.reply.videos
         for row, observation in sampler.observe(observed).items():
             responses[row].turns[-1].observation = observation
     if config.train_vision:  # then the update encodes what the policy asked for anew

@@ -7,6 +7,7 @@ import json
 import math
 import random
 import re
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -18,8 +19,7 @@ import torch
 import yaml
 from accelerate import Accelerator
 from conftest import ROOT, pay, read_metrics, roll_out_episodes
-from runs import TWO_SHARDED
-from runs import call as in_processes
+from runs import in_two
 
 import config as configuration
 import episodes
@@ -130,6 +130,32 @@ def test_a_clip_that_a_group_asks_for_is_decoded_once(samples, small, loaded, mo
     groups = roll_out_episodes(model, views_of(samples, small, 2), small, vocabulary, 0)
     assert [len(episode.clips) for group in groups for episode in group.responses] == [3] * 2 * small.group_size
     assert len(plans) == 2  # one for each group
+
+
+def test_a_clip_is_decoded_while_the_one_before_is_encoded(samples, small, loaded, monkeypatch):
+    """Two groups whose turns end together: the first clip's encoding waits for the second one's decoding to begin."""
+    begun, waited, plans = threading.Event(), [], []
+    load, keep = episodes.load_clip, rollout.keep_tokens
+
+    def load_and_note(plan, *rest, **options):
+        plans.append(plan)
+        if len(plans) == 2:
+            begun.set()
+        return load(plan, *rest, **options)
+
+    def keep_and_wait(model, videos):
+        if videos and not waited:
+            waited.append(begun.wait(10))
+        keep(model, videos)
+
+    monkeypatch.setattr(episodes, "load_clip", load_and_note)
+    monkeypatch.setattr(rollout, "keep_tokens", keep_and_wait)
+    monkeypatch.setattr(rollout, "read_turn", lambda ids, *_: Turn.of(call(3, 5, 4), True, ids, []))
+    model, vocabulary = loaded
+    short = replace(small, max_tokens=1, max_turns=2, group_size=2)
+    groups = roll_out_episodes(model, views_of(samples, short, 2), short, vocabulary, 0)
+    assert waited == [True] and [len(episode.clips) for group in groups for episode in group.responses] == [1] * 4
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("prefetch")]
 
 
 def test_the_recipe_has_the_papers_limits_and_the_released_weights():
@@ -286,7 +312,7 @@ def mischief(rng: random.Random) -> str:
     body = f'{{"segment": [{number()}, {number()}], "fps": {number()}}}'
     kind = rng.randrange(12)
     if kind == 0:
-        body = rng.choice(['{"a":', "[", '"', " ", "{}", "9"]) * 10**6
+        body = rng.choice(['{"a":', "[", '"', " ", "{}", "9"]) * rng.choice([10**2, 10**4, 10**6])
     elif kind == 1:
         body = f"<video_zoom>{body}</video_zoom>" * rng.randrange(1, 4)
     elif kind == 2:
@@ -752,8 +778,7 @@ def test_a_process_with_nothing_to_redraw_waits_for_the_other(small_recipe, tmp_
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     monkeypatch.setenv("SCRIPT", "one_flat")
     options = ["--max_redraws", "2", "--updates_per_rollout", "2", "--group_size", "2"]
-    done = in_processes("--config", small_recipe, *options, script=TWO_SHARDED)
-    assert done.returncode == 0, done.stderr
+    in_two(tmp_path / "errors", "--config", small_recipe, *options, shards=True)
     rows = read_metrics(tmp_path / "run")
     assert [row["redrawn"] for row in rows] == [0.5, 0.5]  # 2 of 4 groups, twice
     assert [row["zero_variance_fraction"] for row in rows] == [0.5, 0.5]
