@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -102,14 +103,14 @@ def new_optimizer(policy: Policy, config: Config, accelerator: Accelerator) -> t
 def load_run(config: Config, accelerator: Accelerator) -> Run:
     """Load policy and reference, and hand them to accelerate. Raises ModelError."""
     reference, referred = None, config.kl != "none" or config.zoom_judge == "reference"
-    # Frozen weights are read as half precision, not cast afterwards: that would round the rotary frequencies too.
     frozen = torch.bfloat16 if config.mixed_precision == "bf16" else torch.float32
+    model, tokenizer = load(config.model, frozen if config.lora_rank else torch.float32)
     if referred and not config.lora_rank:
-        reference, _ = load(config.model, frozen)
+        # Half precision is read, not cast: that would round the rotary frequencies too.
+        reference = copy.deepcopy(model) if frozen == torch.float32 else load(config.model, frozen)[0]
         reference.requires_grad_(False).eval().to(accelerator.device)
         if config.reference_device == "cpu":
             stream_layers(reference)
-    model, tokenizer = load(config.model, frozen if config.lora_rank else torch.float32)
     vocabulary = Vocabulary.of(tokenizer, config.outer_tags)
     model.model.visual.requires_grad_(config.train_vision)
     if config.lora_rank:
