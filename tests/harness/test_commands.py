@@ -59,6 +59,13 @@ sys.exit(f"imported: {{slow}}" if slow or os.environ.get("OMP_WAIT_POLICY") != "
     assert f"usage: {program}.py" in done.stdout
 
 
+def test_threads_of_a_benchmark_sleep_while_they_wait(monkeypatch):
+    """`python -m benchmarks.NAME` says so before torch is loaded."""
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    code = "import os, sys, benchmarks; sys.exit('torch' in sys.modules or os.environ['OMP_WAIT_POLICY'] != 'PASSIVE')"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+
+
 def test_names_and_defaults_agree_with_what_they_stand_for():
     assert list(infer.STRATEGIES) == commands.strategies()
     assert tuple(filters.FILTERS) == commands.FILTER_NAMES
