@@ -210,7 +210,7 @@ def test_ratios_are_medians_over_repeats():
 
 
 def test_a_step_in_half_precision_with_several_prompts():
-    lines = engine.exact_shape("20m", "cpu", prompts=2, visual=64, group=2, length=4)
+    lines = engine.exact_shape("tiny", "cpu", prompts=2, visual=64, group=2, length=4)
     phases = [line.split("|")[1].strip() for line in lines if line.startswith("|")]
     assert phases == ["phase", "---", *engine.PHASES, "step"]
 

@@ -193,8 +193,21 @@ def test_what_an_evaluation_leaves_behind(samples, tmp_path, capsys):
 # ---------------------------------------------------------------- rows
 
 
-def test_rows_of_a_policy(model, samples, config, vocabulary):
-    rows = evaluate.evaluate(model, samples, config, vocabulary, Accelerator(cpu=True), "test")
+@pytest.fixture(scope="module")
+def evaluated() -> list[list[dict]]:
+    """The rows below, once they are there."""
+    return []
+
+
+@pytest.fixture
+def rows(evaluated, model, samples, config, vocabulary) -> list[dict]:
+    """Those of all samples, which several tests compare with others."""
+    if not evaluated:
+        evaluated.append(evaluate.evaluate(model, samples, config, vocabulary, Accelerator(cpu=True), "test"))
+    return evaluated[0]
+
+
+def test_rows_of_a_policy(model, samples, config, vocabulary, rows):
     assert [r["id"] for r in rows] == [s.id for s in samples]
     for r, sample in zip(rows, samples, strict=True):
         assert r["answer"] == sample.answer and r["kind"] == sample.kind and r["error"] is None
@@ -229,7 +242,10 @@ def test_controls_ask_other_questions_and_zoom_on_the_true_spans(model, samples,
         assert all(inside) or min(e - s for s, e in sample.evidence) < 1
 
 
-def test_an_unreadable_video_is_named_once_and_the_rest_goes_on(model, samples, config, vocabulary, tmp_path, caplog):
+def test_an_unreadable_video_is_named_once_and_the_rest_goes_on(
+    model, samples, config, vocabulary, rows, tmp_path, caplog
+):
+    good = rows
     (tmp_path / "broken.mp4").write_bytes(b"no video")
     video = samples[0].video
     mixed = [replace(s, video=str(tmp_path / "broken.mp4")) if s.video == video else s for s in samples]
@@ -237,7 +253,6 @@ def test_an_unreadable_video_is_named_once_and_the_rest_goes_on(model, samples, 
     broken = [r for r in rows if r["error"]]
     assert len(broken) == sum(s.video == video for s in samples) and "broken.mp4" in broken[0]["error"]
     assert caplog.text.count("counts as unanswered") == 1
-    good = evaluate.evaluate(model, samples, config, vocabulary, Accelerator(cpu=True), "test")
     assert [r["response"] for r in rows if not r["error"]] == [
         r["response"] for r, s in zip(good, samples, strict=True) if s.video != video
     ]
@@ -249,12 +264,11 @@ def test_a_test_set_without_any_readable_video(model, samples, config, vocabular
         evaluate.evaluate(model, lost, config, vocabulary, Accelerator(cpu=True), "test")
 
 
-def test_a_policy_in_training_mode_is_evaluated_the_same(model, samples, config, vocabulary):
-    plain = evaluate.evaluate(model.eval(), samples, config, vocabulary, Accelerator(cpu=True), "test")
+def test_a_policy_in_training_mode_is_evaluated_the_same(model, samples, config, vocabulary, rows):
     model.train()
     again = evaluate.evaluate(model, samples, config, vocabulary, Accelerator(cpu=True), "test")
     model.eval()
-    assert plain == again
+    assert rows == again
 
 
 # ---------------------------------------------------------------- the command

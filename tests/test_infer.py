@@ -65,17 +65,30 @@ def config(recipe):
     return configuration.parse(["--config", str(recipe)])
 
 
+@pytest.fixture(scope="module")
+def policy(talker):
+    """The talker with its vocabulary."""
+    return evaluate.load_policy(configuration.Config(model=str(talker)), torch.device("cpu"))
+
+
 @pytest.fixture
-def agent(config):
+def agent(config, policy):
     """The talker's."""
-    return load_agent(config, torch.device("cpu"))
+    return Agent(*policy, config)
+
+
+def results_of(questions):
+    """What the steps of each question return, taken together. Raises VideoError."""
+    found = {k: result for k, result, _ in side_by_side(enumerate(questions), 64)}
+    for result in found.values():
+        if isinstance(result, VideoError):
+            raise result
+    return [found[k] for k in range(len(found))]
 
 
 def result_of(steps):
-    """What the steps return, taken alone. Raises VideoError."""
-    [(_, result, _)] = side_by_side([("alone", steps)], 8)
-    if isinstance(result, VideoError):
-        raise result
+    """The same of one question."""
+    [result] = results_of([steps])
     return result
 
 
@@ -195,7 +208,7 @@ def test_widened_spans_stay_in_the_video_and_merge():
 
 
 def test_letter_and_span_probabilities_are_those_of_a_forward_pass(agent, samples):
-    looks = [result_of(infer.look_once(infer.coarse_request(agent, sample))) for sample in samples]
+    looks = results_of(infer.look_once(infer.coarse_request(agent, sample)) for sample in samples)
     assert all(look.span_confidence == 0 for look in looks if not look.spans)
     seen, sample = next((look, sample) for look, sample in zip(looks, samples, strict=True) if look.spans)
     [group] = roll_out(agent.model, [view_video(sample, agent.config)], agent.config, agent.vocabulary, step=None)
@@ -273,11 +286,13 @@ def test_each_written_token_adds_a_row_of_attention(tokenizer, vocabulary, confi
 
 
 def test_one_stage_and_coarse_to_fine_are_the_evaluations_passes(agent, samples):
-    rows = [result_of(evaluate.two_pass_row(agent, sample)) for sample in samples]
+    rows = results_of(evaluate.two_pass_row(agent, sample) for sample in samples)
     assert any(row["predicted"] for row in rows)
-    for sample, row in zip(samples, rows, strict=True):
-        coarse = result_of(STRATEGIES["one-stage"](agent, sample, DEFAULT))
-        fine = result_of(STRATEGIES["coarse-to-fine"](agent, sample, DEFAULT))
+    one_stage, coarse_to_fine = (
+        results_of(STRATEGIES[name](agent, sample, DEFAULT) for sample in samples)
+        for name in ("one-stage", "coarse-to-fine")
+    )
+    for row, coarse, fine in zip(rows, one_stage, coarse_to_fine, strict=True):
         assert coarse.answer == row["predicted_answer"]
         assert [list(span) for span in coarse.spans or []] == (row["predicted"] or [])
         assert fine.spans == coarse.spans
@@ -502,7 +517,7 @@ def single(agent):
 
 
 def test_an_interrupted_run_does_only_the_rest(single, samples, tmp_path):
-    agent = single
+    agent, samples = single, samples[:6]
     rows = run_all(agent, samples, tmp_path / "once.jsonl")
     path = tmp_path / "twice.jsonl"
     lines = (tmp_path / "once.jsonl").read_bytes().splitlines(keepends=True)
@@ -574,8 +589,9 @@ def test_two_processes_share_a_data_set(asking, samples, tmp_path, capsys):
 
 
 @pytest.mark.processes
-def test_a_process_killed_while_it_writes_a_line_loses_only_that_line(asking, samples, tmp_path):
+def test_a_process_killed_while_it_writes_a_line_loses_only_that_line(asking, small_world, tmp_path):
     path, append, written = tmp_path / "killed.jsonl", infer.journal.append, []
+    asking = [*asking, "--test_data", str(small_world["test"])]
 
     def interrupted(path, row):
         if len(written) == 2:
@@ -705,31 +721,38 @@ def test_without_options_the_spans_of_an_event(own, tmp_path, capsys, monkeypatc
     assert not Tree(page.read_text()).root.all("ul", "letters")
 
 
+# Clicks each place, with the player back at the beginning before.
 CLICK = """
-const player = document.querySelector("video"), jump = document.querySelector(WHERE);
+const player = document.querySelector("video");
 let played = false;
 player.play = () => { played = true; return Promise.resolve(); };  // stay where the click led, however slow the machine
 const read = () => `at ${player.seeking ? "no" : player.currentTime} ${played}`;
 (async () => {
+  const found = [];
   await settled(() => player.readyState >= 2 && !player.seeking, true);
-  jump.click();
-  document.title = await settled(read, EXPECTED);
+  for (const [where, expected] of PLACES) {
+    [player.currentTime, played] = [0, false];
+    await settled(read, "at 0 false");
+    document.querySelector(where).click();
+    found.push(await settled(read, expected));
+  }
+  document.title = found.join(", ");
 })();
 """
+# A span plays, a frame is shown.
+PLACES = [(".jumps button", "at 5 true"), (".track .span", "at 5 true"), ("figure:nth-of-type(4)", "at 3 false")]
 
 
-@pytest.mark.parametrize("where", [".jumps button", ".track .span", "figure:nth-of-type(4)"])
 @pytest.mark.parametrize("embed", [False, True])
-def test_a_click_seeks_the_video_in_a_browser(own, tmp_path, where, embed):
+def test_a_click_seeks_the_video_in_a_browser(own, tmp_path, embed):
     page = tmp_path / "answer.html"
     sample = Sample("x", own[-1], "?", ("a", "b"), None, (), 20.0)
     look = fake_look("A", 0.9, [(5.0, 8.5)], "coarse")
     look.clip = clip_of([float(k) for k in range(20)], 1.0)
     result = infer.Result("A", {"A": 0.9, "B": 0.1}, 0.9, [(5.0, 8.5)], [look])
     answer_page(answer_record(result, "A", sample, "one-stage"), page, play_source(own[-1], page, embed))
-    expected = "at 3 false" if where.startswith("figure") else "at 5 true"  # a span plays, a frame is shown
-    script = CLICK.replace("WHERE", json.dumps(where)).replace("EXPECTED", json.dumps(expected))
-    assert page_in_browser(page, script) == expected
+    found = page_in_browser(page, CLICK.replace("PLACES", json.dumps(PLACES)))
+    assert found == ", ".join(expected for _, expected in PLACES)
 
 
 # Seeks to a frame of the page, and reads the time and the number in the picture that is then shown.

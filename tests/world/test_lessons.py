@@ -12,24 +12,12 @@ from accelerate import Accelerator
 import config as configuration
 import prompts
 import sft
-from annotations.samples import read_samples
 from config import Config, ConfigError
 from engine.loading import load
-from policy import Policy, Vocabulary
+from policy import Policy
 from world import benchmark, lessons, tiny
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-@pytest.fixture(scope="module")
-def samples(tmp_path_factory):
-    path = benchmark.build(tmp_path_factory.mktemp("world"), "train", 6, workers=1)
-    return read_samples(path, video_root=path.parent)
-
-
-@pytest.fixture(scope="module")
-def vocabulary():
-    return Vocabulary.of(tiny.build_tokenizer(lessons.corpus()))
 
 
 @pytest.fixture(scope="module")
