@@ -26,7 +26,7 @@ from pathlib import Path
 
 import yaml
 
-from prompts import TEMPLATES
+from prompts import TEMPLATES, control
 from rewards import GROUNDING
 
 RECIPES = Path(__file__).resolve().parent / "recipes"
@@ -581,17 +581,7 @@ def unusable(word: str, known: Sequence[str]) -> str:
 
 def check(config: Config) -> None:
     """Raise ConfigError for values that cannot work, alone or together."""
-    for name, kind in OPTION_TYPES.items():
-        value = getattr(config, name)
-        if kind is float and not math.isfinite(value):
-            raise ConfigError(f"{name} must be finite, not {value}")
-        above, least, most = (OPTIONS[name][limit] for limit in ("above", "least", "most"))
-        if above is not None and value <= above:
-            raise ConfigError(f"{name} must be {'positive' if above == 0 else f'above {above}'}, not {value}")
-        if least is not None and value < least:
-            raise ConfigError(f"{name} must {'not be negative' if least == 0 else f'be at least {least}'}, not {value}")
-        if most is not None and value > most:
-            raise ConfigError(f"{name} {'is a share,' if most == 1 else 'must be'} at most {most}, not {value}")
+    check_values(config)
     if config.v_max < config.v_min or config.budget < config.v_min:
         raise ConfigError(f"v_min = {config.v_min} must be at most v_max = {config.v_max} and budget = {config.budget}")
     for name in ("zoom_budget", "zoom_v_max"):
@@ -639,6 +629,27 @@ def check(config: Config) -> None:
             f"updates_per_rollout = {config.updates_per_rollout} must divide "
             f"prompts_per_step = {config.prompts_per_step}"
         )
+
+
+def check_values(config: Config) -> None:
+    """Raise ConfigError for a value that an option cannot have, whatever the others are."""
+    if not config.out.strip():
+        raise ConfigError("out is empty: name the folder that the run leaves everything in")
+    if found := control(config.system_prompt):
+        raise ConfigError(f"system_prompt {found}; leave it out")
+    for name, kind in OPTION_TYPES.items():
+        value = getattr(config, name)
+        if kind is str and "\0" in value:
+            raise ConfigError(f"{name} has a NUL character; leave it out")
+        if kind is float and not math.isfinite(value):
+            raise ConfigError(f"{name} must be finite, not {value}")
+        above, least, most = (OPTIONS[name][limit] for limit in ("above", "least", "most"))
+        if above is not None and value <= above:
+            raise ConfigError(f"{name} must be {'positive' if above == 0 else f'above {above}'}, not {value}")
+        if least is not None and value < least:
+            raise ConfigError(f"{name} must {'not be negative' if least == 0 else f'be at least {least}'}, not {value}")
+        if most is not None and value > most:
+            raise ConfigError(f"{name} {'is a share,' if most == 1 else 'must be'} at most {most}, not {value}")
 
 
 def check_lora(config: Config) -> None:

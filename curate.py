@@ -53,7 +53,7 @@ from tqdm import tqdm
 import config as configuration
 import scenes
 from annotations.answers import letter_of_answer, strip_letters
-from annotations.rows import DataError, Row, Sample, control, read_rows
+from annotations.rows import DataError, Row, Sample, read_rows
 from annotations.samples import VIDEO_SUFFIXES, spread, write_samples
 from config import Config, ConfigError
 from engine.loading import patch_side
@@ -65,7 +65,7 @@ from media.decode import probe
 from media.file import VideoError
 from media.frames import FrameCache
 from policy import ModelError
-from prompts import LETTERS, Spans
+from prompts import LETTERS, Spans, control
 from report.plots import plot_statistics, round_edges
 from scenes import SceneError
 from video import PATCH, Budget, load_clip, plan_clip

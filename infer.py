@@ -47,8 +47,10 @@ if __name__ == "__main__":
     commands.begin("infer", __doc__, bare=True)  # the imports below take seconds
 
 import argparse
+import contextlib
 import logging
 import math
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cache, partial
@@ -62,7 +64,7 @@ from transformers.utils.logging import disable_progress_bar
 import config as configuration
 import evaluate
 import prompts
-from annotations.rows import DataError, Sample, control
+from annotations.rows import DataError, Sample
 from annotations.samples import VIDEO_SUFFIXES, check_videos, load_samples
 from config import Config, ConfigError, suiting_recipe
 from engine.confidence import letter_probabilities, span_probability
@@ -80,7 +82,7 @@ from harness.asking import (
     zoomed,
 )
 from harness.commands import Settings
-from harness.folder import claimed_file
+from harness.folder import claimed, claimed_file
 from harness.run import patient_accelerator, program, share, use_threads
 from media.decode import VideoInfo, probe
 from media.file import VideoError
@@ -495,7 +497,7 @@ def check_options(options: argparse.Namespace, settings: Settings) -> None:
     if any(not option.strip() for option in options.options):
         raise ConfigError("--options: one of them is empty")
     for name, words in (("question", options.question or ""), ("options", "\n".join(options.options))):
-        if found := control(words):
+        if found := prompts.control(words):
             raise ConfigError(f"--{name} {found}; leave it out")
     if options.ground_model and options.strategy != "ground-then-answer":
         raise ConfigError("--ground_model is for --strategy ground-then-answer")
@@ -581,24 +583,32 @@ def own_videos(options: argparse.Namespace, settings: Settings, config: Config, 
     if len(questions) == 1:  # before the model is loaded
         probe(questions[0][0].video)
         play_source(questions[0][0].video, questions[0][1], options.embed)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    ask, agent = prepare(strategy, config, grounding, device)
-    asking = (((asked, page), ask(agent, asked, settings)) for asked, page in questions)
-    for (asked, page), result, _ in side_by_side(asking, config.eval_batch):
-        if isinstance(result, VideoError):
-            if len(questions) == 1:
-                raise result
-            log.warning("no answer: %s", result)
-            continue
-        info = probe(asked.video)
-        asked = replace(asked, duration=info.duration)
-        answer = final_answer(result, asked, settings)
-        if asked.video != options.video:
-            print(f"video       {asked.video}\nquestion    {asked.question}")
-        print(answer_text(result, answer, options.options))
-        source = play_source(asked.video, page, options.embed)
-        answer_page(answer_record(result, answer, asked, strategy, info.begin), page, source)
-        print(f"page        {page}")
+    with claimed_pages([page for _, page in questions]):
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        ask, agent = prepare(strategy, config, grounding, device)
+        asking = (((asked, page), ask(agent, asked, settings)) for asked, page in questions)
+        for (asked, page), result, _ in side_by_side(asking, config.eval_batch):
+            if isinstance(result, VideoError):
+                if len(questions) == 1:
+                    raise result
+                log.warning("no answer: %s", result)
+                continue
+            info = probe(asked.video)
+            asked = replace(asked, duration=info.duration)
+            answer = final_answer(result, asked, settings)
+            if asked.video != options.video:
+                print(f"video       {asked.video}\nquestion    {asked.question}")
+            print(answer_text(result, answer, options.options))
+            source = play_source(asked.video, page, options.embed)
+            answer_page(answer_record(result, answer, asked, strategy, info.begin), page, source)
+            print(f"page        {page}")
+
+
+def claimed_pages(pages: Sequence[Path]) -> contextlib.AbstractContextManager[None]:
+    """Within, no other program writes the page, or pages into their folder. Raises TrainingError."""
+    if len(pages) == 1:
+        return claimed_file(pages[0], None)
+    return claimed(os.path.commonpath([page.parent for page in pages]), None)
 
 
 def whole_data_set(options: argparse.Namespace, settings: Settings, config: Config, grounding: Config | None) -> None:

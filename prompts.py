@@ -144,6 +144,26 @@ def template(name: str) -> Template:
     return TEMPLATES[name]
 
 
+# --- what cannot be said ---------------------------------------------------------------------------------------------
+
+# What a tokenizer would take for an instruction, and half of a surrogate pair, which it cannot encode.
+_SPECIAL = re.compile(r"<\|[^\s<>|]+\|>")
+_HALF = re.compile(r"[\ud800-\udfff]")
+
+
+def control(text: str) -> str | None:
+    """What makes a text unfit for a prompt: a special token, or half a character."""
+    if "<|" in text and (found := _SPECIAL.search(text)):
+        return f"has the special token {found[0]}"
+    return None if text.isascii() else half_character(text)
+
+
+def half_character(text: str) -> str | None:
+    """What makes a text unfit for a file: half of a surrogate pair."""
+    found = _HALF.search(text)
+    return f"has half a character, \\u{ord(found[0]):04x}" if found else None
+
+
 # --- what is said to the model ---------------------------------------------------------------------------------------
 
 

@@ -25,11 +25,13 @@ from annotations.rows import (
     Report,
     Row,
     Sample,
+    as_float,
     as_row,
     open_text,
     read_csv,
     read_object,
     read_rows,
+    short,
 )
 from prompts import LETTERS
 
@@ -52,8 +54,8 @@ def read_nextgqa(path: Path, report: Report) -> Iterator[Sample]:
     spans_file = path.with_name(f"gsub_{path.stem}.json")
     folders_file = path.with_name("map_vid_vidorID.json")
     videos = read_object(spans_file) if spans_file.is_file() else {}
-    folders = read_object(folders_file) if folders_file.is_file() else {}
-    if not folders:
+    folders = Row(folders_file, "top level", read_object(folders_file) if folders_file.is_file() else {})
+    if not folders.fields:
         report.remarks.append(f"no {folders_file.name} beside it: videos are named without their folder")
     for row in read_csv(path):
         video, qid = row.text("video_id"), row.text("qid")
@@ -73,7 +75,7 @@ def read_nextgqa(path: Path, report: Report) -> Iterator[Sample]:
         kind = row.text("type")
         yield Sample(
             id=f"{video}_{qid}",
-            video=folders.get(video, video),
+            video=folders.text(video) if folders.has(video) else video,
             question=row.text("question"),
             options=options,
             answer=answer,
@@ -171,7 +173,7 @@ def charades_lines(path: Path) -> Iterator[Row]:
             match = CHARADES_LINE.fullmatch(line.rstrip("\r\n"))
             if not match:
                 text = line.rstrip("\r\n")
-                raise DataError(f"{path}: row {number}: expected 'ID start end##sentence', got {text!r}")
+                raise DataError(f"{path}: row {number}: expected 'ID start end##sentence', got {short(text)}")
             fields = {"video": match[1], "timestamp": [float(match[2]), float(match[3])], "caption": match[4]}
             yield Row(path, f"row {number}", fields)
 
@@ -227,7 +229,7 @@ def read_ego4d_nlq(path: Path, report: Report) -> Iterator[Sample]:
         for clip_object in as_row(path, "videos", video).get("clips", list):
             clip = as_row(path, "clips", clip_object)
             clip_id = clip.text("clip_uid")
-            duration = clip.get("clip_end_sec", int, float) - clip.get("clip_start_sec", int, float)
+            start, end = (as_float(clip.get(f"clip_{which}_sec", int, float)) for which in ("start", "end"))
             for annotation_object in clip.get("annotations", list):
                 annotation = as_row(path, f"clip {clip_id}", annotation_object)
                 for number, query in enumerate(annotation.get("language_queries", list)):
@@ -245,7 +247,7 @@ def read_ego4d_nlq(path: Path, report: Report) -> Iterator[Sample]:
                         options=(),
                         answer=None,
                         evidence=(row.span("clip_start_sec", ends, report),) if labelled else (),
-                        duration=duration,
+                        duration=end - start,
                         kind=row.text("template") if row.has("template") else "",
                         meta=asked,
                     )
@@ -356,11 +358,11 @@ def lvbench_sample(
     )
 
 
-def clock_seconds(text: str) -> int:
+def clock_seconds(text: str) -> float:
     """Seconds of "MM:SS" or "H:MM:SS"; the first part may be any number."""
-    seconds = 0
+    seconds = 0.0
     for part in text.split(":"):
-        seconds = 60 * seconds + int(part)
+        seconds = 60 * seconds + float(part)
     return seconds
 
 
@@ -406,7 +408,7 @@ def read_plm_video(path: Path, report: Report) -> Iterator[Sample]:
                 question=row.text("caption"),
                 options=(),
                 answer=None,
-                evidence=(row.span("start_frame", [frame / PLM_FPS for frame in frames], report),),
+                evidence=(row.span("start_frame", [as_float(frame) / PLM_FPS for frame in frames], report),),
                 duration=row.number("total_frames") / PLM_FPS,
             )
             continue
@@ -416,6 +418,7 @@ def read_plm_video(path: Path, report: Report) -> Iterator[Sample]:
         if answer is None:
             report.drop(row.where, NOT_AN_OPTION, row.text("answer"))
             continue
+        about = Row(path, f"{row.where}, metadata", row.get("metadata", dict) if row.has("metadata") else {})
         yield Sample(
             id=row.text("uid"),
             video=row.text("video"),
@@ -424,7 +427,7 @@ def read_plm_video(path: Path, report: Report) -> Iterator[Sample]:
             answer=answer,
             evidence=(),
             duration=None,
-            kind=row.get("metadata", dict).get("question_type", "") if row.has("metadata") else "",
+            kind=about.text("question_type") if about.has("question_type") else "",
             meta={"group": row.text("qa_uid" if row.has("qa_uid") else "qa_id")},
         )
 
@@ -443,7 +446,7 @@ def read_time_r1(path: Path, report: Report) -> Iterator[Sample]:
         if bench:
             numbers = re.fullmatch(r"(\d+(?:\.\d+)?)-(\d+(?:\.\d+)?)", row.text("answer"))
             if not numbers:
-                raise row.error("answer", f"expected 'start-end', got {row.fields['answer']!r}")
+                raise row.error("answer", f"expected 'start-end', got {short(row.fields['answer'])}")
             start, end = row.span("answer", [float(numbers[1]), float(numbers[2])], report)
         else:
             start, end = row.span("timestamp", row.get("timestamp", list), report)

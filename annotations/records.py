@@ -11,6 +11,7 @@ format, or a name is misspelled, and what is missing is an error.
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Iterator
@@ -18,11 +19,12 @@ from operator import itemgetter
 from pathlib import Path
 
 from annotations.answers import letter_of_answer, strip_letters
-from annotations.rows import Report, Row, Sample, as_row, control, read_values
-from prompts import LETTERS
+from annotations.rows import Report, Row, Sample, as_row, read_values, short
+from prompts import LETTERS, control, half_character
 
 RECORD_FIELDS = itemgetter("id", "video", "question", "options", "answer", "glue", "duration")
 MARKED = {f"({letter})": place for place, letter in enumerate(LETTERS)}  # in order
+MARKS = "".join(MARKED)
 NUMBERS = (int, float)
 ABSENT = {"options": [], "answer": None, "glue": [], "duration": None}  # what a field that is not there stands for
 OURS = {"id", "video", "question", "kind", "meta", *ABSENT}
@@ -51,6 +53,8 @@ def read_records(path: Path, report: Report, others: bool = False) -> Iterator[S
             report.drop(row.where, NOT_AN_OPTION, answer)
             continue
         meta = row.get("meta", dict) if row.has("meta") else {}
+        if found := half_character(json.dumps(meta, ensure_ascii=False)):
+            raise row.error("meta", f"{found}; remove it")
         yield Sample(
             id=str(row.get("id", str, int)) if "id" in row.fields else f"{path.stem}:{number}",
             video=video,
@@ -76,7 +80,8 @@ def usual_record(fields: object) -> Sample | None:
             return None
         if type(options) is not list or not MARKED[answer] < len(options) <= len(LETTERS):
             return None
-        if not all(map(str.startswith, options, MARKED)):
+        marks = "".join([option[:3] for option in options])
+        if len(marks) != 3 * len(options) or not MARKS.startswith(marks):
             return None
         for start, end in glue:
             if not (type(start) in NUMBERS and type(end) in NUMBERS and -math.inf < start <= end < math.inf):
@@ -109,5 +114,5 @@ def read_letter(row: Row, name: str, options: tuple[str, ...]) -> str:
     """The letter of an option that the field must mean; any letter without options."""
     letter = letter_of_answer(row.text(name), options)
     if letter is None:
-        raise row.error(name, f"expected the letter of one of {len(options)} options, got {row.fields[name]!r}")
+        raise row.error(name, f"expected the letter of one of {len(options)} options, got {short(row.fields[name])}")
     return letter

@@ -16,6 +16,7 @@ import csv
 import json
 import math
 import re
+import reprlib
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,13 +24,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple, TextIO
 
+from prompts import control
+
 READ_CHARACTERS = 1 << 20  # characters of a JSON list that are read at a time
 SPACE = re.compile(r"[ \t\r\n]*")
 DECODER = json.JSONDecoder()
 BRACKETS = str.maketrans("()", "[]")
-# What a tokenizer would take for an instruction, and half a character, which it cannot encode.
-SPECIAL = re.compile(r"<\|[^\s<>|]+\|>")
-SURROGATE = re.compile(r"[\ud800-\udfff]")
+# Lists in a YAML file that name each other can stand for more text than there is memory.
+BRIEF = reprlib.Repr()
+BRIEF.maxlevel, BRIEF.maxlist, BRIEF.maxtuple, BRIEF.maxdict = 3, 20, 20, 20
+BRIEF.maxstring = BRIEF.maxlong = BRIEF.maxother = 1000
 
 
 class DataError(Exception):
@@ -97,15 +101,6 @@ def by_reason(dropped: list[Dropped]) -> list[str]:
 
 
 # ---------------------------------------------------------------- fields
-
-
-def control(text: str) -> str | None:
-    """What makes a text unfit for a prompt: a special token, or half of a surrogate pair."""
-    if "<|" in text and (found := SPECIAL.search(text)):
-        return f"has the special token {found[0]}"
-    if not text.isascii() and (found := SURROGATE.search(text)):
-        return f"has half a character, \\u{ord(found[0]):04x}"
-    return None
 
 
 @dataclass(slots=True)
@@ -199,7 +194,7 @@ def as_float(number: int | float) -> float:
 def short(value: object) -> str:
     """A value for an error message, cut to 80 characters."""
     try:
-        text = repr(value)
+        text = BRIEF.repr(value)
     except (RecursionError, ValueError):  # nested too deep, or a number of more digits than Python prints
         text = f"a {type(value).__name__} too large to print"
     return text if len(text) <= 80 else text[:77] + "..."

@@ -31,7 +31,7 @@ import prompts
 from annotations.formats import FORMATS, looks_like
 from annotations.packed import Packed
 from annotations.rows import DataError, Dropped, Report, Row, Sample, as_row, by_reason, read_text, short
-from config import Config
+from config import Config, ConfigError
 from media.decode import probe
 from media.file import VideoError
 from world import benchmark
@@ -40,6 +40,7 @@ VIDEO_SUFFIXES = (".mp4", ".mkv", ".webm", ".avi", ".mov", ".m4v", ".ts", ".mpg"
 VIDEO_SUFFIXES += (".m2ts", ".mts", ".vob", ".ogv", ".gif")
 MAX_DROPPED = 0.05  # the share of rows that may be unusable
 MAX_DIFFERENCE = 1.0  # seconds between the duration of a row and its file that pass without a word
+MAX_WEIGHT = 1000  # of a file in a mixture: so often its samples come per epoch
 PROBED = 8  # videos of a training file that are looked at before a model is loaded
 log = logging.getLogger(__name__)
 
@@ -82,8 +83,8 @@ def stream(report: Report, video_root: str | Path | None) -> Iterator[Sample]:
             if (key := hash(sample.id)) in seen:
                 raise DataError(f"{path}: two rows have the id '{sample.id}'")
             seen.add(key)
-            if not sample.video.strip():
-                raise Row(path, f"question '{sample.id}'", {}).error("video", "is empty")
+            if found := flaw(sample):
+                raise Row(path, f"question '{sample.id}'", {}).error(*found)
             if sample.evidence:
                 note_evidence(sample, report)
             sample.video, there = find(sample.video)  # nobody has seen the sample yet
@@ -103,6 +104,17 @@ def stream(report: Report, video_root: str | Path | None) -> Iterator[Sample]:
         raise DataError(
             f"{path}: none of the {len(report.dropped)} rows can be used: {'; '.join(dropped_reasons(report))}"
         )
+
+
+def flaw(sample: Sample) -> tuple[str, str] | None:
+    """The field of a sample that no program could use, whatever was read from the file, and what is wrong with it."""
+    if not sample.id.isascii() and (found := prompts.half_character(sample.id)):
+        return "id", f"{found}; remove it"
+    if not sample.video.strip():
+        return "video", "is empty"
+    if sample.duration is not None and not 0 < sample.duration < math.inf:
+        return "duration", f"expected a positive number, got {sample.duration}"
+    return None
 
 
 def dropped_reasons(report: Report) -> list[str]:
@@ -133,11 +145,14 @@ def unreached(report: Report) -> str:
 
 
 def note_evidence(sample: Sample, report: Report) -> None:
-    """Count what is unusual about a sample's evidence, of which there is some."""
+    """Count what is unusual about a sample's evidence, of which there is some. Raises DataError if it is not finite."""
     report.with_evidence += 1
     limit = math.inf if sample.duration is None else sample.duration
     reachable = False
     for start, end in sample.evidence:
+        if not -math.inf < start <= end < math.inf:
+            place = Row(report.path, f"question '{sample.id}'", {})
+            raise place.error("evidence", f"expected finite [start, end], got {[start, end]}")
         reachable |= start < end and end > 0 and start < limit
         if start == end:
             report.notes["spans of zero length"] += 1
@@ -310,10 +325,12 @@ def read_entry(row: Row, names: dict[str, str]) -> Entry:
             raise row.error(str(name), f"is not known; there are {', '.join(names)}")
     values: dict = {names[name]: row.text(name) for name in row.fields if name != "weight"}
     if "format" in values and values["format"] not in FORMATS:
-        raise row.error("format", f"{values['format']!r} is none of {', '.join(FORMATS)}")
+        raise row.error("format", f"{short(values['format'])} is none of {', '.join(FORMATS)}")
     row.text(next(name for name in names if names[name] == "data"))
     if "weight" in row.fields:
         values["weight"] = row.number("weight")
+        if values["weight"] > MAX_WEIGHT:
+            raise row.error("weight", f"expected at most {MAX_WEIGHT}, got {values['weight']:g}")
     return Entry(**values)
 
 
@@ -379,7 +396,9 @@ class Epochs:
 
 
 def locate(name: str, split: str, config: Config) -> tuple[str | Path, str, str | Path | None]:
-    """The annotation file, its format and its videos' folder; `world` is the built-in benchmark, written if needed."""
+    """The annotation file, its format and its videos' folder; `world` is the built-in benchmark, written if needed.
+    Raises ConfigError for a world that cannot be.
+    """
     if name != "world":
         return name, config.data_format, config.video_root or None
     n_videos = config.world_train_videos if split == "train" else config.world_test_videos
@@ -388,7 +407,10 @@ def locate(name: str, split: str, config: Config) -> tuple[str | Path, str, str 
         "min_duration": config.world_min_duration,
         "n_events": config.world_events,
     }
-    path = benchmark.build(config.cache, split, n_videos, config.world_seed, **world)
+    try:
+        path = benchmark.build(config.cache, split, n_videos, config.world_seed, **world)
+    except ValueError as error:
+        raise ConfigError(f"world_events = {config.world_events}: {error}") from None
     return path, "records", path.parent
 
 

@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 
 import prompts
-from annotations.rows import DataError, Row, as_float, as_row, control, read_rows
+from annotations.rows import DataError, Row, as_float, as_row, read_rows, short
 from annotations.samples import video_path
 from config import Config
 from engine.loading import patch_side
@@ -46,6 +46,7 @@ from video import Budget, ClipPlan, frame_budget, frame_size, load_clips, plan_c
 
 MARK = "<video>"
 MAX_STEP = 86400  # seconds from frame to frame: a day
+MAX_PLANNED = 10_000  # frames of a message
 ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
 
 
@@ -103,7 +104,7 @@ def read_trajectory(row: Row, video_root: str = "") -> Trajectory:
     for turn in turns:
         role = read_role(turn)
         words, turn_clips = read_contents(turn, video_root)
-        if found := control(words):
+        if found := prompts.control(words):
             raise DataError(f"{row.file}: {row.where}: the {role}'s text {found}; remove it")
         if role == "system" and not messages:
             system = words
@@ -114,6 +115,8 @@ def read_trajectory(row: Row, video_root: str = "") -> Trajectory:
         if len(turn_clips) != marks:
             raise turn.error("videos", f"{marks} {MARK} in the text, but {len(turn_clips)} clips")
         planned = turn.get("planned", int) if "planned" in turn.fields else 0
+        if not 0 <= planned <= MAX_PLANNED:
+            raise turn.error("planned", f"expected 0 to {MAX_PLANNED} frames, got {short(planned)}")
         messages.append(TrajectoryTurn(role, words, tuple(turn_clips), read_weight(turn), planned))
     if left := sum(1 for _ in clips):
         raise row.error("videos", f"{left} clips more than {MARK} in the texts")
@@ -125,7 +128,7 @@ def read_role(turn: Row) -> str:
     name = "from" if "from" in turn.fields else "role"
     role = turn.text(name)
     if role not in ROLES:
-        raise turn.error(name, f"{role!r} is none of {', '.join(ROLES)}")
+        raise turn.error(name, f"{short(role)} is none of {', '.join(ROLES)}")
     return ROLES[role]
 
 
@@ -144,7 +147,7 @@ def read_contents(turn: Row, video_root: str) -> tuple[str, list[TrajectoryClip]
                 raise entry.error("text", f"{MARK} stands for a clip, which is an entry of the list here")
             continue
         if kind not in ("video", "video_url"):
-            raise entry.error("type", f"{kind!r} is none of text, video, video_url")
+            raise entry.error("type", f"{short(kind)} is none of text, video, video_url")
         if isinstance(entry.fields.get(kind), dict):
             entry = as_row(turn.file, f"{entry.where}, {kind}", entry.fields[kind])
             kind = "url" if "url" in entry.fields else "video"
@@ -157,7 +160,7 @@ def clip_path(row: Row, name: str, video_root: str) -> str:
     """The path in a field, which may be written as an address of a file."""
     path = row.text(name).removeprefix("file://")
     if not path.strip() or "://" in path:
-        raise row.error(name, f"expected the path of a video file, got {path!r}")
+        raise row.error(name, f"expected the path of a video file, got {short(path)}")
     return video_path(path, video_root or None)
 
 
@@ -165,10 +168,10 @@ def read_weight(turn: Row) -> float:
     """What a turn counts: its "weight", or its "loss" (of ms-swift: true, false or null), 1 without either."""
     loss = turn.fields.get("loss")
     if loss is not None and not isinstance(loss, bool):
-        raise turn.error("loss", f"expected true or false, got {loss!r}")
+        raise turn.error("loss", f"expected true or false, got {short(loss)}")
     weight = turn.get("weight", int, float) if turn.fields.get("weight") is not None else 1
     if weight not in (0, 1):
-        raise turn.error("weight", f"expected 0 or 1, got {weight!r}")
+        raise turn.error("weight", f"expected 0 or 1, got {short(weight)}")
     return float(weight and loss is not False)
 
 
@@ -189,7 +192,7 @@ def read_clips(row: Row, video_root: str) -> list[TrajectoryClip]:
         times = entry.get("times", list)
         known = all(type(t) in (int, float) and 0 <= as_float(t) < math.inf for t in times)
         if not times or not known or times != sorted(times):
-            raise entry.error("times", f"expected rising seconds, got {times!r}")
+            raise entry.error("times", f"expected rising seconds, got {short(times)}")
         step = entry.number("step") if "step" in entry.fields else 1.0
         if step > MAX_STEP:
             raise entry.error("step", f"expected at most {MAX_STEP} seconds, got {step:g}")
@@ -203,7 +206,8 @@ def check_turns(row: Row, name: str, messages: Sequence[TrajectoryTurn]) -> None
     """
     roles = [message.role for message in messages]
     if len(roles) < 2 or roles != ["user", "assistant"] * (len(roles) // 2):
-        raise row.error(name, f"user and assistant must take turns, and the assistant ends: {', '.join(roles)}")
+        there = ", ".join(roles[:12]) + (", ..." if len(roles) > 12 else "")
+        raise row.error(name, f"user and assistant must take turns, and the assistant ends: {there}")
     if not any(message.weight for message in messages[1::2]):
         raise row.error(name, "every turn of the assistant has weight 0")
 

@@ -28,7 +28,7 @@ def load(path: str, dtype: torch.dtype = torch.float32) -> tuple[PreTrainedModel
         disable_progress_bar()  # of reading and writing weights; that of a download stays
     with _errors_of(path):
         config = read_config(path)
-        tokenizer = AutoTokenizer.from_pretrained(path)
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)  # unsaid, it would ask
         check_tokenizer(tokenizer, config)
         model, found = family_of(config).model.from_pretrained(
             path, dtype=dtype, attn_implementation="sdpa", output_loading_info=True
@@ -51,7 +51,7 @@ def patch_side(path: str) -> int:
 
 def read_config(path: str):
     """A checkpoint's configuration. Raises ModelError if it is of no family."""
-    config = AutoConfig.from_pretrained(path)
+    config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     if config.model_type not in FAMILIES:
         raise ModelError(f"its type is {config.model_type!r}, this needs one of {', '.join(FAMILIES)}")
     return config

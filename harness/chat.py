@@ -19,6 +19,7 @@ A `Chat` turns a list of messages, of texts and frames, into a `Reply`. There ar
 from __future__ import annotations
 
 import base64
+import contextlib
 import hashlib
 import http.client
 import io
@@ -26,13 +27,14 @@ import json
 import os
 import random
 import re
+import socket
 import tempfile
 import threading
 import time
 import urllib.error
 import urllib.request
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import astuple, dataclass, field
 from email.utils import parsedate_to_datetime
 from pathlib import Path
@@ -122,7 +124,8 @@ class _NoRedirect(urllib.request.HTTPRedirectHandler):
 class Endpoint:
     """A chat endpoint at `url`, such as https://api.openai.com/v1. It can be asked by several threads at once.
 
-    `timeout`: seconds without a byte from the server; `deadline`: seconds from a reply's beginning to its end;
+    `timeout`: seconds without a byte from the server; `deadline`: seconds from a reply's beginning to its end, and with
+    `timeout` those from the request to there;
     `waits`: the seconds before the second, third, ... try, each shortened by up to a half at random; `patience`: the
     longest wait that a server may ask for, in seconds.
     """
@@ -212,25 +215,30 @@ class Endpoint:
         headers = {"Content-Type": "application/json", "Authorization": f"Bearer {self.key}"}
         request = urllib.request.Request(f"{self.url}/chat/completions", json.dumps(fields).encode(), headers)
         try:
-            try:
-                answer = urllib.request.build_opener(_NoRedirect).open(request, timeout=self.timeout)
-            except urllib.error.HTTPError as error:
-                answer = error
-            with answer:
-                content = self.read(answer, MAX_REPLY if answer.status == 200 else 2000)
-                if answer.status == 200 and answer.length and len(content) < MAX_REPLY:
-                    raise _PassingError("the connection was cut in the middle of the reply")
+            with cut_after(self.timeout + self.deadline) as watched:
+                try:
+                    answer = urllib.request.build_opener(_NoRedirect, *watched).open(request, timeout=self.timeout)
+                except urllib.error.HTTPError as error:
+                    answer = error
+                with answer:
+                    content = self.read(answer, MAX_REPLY if answer.status == 200 else 2000)
+                    if answer.status == 200 and answer.length and len(content) < MAX_REPLY:
+                        raise _PassingError("the connection was cut in the middle of the reply")
         except (OSError, http.client.HTTPException) as error:  # URLError and timeouts are OSErrors
-            raise _PassingError(one_line(str(getattr(error, "reason", error)) or type(error).__name__)) from None
+            reason = self.without_key(str(getattr(error, "reason", error)).encode(errors="replace")).decode()
+            raise _PassingError(one_line(reason) or type(error).__name__) from None
+        content = self.without_key(content)
         if answer.status != 200:
             raise self.failure(answer.status, answer.headers, content)
         return content
 
+    def without_key(self, content: bytes) -> bytes:
+        """What a server says, without the key, which it may repeat."""
+        return content.replace(self.key.encode(), b"[key]") if len(self.key) >= SHORTEST_KEY else content
+
     def failure(self, status: int, headers: http.client.HTTPMessage, content: bytes) -> Exception:
         """What an answer with this status means."""
         reason = content.decode(errors="replace")
-        if len(self.key) >= SHORTEST_KEY:  # servers may repeat it
-            reason = reason.replace(self.key, "[key]")
         what = f"status {status}{': ' if reason.strip() else ''}{one_line(reason)}"
         if status in (408, 429) or status >= 500:
             return _PassingError(what, asked_wait(headers))
@@ -245,6 +253,60 @@ class Endpoint:
             if time.monotonic() > end:
                 raise _PassingError(f"the reply is not complete {self.deadline:g} s after it began")
         return content
+
+
+class _Watching:
+    """A handler that notes the sockets of its connections."""
+
+    def __init__(self, sockets: list[socket.socket]):
+        super().__init__()
+        self.sockets = sockets
+
+    def do_open(self, connection: type, *arguments, **options):
+        noted = self.sockets
+
+        class Watched(connection):
+            def connect(self):
+                super().connect()
+                noted.append(self.sock)
+
+        return super().do_open(Watched, *arguments, **options)
+
+
+class _WatchingHTTP(_Watching, urllib.request.HTTPHandler):
+    pass
+
+
+class _WatchingHTTPS(_Watching, urllib.request.HTTPSHandler):
+    pass
+
+
+@contextlib.contextmanager
+def cut_after(seconds: float) -> Iterator[tuple[_Watching, ...]]:
+    """Within, whatever these handlers connect to is cut after so many seconds: a server may drip header lines, or say
+    again and again that a reply is coming. Raises _PassingError then.
+    """
+    sockets: list[socket.socket] = []
+    late = threading.Event()
+
+    def cut() -> None:
+        late.set()
+        for one in sockets:
+            with contextlib.suppress(OSError):  # closed already
+                one.shutdown(socket.SHUT_RDWR)
+
+    timer = threading.Timer(seconds, cut)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield _WatchingHTTP(sockets), _WatchingHTTPS(sockets)
+    except (OSError, http.client.HTTPException):
+        if not late.is_set():
+            raise
+    finally:
+        timer.cancel()
+    if late.is_set():
+        raise _PassingError(f"the reply is not complete {seconds:g} s after the request")
 
 
 class _PassingError(Exception):
@@ -412,9 +474,11 @@ def content_hash(name: str, messages: Sequence[Message]) -> str:
 def kept(path: Path) -> Reply | None:
     """The reply in a file; None if there is none, or none that can be read."""
     try:
-        return Reply(**json.loads(path.read_text(encoding="utf-8")))
-    except (FileNotFoundError, ValueError, TypeError):
+        reply = Reply(**json.loads(path.read_text(encoding="utf-8")))
+    except (FileNotFoundError, ValueError, TypeError, RecursionError):
         return None
+    whole = isinstance(reply.text, str) and not prompts.half_character(reply.text)
+    return reply if whole and all(type(n) is int for n in (reply.prompt_tokens, reply.completion_tokens)) else None
 
 
 def keep(path: Path, reply: Reply) -> None:

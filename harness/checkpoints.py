@@ -36,11 +36,14 @@ from harness.run import TrainingError, in_words, main_does
 from harness.setup import new_scheduler
 
 log = logging.getLogger("zoomgrpo")
+PROGRESS = ("step", "drawn", "failures", "updates")
+UNREADABLE = (OSError, ValueError, AttributeError, TypeError, KeyError, OverflowError, RecursionError)  # JSON of ours
 SAVED = ("checkpoint", "adapter", "state")  # folders, in the order in which new ones are put in their place
 # All that a run writes into `out`; --overwrite deletes it.
 SCORES = ("evaluation.json", "evaluation.html", "clue.png", "reliability.png", "results-after.jsonl")
 BEGUN = ("metrics.jsonl", "zoomgrpo", "curves.png", "episodes.html", "episodes-first.html", "best.json", *SCORES)
-NUMBERED = ("results-[0-9]*.jsonl", "checkpoint-*")  # of evaluations on the way, and checkpoints that are kept
+# Of evaluations on the way, and checkpoints that are kept; whoever has copied one to checkpoint-mine keeps it.
+NUMBERED = ("results-[0-9]*.jsonl", "checkpoint-[0-9]*", "checkpoint-best", "checkpoint-best.part")
 BEGUN += tuple(name + end for name in SAVED for end in ("", ".part", ".old"))
 OWNED = (*BEGUN, "config.yaml", "results-before.jsonl")
 OWNED += tuple(f"{name}.part" for name in ("config.yaml", "metrics.jsonl", "results-before.jsonl"))
@@ -70,6 +73,7 @@ def prepare_folder(config: Config, out: Path) -> None:
         if read_progress(out)["step"] < config.steps:
             delete(out, SCORES)  # of fewer steps
         compare(config, out / "config.yaml")
+        keep_copies(config, out)
     elif begun and not config.overwrite:
         found = "a run already: continue it with --resume," if saved else "a run that has no checkpoint yet:"
         raise TrainingError(f"{out} holds {found} replace it with --overwrite, or choose another --out")
@@ -96,12 +100,13 @@ def compare(config: Config, path: Path) -> None:
 # ---------------------------------------------------------------- saving
 
 
-def save_checkpoint(run: Any, progress: Mapping[str, int]) -> None:
+def save_checkpoint(run: Any, progress: Mapping[str, int], score: float | None = None) -> None:
     """Write `checkpoint/` (for from_pretrained) and `state/` (for --resume): whole or not at all, and on disk.
 
-    Raises TrainingError if they cannot be written.
+    Then keep the checkpoint under further names, as the options say. Raises TrainingError if they cannot be written.
 
-    run: `setup.Run`. progress: what `resume` returns: steps done, samples drawn and failed.
+    run: `setup.Run`. progress: what `resume` returns: steps done, samples drawn and failed. score: by which the best
+    checkpoint is kept, if this one was evaluated.
     """
     out, accelerator = Path(run.config.out), run.accelerator
     main_does(accelerator, partial(delete, out, [f"{name}.part" for name in SAVED]))  # of a save that was interrupted
@@ -109,7 +114,18 @@ def save_checkpoint(run: Any, progress: Mapping[str, int]) -> None:
         writer = shards.HuggingFaceStorageWriter(str(out / "state.part"), save_distributed=True)
         shards.save(held_tensors(run), storage_writer=writer, no_dist=accelerator.num_processes == 1)
     weights = accelerator.get_state_dict(run.policy)  # of a sharded policy: whole, in the main process' memory
-    main_does(accelerator, partial(finish_save, run, out, weights, progress))
+    done = progress if score is None else {**progress, run.config.keep_best: score}
+    main_does(accelerator, partial(finish_save, run, out, weights, done))
+
+
+def keep_copies(config: Config, out: Path) -> None:
+    """Keep the checkpoint that was saved last under further names; a resumed run does it again, since a kill may have
+    come between the two.
+    """
+    saved = read_saved(out)
+    keep_numbered(out, saved["step"], config.keep_checkpoints)
+    if config.keep_best in saved:
+        link_best(out, saved["step"], config.keep_best, saved[config.keep_best])
 
 
 def keep_numbered(out: Path, step: int, most: int) -> None:
@@ -117,23 +133,27 @@ def keep_numbered(out: Path, step: int, most: int) -> None:
     if most:
         link_checkpoint(out, f"checkpoint-{step}")
         numbers = [path.name.removeprefix("checkpoint-") for path in out.glob("checkpoint-*")]
-        older = sorted(int(number) for number in numbers if number.isdigit() and int(number) != step)
+        older = sorted(int(number) for number in numbers if number.isdecimal() and int(number) != step)
         delete(out, [f"checkpoint-{number}" for number in older[: len(older) + 1 - most]])
 
 
 def keep_best(run: Any, step: int, score: float) -> None:
     """Keep the checkpoint as checkpoint-best/ if no score before was as high; best.json says of which step it is."""
-    out = Path(run.config.out)
+    main_does(run.accelerator, partial(link_best, Path(run.config.out), step, run.config.keep_best, score))
 
-    def keep() -> None:
-        path = out / "best.json"
-        if path.exists() and json.loads(path.read_text())["score"] >= score:
+
+def link_best(out: Path, step: int, metric: str, score: float) -> None:
+    """`keep_best`, in one process. A best.json that cannot be read is named, and counts as none."""
+    path = out / "best.json"
+    try:
+        known = json.loads(path.read_text()) if path.exists() else {}
+        if known and known["metric"] == metric and float(known["score"]) >= score:
             return
-        link_checkpoint(out, "checkpoint-best")
-        best = {"step": step, "metric": run.config.keep_best, "score": score}
-        save_whole(path, lambda part: part.write_text(json.dumps(best)))
-
-    main_does(run.accelerator, keep)
+    except UNREADABLE as error:
+        log.warning("%s: cannot be read: %r; the checkpoint of step %d is kept as the best one", path, error, step)
+    link_checkpoint(out, "checkpoint-best")
+    best = {"step": step, "metric": metric, "score": score}
+    save_whole(path, lambda part: part.write_text(json.dumps(best)))
 
 
 def link_checkpoint(out: Path, name: str) -> None:
@@ -164,7 +184,7 @@ def held_tensors(run: Any) -> dict[str, Tensor]:
     return found
 
 
-def finish_save(run: Any, out: Path, weights: Mapping[str, Tensor], progress: Mapping[str, int]) -> None:
+def finish_save(run: Any, out: Path, weights: Mapping[str, Tensor], progress: Mapping[str, Any]) -> None:
     """The main process' part. step.json comes last: with it, both folders are complete."""
     # Each tied weight once: gathered from shards, its two names would be two tensors.
     weights = {name: weights[f"model.{name}"] for name, _ in run.model.named_parameters()}
@@ -185,7 +205,7 @@ def finish_save(run: Any, out: Path, weights: Mapping[str, Tensor], progress: Ma
     done = dict(progress) | {"updates": run.scheduler.last_epoch}
     save_whole(out / "state.part" / "step.json", lambda part: part.write_text(json.dumps(done)))
     settle(out)
-    keep_numbered(out, progress["step"], run.config.keep_checkpoints)
+    keep_copies(config, out)
 
 
 def settle(out: Path) -> None:
@@ -225,16 +245,24 @@ def resume(run: Any) -> dict[str, int]:
 
 
 def read_progress(out: Path) -> dict[str, int]:
-    """What `save_checkpoint` was told, and how many updates there were. Raises TrainingError."""
+    """The progress that `save_checkpoint` was told, and how many updates there were. Raises TrainingError."""
+    saved = read_saved(out)
+    return {name: saved[name] for name in PROGRESS}
+
+
+def read_saved(out: Path) -> dict[str, Any]:
+    """What step.json says: progress, updates, perhaps the score of `keep_best` by its name. Raises TrainingError."""
     path = out / "state" / "step.json"
     try:
-        progress = {name: int(value) for name, value in json.loads(path.read_text()).items()}
-    except (OSError, ValueError, AttributeError, TypeError) as error:
+        fields = json.loads(path.read_text()).items()
+        saved = {name: int(value) if name in PROGRESS else float(value) for name, value in fields}
+    except UNREADABLE as error:
         raise TrainingError(f"{path}: cannot be read: {error}; {rescue(out)}") from None
-    lacking = {"step", "drawn", "failures", "updates"} - set(progress)
-    if lacking:
-        raise TrainingError(f"{path}: does not tell {', '.join(sorted(lacking))}; {rescue(out)}")
-    return progress
+    if lacking := [name for name in PROGRESS if name not in saved]:
+        raise TrainingError(f"{path}: does not tell {', '.join(lacking)}; {rescue(out)}")
+    if wrong := [name for name in PROGRESS if saved[name] < 0]:
+        raise TrainingError(f"{path}: {wrong[0]} = {saved[wrong[0]]} cannot be; {rescue(out)}")
+    return saved
 
 
 def rescue(out: Path) -> str:

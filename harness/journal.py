@@ -62,7 +62,7 @@ def read(path: str | Path) -> list[Row]:
         if line.strip():
             try:
                 value = json.loads(line)
-            except ValueError as error:  # broken JSON or broken UTF-8
+            except (ValueError, RecursionError) as error:  # broken JSON or UTF-8, thousands of brackets
                 raise DataError(f"{path}: row {number}: not JSON: {error}; repair or delete the row") from None
             rows.append(as_row(path, f"row {number}", value))
     return rows

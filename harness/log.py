@@ -39,7 +39,7 @@ def keep_metrics(path: Path, done: int, accelerator: Accelerator) -> None:
         return
     lines = {}  # by step
     for line in path.read_bytes().splitlines(keepends=True) if done and path.exists() else []:
-        with contextlib.suppress(ValueError, TypeError, KeyError):
+        with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError):
             lines[json.loads(line)["step"]] = line.rstrip(b"\n") + b"\n"
     if lacking := [step for step in range(done) if step not in lines]:
         log.warning("%s: no line that can be read for steps %s; curves go on without", path, clipped(lacking))

@@ -26,6 +26,7 @@ from media.decode import cores
 
 log = logging.getLogger("zoomgrpo")
 T = TypeVar("T")
+LONGEST = 2000  # characters of a message
 # What Gloo and NCCL say in the processes that are left when one has ended.
 GONE = re.compile("Connection (closed|reset) by peer|Broken pipe|remote process exited|Read timeout|Connection refused")
 
@@ -163,11 +164,13 @@ def finish(accelerator: Accelerator) -> None:
 
 def program(main: Callable[[], None], *expected: type[Exception]) -> None:
     """Call `main`; expected errors become one line and exit code 1, signals 128 + their number."""
-    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    handler = logging.StreamHandler()
+    handler.setFormatter(Readable("%(message)s"))
+    logging.basicConfig(handlers=[handler], level=logging.WARNING)
     try:
         main()
     except (ConfigError, TrainingError, OSError, *expected) as error:
-        sys.exit(f"error: {in_words(error)}")
+        sys.exit(f"error: {readable(in_words(error))}")
     except RuntimeError as error:
         if not GONE.search(str(error)):
             raise
@@ -178,6 +181,19 @@ def program(main: Callable[[], None], *expected: type[Exception]) -> None:
     except KeyboardInterrupt:
         print("stopped at once; what was finished is kept", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
+
+
+class Readable(logging.Formatter):
+    """Messages as `readable` has them."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return readable(super().format(record))
+
+
+def readable(message: str) -> str:
+    """A message, which may quote a stranger's file, without what a terminal would obey, cut where nobody reads on."""
+    signs = (c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in message[:LONGEST])
+    return "".join(signs) + ("..." if len(message) > LONGEST else "")
 
 
 def in_words(error: Exception) -> str:

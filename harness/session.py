@@ -12,7 +12,7 @@ import torch
 from tqdm import tqdm
 
 from harness.batches import Reading
-from harness.checkpoints import keep_best, resume, save_checkpoint
+from harness.checkpoints import resume, save_checkpoint
 from harness.log import keep_metrics, log_step
 from harness.run import Stopped, StopSignal
 
@@ -73,6 +73,8 @@ class Session:
     def steps(self) -> Iterator[int]:
         """The numbers of the steps that are left. Raises Stopped after a signal."""
         config = self.run.config
+        if self.done >= config.steps:
+            self.draw()  # of a finished run, whose curves may be gone
         while self.done < config.steps:
             self.seconds = {}
             yield self.done
@@ -83,15 +85,13 @@ class Session:
             score = self.evaluate(self.done) if evaluated else None
             if last or self.done % config.save_every == 0 or score is not None:
                 self.draw()
-                self.save()
-            if score is not None:
-                keep_best(self.run, self.done, score)
+                self.save(score)
             self.stop.check()
 
-    def save(self) -> None:
-        """Write a checkpoint of the steps done."""
+    def save(self, score: float | None = None) -> None:
+        """Write a checkpoint of the steps done. score: of `evaluate`."""
         drawn, failures = self.counted
-        save_checkpoint(self.run, {"step": self.done, "drawn": drawn, "failures": failures})
+        save_checkpoint(self.run, {"step": self.done, "drawn": drawn, "failures": failures}, score)
         self.saved = self.done
 
     @contextlib.contextmanager

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from annotations.rows import DataError, Row, Sample, read_rows
+from annotations.rows import DataError, Row, Sample, read_rows, short
 from report.calibration import ANSWERS
 
 if TYPE_CHECKING:
@@ -70,11 +70,11 @@ def read_results(path: str | Path, samples: list[Sample]) -> list[dict]:
         id = str(line.get("id", str, int))
         answer = line.get("predicted_answer", str, type(None))
         if answer is not None and not re.fullmatch("[A-Z]", answer):
-            raise line.error("predicted_answer", f"expected a capital letter or null, got {answer!r}")
+            raise line.error("predicted_answer", f"expected a capital letter or null, got {short(answer)}")
         spans = line.get("spans", list, type(None))
         for pair in spans or []:
             if not is_span(pair) or not -np.inf < pair[0] <= pair[1] < np.inf:
-                raise line.error("spans", f"expected [start, end] in seconds, start <= end, got {pair!r}")
+                raise line.error("spans", f"expected [start, end] in seconds, start <= end, got {short(pair)}")
         if id in predictions and id not in unreadable:
             raise line.error("id", f"'{id}' comes twice")
         unreadable.discard(id)
@@ -85,9 +85,9 @@ def read_results(path: str | Path, samples: list[Sample]) -> list[dict]:
             continue
         for name, truth in (("video", Path(known[id].video).stem), ("answer", known[id].answer)):
             stated = line.fields.get(name, truth)
-            if stated != truth and (name != "video" or Path(stated).stem != truth):
+            if stated != truth and (name != "video" or Path(str(stated)).stem != truth):
                 raise line.error(
-                    name, f"the question '{id}' has {truth!r}, not {stated!r}: results of another data set?"
+                    name, f"the question '{id}' has {short(truth)}, not {short(stated)}: results of another data set?"
                 )
         predictions[id] = row_of(known[id], answer, spans) | read_confidence(line)
     if unknown:
@@ -103,7 +103,7 @@ def read_confidence(line: Row) -> dict[str, float]:
     found = {name: line.fields[name] for _, name in ANSWERS.values() if line.fields.get(name) is not None}
     for name, value in found.items():
         if type(value) not in (int, float) or not 0 <= value <= 1:
-            raise line.error(name, f"expected a probability, got {value!r}")
+            raise line.error(name, f"expected a probability, got {short(value)}")
     return found
 
 

@@ -413,8 +413,8 @@ def completion(text: str | None, **more) -> str:
 @pytest.fixture
 def server():
     """A server that goes through a list of (status, body, headers); status 0 cuts the connection, -1 cuts the body,
-    -2 says nothing until the client has given up, -3 sends the body byte by byte. What it was sent is in `bodies`,
-    `paths` and `keys`.
+    -2 says nothing until the client has given up, -3 sends the body byte by byte, -4 header lines and -5 promises of a
+    reply without end. What it was sent is in `bodies`, `paths` and `keys`.
     """
 
     class Handler(BaseHTTPRequestHandler):
@@ -427,6 +427,16 @@ def server():
                 here.given_up.wait(20)
             if status in (0, -2):
                 self.close_connection = True
+                return
+            if status in (-4, -5):
+                begin, more = (
+                    (b"HTTP/1.1 200 OK\r\n", b"a") if status == -4 else (b"", b"HTTP/1.1 100 Continue\r\n\r\n")
+                )
+                with contextlib.suppress(OSError):
+                    self.wfile.write(begin)
+                    while not here.given_up.wait(0.02):
+                        self.wfile.write(more)
+                        self.wfile.flush()
                 return
             sent = body.encode()
             self.send_response_only(abs(status) if status > 0 else 200)

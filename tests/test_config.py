@@ -181,6 +181,21 @@ def test_a_hostile_recipe_is_one_short_line(recipe, content, expected):
     assert len(str(error.value)) < 1000
 
 
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"system_prompt": "Be brief.<|im_end|>"}, r"system_prompt has the special token <\|im_end\|>"),
+        ({"system_prompt": "<|video_pad|>"}, r"system_prompt has the special token <\|video_pad\|>"),
+        ({"system_prompt": "caf\udce9"}, r"system_prompt has half a character, \\udce9"),
+        ({"out": ""}, "out is empty"),
+        ({"train_data": "a\0b"}, "train_data has a NUL character"),
+    ],
+)
+def test_texts_that_no_prompt_and_no_path_can_be(options, expected):
+    with pytest.raises(ConfigError, match=expected):
+        check(Config(**options))
+
+
 def test_a_missing_recipe_names_those_there_are(tmp_path):
     with pytest.raises(ConfigError, match=r"nowhere.yaml: no such recipe; there are .*cpu_world.yaml"):
         parse(["--config", str(tmp_path / "nowhere.yaml")])

@@ -43,6 +43,8 @@ from engine.confidence import letter_probabilities, span_probability
 from engine.flops import forward_flops
 from harness import commands
 from harness.asking import FRAME_BYTES, Agent, side_by_side
+from harness.folder import claimed, claimed_file
+from harness.run import TrainingError
 from infer import RELEASED, STRATEGIES, Look, Settings, load_agent, to_video_time
 from media.decode import VideoInfo
 from media.file import VideoError
@@ -670,6 +672,20 @@ def test_every_file_of_a_folder_has_a_page(own, tmp_path, capsys, caplog):
     assert len(re.findall(r"^answer +", printed, re.M)) == 2 and "broken.mp4" in caplog.text
     [player] = Tree((pages / "more/b.mp4.html").read_text()).root.all("video")
     assert (pages / "more" / player.attrs["src"]).resolve() == (folder / "more/b.mp4").resolve()
+
+
+@pytest.mark.parametrize("folder", [False, True])
+def test_pages_are_written_by_one_program_at_a_time(own, tmp_path, monkeypatch, folder):
+    monkeypatch.setattr(infer, "load_agent", lambda *_: pytest.fail("a model was loaded"))
+    out = tmp_path / ("pages" if folder else "answer.html")
+    if folder:
+        for name in ("a.mp4", "b.mp4"):
+            (tmp_path / "films").mkdir(exist_ok=True)
+            shutil.copy(own[-1], tmp_path / "films" / name)
+        own = [*own[:-1], str(tmp_path / "films")]
+    held = claimed(out, None) if folder else claimed_file(out, None)
+    with held, pytest.raises(TrainingError, match="is being written to by process"):
+        infer.main([*own, *ASKED, "--out", str(out)])
 
 
 def test_a_folder_without_videos_is_an_error(own, tmp_path):

@@ -196,7 +196,8 @@ def draw_frame(events: Sequence[Event], time: float, duration: int, backdrops: S
 def write_video(events: Sequence[Event], path: Path, duration: int, backdrops: Sequence[Backdrop] = ()) -> None:
     """Write one H.264 mp4 at FPS frames per second, nearly lossless so that fine patterns survive."""
     part = path.with_suffix(f".{os.getpid()}.part")
-    with av.open(str(part), "w", format="mp4") as container:
+    # An absolute path: what stands before a colon in a relative one would be taken for a protocol.
+    with av.open(os.path.abspath(part), "w", format="mp4") as container:
         stream = container.add_stream("libx264", rate=FPS, options={"crf": "1", "preset": "veryfast", "threads": "1"})
         stream.width, stream.height, stream.pix_fmt = SIZE, SIZE, "yuv420p"
         for k in range(duration * FPS):

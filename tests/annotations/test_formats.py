@@ -592,3 +592,43 @@ def test_mlvu_small(tmp_path):
 def test_the_page_about_data_lists_every_format():
     page = (Path(__file__).resolve().parents[2] / "docs/data.md").read_text()
     assert [line.split("`")[1] for line in page.splitlines() if line.startswith("| `")] == list(FORMATS)
+
+
+# ---------------------------------------------------------------- numbers and names that nobody publishes
+
+LONG = int("9" * 4000)  # more than a float holds
+QUESTION = {"uid": "1", "video": "v", "question": "?", "options": {"option_0": "x", "option_1": "y"}, "answer": "x"}
+CLIP = {"clip_uid": "c", "clip_start_sec": 5, "clip_end_sec": 9}
+ASKED = {"annotation_uid": "a", "language_queries": [{"query": "Where?", "clip_start_sec": 1, "clip_end_sec": 2}]}
+TOLD = {"video": "7", "question": "?", "candidates": ["(A) x", "(B) y"], "answer": "(B) y", "question_type": ["a"]}
+
+
+def ego4d(**clip) -> dict:
+    return {"version": 1, "videos": [{"clips": [{**CLIP, **clip, "annotations": [ASKED]}]}]}
+
+
+@pytest.mark.parametrize(
+    ("format", "content", "problem"),
+    [
+        ("lvbench", [{**TOLD, "time_reference": f"{'9' * 5000}:00-{'9' * 5000}:01"}], "'time_reference': expected"),
+        ("plm_video", [{"uid": 1, "video": "v", "caption": "c", "start_frame": LONG, "end_frame": LONG}], "'start_fra"),
+        ("plm_video", [{**QUESTION, "qa_uid": "q", "metadata": {"question_type": ["x"]}}], "'question_type': expected"),
+        ("tacos", {"v": {"fps": 1e-308, "num_frames": 9, "timestamps": [[1, 2]], "sentences": ["s"]}}, "'duration'"),
+        ("ego4d_nlq", ego4d(clip_end_sec=5), "question 'c_a_0', field 'duration': expected a positive number, got 0"),
+        ("ego4d_nlq", ego4d(clip_end_sec=LONG), "question 'c_a_0', field 'duration': expected a positive number"),
+        ("time_r1", [{"video": "v", "sentence": "s", "timestamp": [1, 1.7e308], "video_start": 1e308}], "'evidence'"),
+    ],
+)
+def test_numbers_that_cannot_be_are_one_line(tmp_path, format, content, problem):
+    path = write_json(tmp_path / "x.json", content)
+    with pytest.raises(DataError, match=problem) as error:
+        read_samples(path, format)
+    assert len(str(error.value)) < 400
+
+
+@pytest.mark.parametrize("folder", [5, ["a"], "a\ud800"])
+def test_a_folder_of_videos_that_is_no_name_is_one_line(tmp_path, folder):
+    path = nextgqa_folder(tmp_path, ["9,260,1,1,what,b,1,TP,a,b,c,b,e"], {"8": {}})
+    write_json(tmp_path / "map_vid_vidorID.json", {"9": folder})
+    with pytest.raises(DataError, match=r"map_vid_vidorID\.json: top level, field '9': "):
+        read_samples(path, "nextgqa")

@@ -284,11 +284,18 @@ def test_parquet_is_read_where_pyarrow_is(tmp_path, monkeypatch):
         ("options", ["x", "y", "\udc00"], r"has half a character, \\udc00"),
         ("video", "\ud800.mp4", r"has half a character, \\ud800"),
         ("kind", "<|x|>", r"has the special token <\|x\|>"),
+        ("meta", {"note": ["\ud800"]}, r"has half a character, \\ud800"),  # no file could be written with it
     ],
 )
 def test_a_special_token_or_half_a_character_is_named(tmp_path, field, value, message):
     path = write_rows(tmp_path / "x.jsonl", [RECORD, {**RECORD, field: value}])
     with pytest.raises(DataError, match=rf"x\.jsonl: row 2, field '{field}': {message}; remove it"):
+        read_samples(path)
+
+
+def test_half_a_character_in_an_id_is_named(tmp_path):
+    path = write_rows(tmp_path / "x.jsonl", [{**RECORD, "id": "\ud800"}])
+    with pytest.raises(DataError, match=r"x\.jsonl: question '.*', field 'id': has half a character, \\ud800; remove"):
         read_samples(path)
 
 

@@ -16,6 +16,7 @@ from annotations.rows import DataError, Sample
 from annotations.samples import (
     Entry,
     check_videos,
+    load_samples,
     load_test,
     load_training,
     mislabelled,
@@ -26,7 +27,7 @@ from annotations.samples import (
     read_with_report,
     video_path,
 )
-from config import Config
+from config import Config, ConfigError
 from rollout import view_video
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -288,6 +289,16 @@ def test_zoom_zeros_own_mixtures_are_read(tmp_path):
     assert read_mixture(path) == expected
 
 
+def test_a_world_that_cannot_be_is_one_line(tmp_path):
+    with pytest.raises(ConfigError, match="world_events = 9: at most 6 events, one colour each, not 9"):
+        load_samples("world", "train", Config(cache=str(tmp_path), world_events=9))
+
+
+# Lists that name the one before them nine times: 9 to the power of 8 words, were they written out.
+LISTS = [", ".join([word] * 9) for word in ("x", "*a", "*b", "*c", "*d", "*e", "*f", "*g")]
+BOMB = ", ".join(f"&{name} [{words}]" for name, words in zip("abcdefgh", LISTS, strict=True))
+
+
 @pytest.mark.parametrize(
     ("content", "expected"),
     [
@@ -300,6 +311,9 @@ def test_zoom_zeros_own_mixtures_are_read(tmp_path):
         ("- a.jsonl\n", "entry 1: expected a JSON object"),
         ("- data: a.jsonl\n- {data: b, wieght: 2}\n", "entry 2, field 'wieght': is not known"),
         ("- {weight: 2}\n", "entry 1, field 'data': is missing"),
+        (f"- {{data: [{BOMB}]}}\n", "entry 1, field 'data': expected str, got"),
+        ("- {data: a, weight: 1.0e+12}\n", "entry 1, field 'weight': expected at most 1000"),
+        (f"- {{data: a, format: {'x' * 100_000}}}\n", "entry 1, field 'format': 'xxx"),
         ("- {data: a, weight: 0}\n", "entry 1, field 'weight': expected a positive number"),
         ("- {data: a, format: csv}\n", "entry 1, field 'format': 'csv' is none of"),
     ],
@@ -307,5 +321,6 @@ def test_zoom_zeros_own_mixtures_are_read(tmp_path):
 def test_mistakes_in_a_mixture_are_named(tmp_path, content, expected):
     path = tmp_path / "mixture.yaml"
     path.write_text(content)
-    with pytest.raises(DataError, match=expected):
+    with pytest.raises(DataError, match=expected) as error:
         read_mixture(path)
+    assert len(str(error.value)) < 500

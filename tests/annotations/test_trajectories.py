@@ -200,6 +200,11 @@ GOOD = [{"role": "user", "text": "Q"}, {"role": "assistant", "text": "A"}]
         ({"messages": [{"role": "user", "content": ["Q"]}, GOOD[1]]}, "content[0]: expected a JSON object, got str"),
         ({"messages": [{"role": "user", "text": "<|video_pad|>"}, GOOD[1]]}, "the user's text has the special token"),
         ({"messages": [GOOD[0], {"role": "assistant", "text": "\ud800"}]}, "the assistant's text has half a character"),
+        ({"messages": GOOD * 9999 + GOOD[:1]}, "must take turns, and the assistant ends: user, assistant"),
+        ({"messages": [{"role": "x" * 9999, "text": "Q"}, GOOD[1]]}, "messages[0], field 'role': 'xxx"),
+        ({"messages": GOOD, "videos": [{"video": "a.mp4", "times": [2, 1] * 9999}]}, "'times': expected rising seco"),
+        ({"messages": [{**GOOD[0], "planned": -5}, GOOD[1]]}, "'planned': expected 0 to 10000 frames, got -5"),
+        ({"messages": [{**GOOD[0], "planned": 10**400}, GOOD[1]]}, "'planned': expected 0 to 10000 frames, got 1000"),
         ({"messages": GOOD, "system": "<|im_start|>"}, "field 'system': has the special token <|im_start|>"),
     ],
 )  # fmt: skip
@@ -207,6 +212,7 @@ def test_bad_rows_are_named(fields, problem):
     with pytest.raises(DataError) as error:
         trajectories.read_trajectory(row(**fields))
     assert str(error.value).startswith("x.jsonl: row 3") and problem in str(error.value)
+    assert len(str(error.value)) < 400
 
 
 def test_bad_files_are_named(tmp_path, samples, config, vocabulary, model64):

@@ -184,6 +184,10 @@ def test_a_key_that_a_server_repeats_is_not_shown(server):
     with pytest.raises(ChatError) as caught:
         endpoint(server).reply(ASKED)
     assert "sec" not in str(caught.value)  # not half of it either, where the message is cut
+    server.answers = [(200, f"{'x' * 190} Bearer secret is unknown", {})]  # with another status than it means
+    with pytest.raises(ChatError, match="not a chat completion: 'xxx") as caught:
+        endpoint(server, waits=[]).reply(ASKED)
+    assert "sec" not in str(caught.value)
     server.answers = [(401, "EMPTY is no key", {})]
     with pytest.raises(ChatError, match="EMPTY is no key"):
         Endpoint(server.url, "judge", "EMPTY").reply(ASKED)
@@ -207,6 +211,15 @@ def test_a_reply_that_drips_in_for_ever_is_given_up(server):
     server.answers = [(-3, completion("fine"), {})]
     assert endpoint(server, deadline=0.5).reply(ASKED).text == "fine"
     assert len(server.bodies) == 2
+
+
+@pytest.mark.parametrize("status", [-4, -5], ids=["header lines", "promises"])
+def test_a_reply_that_never_begins_is_given_up(server, status):
+    """Though a byte comes again and again, before the `timeout` without one is over."""
+    server.answers = [(status, "", {})]
+    asked = endpoint(server, timeout=0.3, deadline=0.2, waits=[])
+    with pytest.raises(ChatError, match=r"the reply is not complete 0\.5 s after the request, at the last of 1 tries"):
+        asked.reply(ASKED)
 
 
 def test_the_key_does_not_follow_a_redirect(server):
@@ -316,7 +329,10 @@ def test_nothing_is_asked_twice(tmp_path):
     assert cached.usage.describe(2000, 0).endswith(", cost 2.00")
 
 
-@pytest.mark.parametrize("damage", ["", '{"text": "é', "[]", '{"said": "é"}'])
+DAMAGED = ["", '{"text": "é', "[]", '{"said": "é"}', '{"text": 5}', '{"text": "\\ud800"}', "[" * 100_000]
+
+
+@pytest.mark.parametrize("damage", [*DAMAGED, '{"text": "x", "prompt_tokens": "many"}'])
 def test_a_damaged_file_is_asked_for_again(tmp_path, damage):
     inner = Counting()
     Cached(inner, tmp_path).reply(ASKED)

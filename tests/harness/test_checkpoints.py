@@ -172,6 +172,9 @@ def test_lessons_do_not_write_over_a_checkpoint_unasked(tmp_path, monkeypatch):
         (b"[1]", "list"),
         (b'{"step": "one"}', "invalid literal"),
         (b'{"step": 1, "drawn": 4, "failures": 0}', "does not tell updates"),  # as versions before had it
+        (b'{"step": -5, "drawn": 4, "failures": 0, "updates": 1}', "step = -5 cannot be"),
+        (b'{"step": 1, "drawn": 1e999, "failures": 0, "updates": 1}', "infinity"),
+        (b"[" * 100_000, "recursion"),
         (None, "No such file"),
     ],
 )
@@ -202,6 +205,7 @@ def test_without_a_readable_config_yaml_the_command_line_counts(tmp_path, caplog
 def test_lines_of_metrics_are_kept_by_their_step_and_lost_ones_are_named(tmp_path, caplog):
     path = tmp_path / "metrics.jsonl"
     lines = [b'{"step": 0}', b"\xff\x00\xfe", b'{"step": 3}', b"[3]", b'{"step": 3, "again": 1}', b'{"step": 4}']
+    lines.insert(1, b"[" * 100_000)
     path.write_bytes(b"\n".join(lines))
     keep_metrics(path, 4, MAIN)
     assert path.read_bytes() == b'{"step": 0}\n{"step": 3, "again": 1}\n'
@@ -223,6 +227,57 @@ def test_rows_before_training_that_are_not_whole_are_asked_anew(tmp_path, sample
     found = stored_before(path, samples)
     assert (found is not None) == (kept == 1)
     assert ("the model before training is evaluated anew" in caplog.text) == (kept != 1)
+
+
+# ---------------------------------------------------------------- further names
+
+
+@pytest.fixture
+def kept(tmp_path):
+    """A run evaluated at step 2, which was killed after its save and before anything was kept."""
+    save_of(tmp_path, 2)
+    step = tmp_path / "state" / "step.json"
+    step.write_text(json.dumps(json.loads(step.read_text()) | {"mIoU": 0.5}))
+    return Config(out=str(tmp_path), resume=True, keep_best="mIoU", keep_checkpoints=1)
+
+
+def test_a_resumed_run_keeps_what_a_kill_after_the_save_has_left_out(kept, tmp_path):
+    for _ in range(2):
+        prepare_folder(kept, tmp_path)
+        for name in ("checkpoint-2", "checkpoint-best"):
+            assert (tmp_path / name / "weights").read_text() == "2"
+        assert json.loads((tmp_path / "best.json").read_text()) == {"step": 2, "metric": "mIoU", "score": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("content", "step"),
+    [
+        ('{"step": 1, "metric": "mIoU", "score": 0.6}', 1),
+        ('{"step": 1, "metric": "mIoU", "score": 0.4}', 2),
+        ('{"step": 1, "metric": "accuracy", "score": 0.6}', 2),  # of another metric, which a resumed run may name
+        ('{"step": 1, "metric": "mIoU", "sc', 2),
+        ('{"step": 1, "metric": "mIoU"}', 2),
+        ('{"step": 1, "metric": "mIoU", "score": null}', 2),
+        ("[1]", 2),
+        ("", 2),
+    ],
+)
+def test_a_best_checkpoint_that_is_not_known_to_be_better_is_replaced(kept, tmp_path, caplog, content, step):
+    (tmp_path / "best.json").write_text(content)
+    prepare_folder(kept, tmp_path)
+    assert json.loads((tmp_path / "best.json").read_text())["step"] == step
+    damaged = "score" not in content or "null" in content
+    assert ("best.json: cannot be read" in caplog.text) == damaged
+
+
+def test_only_the_run_s_own_checkpoints_are_deleted(kept, tmp_path):
+    names = {"checkpoint-1": False, "checkpoint-best": False, "checkpoint-3.part": False, "checkpoint-mine": True}
+    for name in (*names, "checkpoint-²"):
+        (tmp_path / name).mkdir()
+    prepare_folder(kept, tmp_path)
+    assert sorted(path.name for path in tmp_path.glob("checkpoint-[0-9²]")) == ["checkpoint-2", "checkpoint-²"]
+    prepare_folder(replace(kept, resume=False, overwrite=True), tmp_path)
+    assert {name: (tmp_path / name).exists() for name in names} == names
 
 
 # ---------------------------------------------------------------- a run
@@ -367,6 +422,22 @@ def test_a_pickle_in_a_run_s_other_files_and_in_the_cache_is_never_run(tmp_path,
         prepare_folder(Config(out=str(tmp_path / "run"), resume=True), tmp_path / "run")
         shutil.rmtree(tmp_path / "run")
     assert not (tmp_path / "mark").exists()
+
+
+def test_code_that_a_checkpoint_brings_is_never_run(tmp_path, talker):
+    copied, mark = tmp_path / "copy", tmp_path / "mark"
+    shutil.copytree(talker, copied)
+    (copied / "evil.py").write_text(f"import os\nos.mkdir({str(mark)!r})\nclass Evil: pass\n")
+    for name, classes in (("config.json", ("AutoConfig",)), ("tokenizer_config.json", ("AutoTokenizer",))):
+        fields = json.loads((copied / name).read_text()) | {"auto_map": {one: "evil.Evil" for one in classes}}
+        (copied / name).write_text(json.dumps(fields))
+        with suppress(ModelError):
+            load(str(copied))
+        fields |= {"model_type": "evil", "tokenizer_class": "Evil"}  # no class of this name is known
+        (copied / name).write_text(json.dumps(fields))
+        with pytest.raises(ModelError):
+            load(str(copied))
+    assert not mark.exists()
 
 
 def test_all_that_save_checkpoint_writes_is_owned_and_is_tensors_and_text(run, tmp_path):

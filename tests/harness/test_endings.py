@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import logging
 import signal
 import subprocess
 import sys
@@ -42,6 +43,15 @@ def ending(error: Exception) -> object:
 )
 def test_a_full_disk_and_a_lost_process_are_one_line(error, said):
     assert ending(error) == said
+
+
+def test_a_message_has_nothing_that_a_terminal_obeys_and_an_end():
+    """Names, ids and values in it are those of files that a stranger may have written."""
+    assert ending(TrainingError("a\x1b[2J\x9b31mb\tc\nd é \ud800")) == r"error: a\x1b[2J\x9b31mb\tc" + "\nd é \\ud800"
+    said = ending(TrainingError("x" * 10**6))
+    assert said.startswith("error: xxx") and said.endswith("xxx...") and len(said) < 2500
+    record = logging.LogRecord("zoomgrpo", logging.WARNING, "", 0, "%s", ("a\x1b]0;b\x07",), None)
+    assert run.Readable("%(message)s").format(record) == r"a\x1b]0;b\x07"
 
 
 def test_an_error_in_the_code_keeps_its_traceback():

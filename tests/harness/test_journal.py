@@ -56,7 +56,7 @@ def test_no_file_has_no_rows_and_begin_makes_it(tmp_path):
     assert journal.resume(path, Accelerator(cpu=True)) == [] and path.read_bytes() == b""
 
 
-@pytest.mark.parametrize("line", [b'{"id": 1,}', b"[1]", b"\xff", b"7"])
+@pytest.mark.parametrize("line", [b'{"id": 1,}', b"[1]", b"\xff", b"7", b"[" * 100_000])
 def test_a_complete_line_that_is_no_object_is_named(tmp_path, line):
     path = tmp_path / "rows.jsonl"
     path.write_bytes(b'{"id": 0}\n' + line + b"\n")

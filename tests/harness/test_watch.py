@@ -122,6 +122,30 @@ def test_keeping_the_best_needs_something_to_compare(start):
         start("--keep_best", "mIoU")
 
 
+def test_the_score_of_the_best_checkpoint_is_saved_with_it(start, small_world, tmp_path, monkeypatch):
+    """So that a kill between the two loses nothing."""
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoints, "link_checkpoint", killed)
+    with pytest.raises(KeyboardInterrupt):
+        start("--test_data", str(small_world["test"]), "--eval_every", "1", "--keep_best", "mIoU", "--steps", "2")
+    monkeypatch.undo()
+    assert not (tmp_path / "run" / "checkpoint-best").exists()
+    saved = json.loads((tmp_path / "run" / "state" / "step.json").read_text())
+    assert saved["step"] == 1 and 0 <= saved["mIoU"] <= 1
+    out = start("--test_data", "", "--resume", "--keep_best", "")
+    assert json.loads((out / "state" / "step.json").read_text()) == {"step": 2, "drawn": 4, "failures": 0, "updates": 2}
+
+
+def test_a_finished_run_that_is_resumed_has_its_curves_again(start):
+    out = start("--steps", "1")
+    (out / "curves.png").unlink()
+    start("--steps", "1", "--resume")
+    assert (out / "curves.png").exists()
+
+
 def test_a_group_of_one_is_refused(start):
     with pytest.raises(configuration.ConfigError, match="group_size = 1: advantages compare"):
         start("--group_size", "1")

@@ -164,6 +164,13 @@ def test_events_start_and_end_on_their_frames(tmp_path):
     assert is_blue.tolist() == [False, True, True, False]
 
 
+def test_a_folder_may_be_named_like_an_address(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "http:").mkdir()
+    benchmark.write_video([Event(1, 3, "red", "coarse", "rows")], Path("http:/a.mp4"), 4)
+    assert video.probe("http:/a.mp4").duration == 4
+
+
 def test_worlds_that_cannot_be_are_refused(tmp_path):
     with pytest.raises(ValueError, match="do not fit"):
         benchmark.build(tmp_path, "train", 20, duration=8, n_events=3)
