@@ -444,22 +444,35 @@ def answer_all(
     with tqdm(total=len(local_samples), desc=label, unit="question", disable=quiet) as bar:
         for sample, result, seconds in side_by_side(questions, agent.config.eval_batch, accelerator.autocast):
             row = answer_row(sample, result, seconds, settings)
-            journal.append(path, {**to_file(row), "made_with": made_with})
+            journal.append(path, {**to_file(row), **words_of(sample), "made_with": made_with})
             bar.update()
     accelerator.wait_for_everyone()
     rows = stored(path, samples, made_with)
     return [rows[sample.id] for sample in samples]
 
 
+def words_of(sample: Sample) -> dict:
+    """What is asked about the video."""
+    return {"question": sample.question, "options": list(sample.options)}
+
+
 def stored(path: Path, samples: Sequence[Sample], made_with: dict) -> dict[str, dict]:
-    """The rows of a result file by question, the last one of each; DataError if they are not about these samples, made
-    in this way.
+    """The rows of a result file by question, the last one of each; DataError if they are not about these samples, in
+    the same words, made in this way.
     """
     if not path.exists() or not path.stat().st_size:
         return {}
-    read_results(path, list(samples))  # checks ids, videos, answers, spans
+    try:
+        read_results(path, list(samples))  # checks ids, videos, answers, spans
+    except DataError as error:
+        raise DataError(f"{error} The file is gone on with; give another --out to begin one") from None
     rows = journal.read(path)
     journal.check_made_with(rows, made_with)
+    known = {sample.id: words_of(sample) for sample in samples}
+    for row in rows:
+        for name, now in known[str(row.fields["id"])].items():
+            if (then := row.fields.get(name, now)) != now:
+                raise row.error(name, f"was {then!r} and is {now!r} now; give another --out")
     return {str(row.fields["id"]): from_file(row.fields) for row in rows}
 
 

@@ -25,7 +25,7 @@ COLUMNS = [  # heading, type of the sort key, alignment
     ("Length", "number", "num"),
 ]
 ROW_FILTERS = {"all": "all", "right": "right", "wrong": "wrong", "no-span": "without a span"}
-CHANGES = {"better": "better than before", "worse": "worse than before"}  # of the last of several results
+CHANGES = ("better", "worse")  # of the last of several results, than the first
 N_FRAMES, N_VIDEOS, FRAME_WIDTH = 8, 48, 112  # frames of a video on the page, videos that have any, pixels
 
 
@@ -65,7 +65,8 @@ def evaluation_page(
     save_page(
         page(
             title,
-            f"<h1>{text(title)}</h1>\n{summary_html(summary)}\n{filters_html([words for _, words in table])}"
+            f"<h1>{text(title)}</h1>\n{summary_html(summary)}\n"
+            f"{filters_html([words for _, words in table], next(iter(results)))}"
             '<p class="muted legend"><span>click a heading to sort, again to reverse</span>'
             f"<span>{text(rule)}; without options, an IoU of at least 0.5</span>"
             '<span><span class="span true"></span> true span</span>'
@@ -123,10 +124,10 @@ def summary_html(summary: Mapping) -> str:
     return f'<table class="summary"><thead><tr><th></th>{head}</tr></thead><tbody>{body}</tbody></table>'
 
 
-def filters_html(words: Sequence[Sequence[str]]) -> str:
+def filters_html(words: Sequence[Sequence[str]], first: str) -> str:
     """Buttons that show some of the questions, with their numbers; those that would show none are left out."""
     buttons = []
-    for name, label in (ROW_FILTERS | CHANGES).items():
+    for name, label in (ROW_FILTERS | {name: text(f"{name} than {first}") for name in CHANGES}).items():
         n = len(words) if name == "all" else sum(name in one for one in words)
         if n or name == "all":
             pressed = "true" if name == "all" else "false"

@@ -544,8 +544,17 @@ def test_results_of_something_else_are_refused(agent, samples, tmp_path):
     with pytest.raises(DataError, match="window was 256 and is 128 now"):
         run_all(agent, samples[:2], path, {"strategy": "one-stage", "window": 128})
     others = [replace(sample, id=f"other-{k}") for k, sample in enumerate(samples)]
-    with pytest.raises(DataError, match="2 of 2 question ids are unknown"):
+    with pytest.raises(DataError, match=r"2 of 2 question ids are unknown.* give another --out"):
         run_all(agent, others, path, {"strategy": "one-stage", "window": 256})
+
+
+@pytest.mark.parametrize("change", [{"question": "Which pattern does it show?"}, {"options": ("a", "b", "c", "d")}])
+def test_an_answer_to_other_words_is_not_taken_for_one(agent, samples, tmp_path, change):
+    """A line of a questions file that was edited keeps its id."""
+    path = tmp_path / "rows.jsonl"
+    run_all(agent, samples[:1], path)
+    with pytest.raises(DataError, match=rf"row 1, field '{next(iter(change))}': was .* now; give another --out"):
+        run_all(agent, [replace(samples[0], **change)], path)
 
 
 def test_an_unreadable_video_is_an_unanswered_question(agent, samples, tmp_path):

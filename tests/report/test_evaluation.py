@@ -132,6 +132,13 @@ def test_a_filter_shows_its_questions_in_a_browser(tmp_path):
     assert page_in_browser(tmp_path / "eval.html", FILTER) == ", ".join(names)
 
 
+def test_a_filter_names_the_result_that_it_compares_with(tmp_path):
+    before, after = two_results().values()
+    evaluation_page({"<one-stage>": before, "agent": after}, tmp_path / "eval.html", "Two", {"mIoU": 0.5})
+    buttons = [one.text for one in parse(tmp_path / "eval.html").all("p", "filters")[0].all("button")]
+    assert buttons[-2:] == ["better than <one-stage> 1", "worse than <one-stage> 2"]
+
+
 def test_words_of_questions():
     words = [words_of(dict(zip(("a", "b"), pair, strict=True))) for pair in zip(*two_results().values(), strict=True)]
     assert words == [["right"], ["right", "better"], ["wrong", "worse"], ["wrong", "no-span", "worse"], ["right"]]
