@@ -96,7 +96,8 @@ def check_command(command: str) -> None:
         case ["python", script, *rest] if script != "NAME":
             check_program(script, rest)
         case ["pytest" | "wc" | "bash", *rest]:
-            for word in rest:
+            values = {k + 1 for k, word in enumerate(rest) if word in ("-m", "-n", "--dist")}
+            for word in (word for k, word in enumerate(rest) if k not in values):
                 assert word.startswith("-") or (ROOT / word).is_file(), f"no file {word}"
 
 
@@ -166,7 +167,7 @@ def test_the_readme_s_scores_are_lines_of_the_main_job_s_results():
 
 @pytest.mark.parametrize("name", NAMES)
 def test_options_that_are_named_exist(name):
-    known = {*configuration.OPTIONS, "config", "help"}
+    known = {*configuration.OPTIONS, "config", "help", "dist"}  # the last one is pytest-xdist's
     for program in commands.EXTRA:
         known |= {action.dest for action in commands.extra(program, "one line")._actions}
     sources = [path.read_text(encoding="utf-8") for path in (ROOT / "benchmarks").glob("*.py")]
