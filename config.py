@@ -540,7 +540,11 @@ def build_parser(extra: argparse.ArgumentParser, program: str | None) -> argpars
         allow_abbrev=False,
         exit_on_error=False,
     )
-    parser.add_argument("--config", help=f"recipe: a YAML file that sets options, such as those in {RECIPES.name}/")
+    parser.add_argument(
+        "--config",
+        help=f"recipe: a YAML file that sets options, such as those in {RECIPES.name}/ [the built-in world's or, where "
+        "a model is asked, the one that suits --model]",
+    )
     described = {action.dest for action in extra._actions}
     groups: dict[str, argparse._ArgumentGroup] = {}
     for name, about in OPTIONS.items():
