@@ -94,10 +94,33 @@ def use_threads(config: Config) -> None:
         torch.set_num_threads(threads)
 
 
-def training_accelerator(config: Config) -> Accelerator:
-    """This process among those of a training run, seeded. Raises ConfigError for a tracker unheard of, or prompts that
-    do not share out.
+# Ways to share a training out that a launcher's environment can ask accelerate for, other than DDP and FSDP2.
+OTHER_WAYS = {"DEEPSPEED": "DeepSpeed", "MEGATRON_LM": "Megatron-LM", "PARALLELISM_CONFIG": "a parallelism_config"}
+
+
+def check_sharing() -> None:
+    """Raise ConfigError if accelerate is told to share the training out in a way whose gradients, rollouts and
+    checkpoints would not be right.
     """
+
+    def told(name: str) -> bool:
+        return os.environ.get(f"ACCELERATE_USE_{name}", "").lower() in ("true", "1")
+
+    ways = [way for name, way in OTHER_WAYS.items() if told(name)]
+    if told("FSDP") and os.environ.get("FSDP_VERSION", "1") != "2":
+        ways.append("FSDP1")
+    if ways:
+        raise ConfigError(
+            f"accelerate is told to use {' and '.join(ways)}, with which gradients, rollouts or checkpoints would be "
+            "wrong: train with DDP, or with FSDP2 (--config_file recipes/accelerate_fsdp2.yaml)"
+        )
+
+
+def training_accelerator(config: Config) -> Accelerator:
+    """This process among those of a training run, seeded. Raises ConfigError for a tracker unheard of, prompts that do
+    not share out, or a way to share the training out that is not right.
+    """
+    check_sharing()
     if config.tracker not in ("none", *map(str, LoggerType)):
         known = ", ".join(map(str, LoggerType))
         raise ConfigError(f"there is no tracker {config.tracker!r}; there are none, {known}")

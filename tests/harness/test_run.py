@@ -1,10 +1,10 @@
-"""How many threads a process takes."""
+"""How many threads a process takes, and how processes may share a training out."""
 
 from types import SimpleNamespace
 
 import pytest
 
-from config import Config
+from config import Config, ConfigError
 from harness import run
 from media import decode
 
@@ -33,3 +33,33 @@ def test_threads_are_asked_for_or_a_share_of_the_cores(monkeypatch, threads, env
     monkeypatch.setattr(run, "torch", SimpleNamespace(set_num_threads=asked.append))
     run.use_threads(Config(threads=threads))
     assert asked == taken
+
+
+@pytest.mark.parametrize(
+    ("environment", "named"),
+    [
+        ({"ACCELERATE_USE_DEEPSPEED": "true"}, "DeepSpeed"),
+        ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"}, "FSDP1"),
+        ({"ACCELERATE_USE_FSDP": "True"}, "FSDP1"),  # accelerate's default
+        ({"ACCELERATE_USE_MEGATRON_LM": "true"}, "Megatron-LM"),
+        ({"ACCELERATE_USE_PARALLELISM_CONFIG": "true"}, "a parallelism_config"),
+        ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}, None),
+        ({"ACCELERATE_USE_DEEPSPEED": "false", "ACCELERATE_MIXED_PRECISION": "no"}, None),
+        ({}, None),
+    ],
+)
+def test_a_training_is_shared_out_by_copies_or_fsdp2_alone(monkeypatch, environment, named):
+    """As the launcher tells accelerate, which imports what it is told to use as soon as it is made."""
+    for name in ("FSDP_VERSION", *(f"ACCELERATE_USE_{way}" for way in (*run.OTHER_WAYS, "FSDP"))):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    made: list[dict] = []
+    monkeypatch.setattr(run, "Accelerator", lambda **options: made.append(options) or SimpleNamespace(num_processes=1))
+    if named:
+        with pytest.raises(ConfigError, match=f"told to use {named}, .* train with DDP, or with FSDP2"):
+            run.training_accelerator(Config(threads=1))
+        assert not made
+    else:
+        run.training_accelerator(Config(threads=1))
+        assert made
