@@ -32,6 +32,7 @@ PROGRAMS += ["report.plots"]
 
 SHARDED = ["--config_file", "recipes/accelerate_fsdp2.yaml", "--num_processes", "2", "--main_process_port", "0"]
 SHARDED += ["tests/fsdp2_on_cpu.py"]
+NODES = ["--config_file", "recipes/accelerate_multinode.yaml", "--main_process_ip", "127.0.0.1", *SHARDED[2:]]
 
 
 def environment() -> dict[str, str]:
@@ -71,30 +72,34 @@ def start(errors: Path, *arguments: object, script: str = "train.py", given: dic
     return process
 
 
-def ranks(given: dict[str, str]) -> list[dict[str, str]]:
-    """What torch's launcher would tell each of two processes."""
+def ranks(given: dict[str, str], nodes: int) -> list[dict[str, str]]:
+    """What torch's launcher, or one on each of two nodes, would tell each of two processes."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    both = given | {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    both = given | {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": str(2 // nodes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     both |= {"TORCHELASTIC_RUN_ID": "tests"}
-    return [both | {"RANK": rank, "LOCAL_RANK": rank} for rank in "01"]
+    return [both | {"RANK": rank, "LOCAL_RANK": rank if nodes == 1 else "0"} for rank in "01"]
 
 
-def sharding() -> dict[str, str]:
-    """The environment that accelerate's launcher makes of recipes/accelerate_fsdp2.yaml."""
+def sharding(nodes: int) -> dict[str, str]:
+    """The environment that accelerate's launcher makes of recipes/accelerate_fsdp2.yaml, or for two nodes of
+    recipes/accelerate_multinode.yaml.
+    """
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(ROOT)
         for name, value in environment().items():
             patch.setenv(name, value)
-        arguments, _, _ = launch._validate_launch_command(launch.launch_command_parser().parse_args(SHARDED))
+        arguments, _, _ = launch._validate_launch_command(launch.launch_command_parser().parse_args(NODES if nodes > 1 else SHARDED))
         return prepare_multi_gpu_env(arguments)
 
 
-def in_two(errors: Path, *arguments: object, script: str = "train.py", shards: bool = False) -> None:
+def in_two(
+    errors: Path, *arguments: object, script: str = "train.py", shards: bool = False, nodes: int = 1
+) -> None:
     """Run a program in two processes, each with the whole model or with a shard of it; they must end well."""
-    script, given = ("tests/fsdp2_on_cpu.py", sharding()) if shards else (script, environment())
-    processes = [start(errors, *arguments, script=script, given=told) for told in ranks(given)]
+    script, given = ("tests/fsdp2_on_cpu.py", sharding(nodes)) if shards else (script, environment())
+    processes = [start(errors, *arguments, script=script, given=told) for told in ranks(given, nodes)]
     going = {process.sentinel: process for process in processes}
     while going and all(process.exitcode in (None, 0) for process in processes):
         ended = connection.wait(going, timeout=600)

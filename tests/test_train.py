@@ -224,13 +224,13 @@ def test_two_processes_train_like_one(recipe, tmp_path):
 
 @pytest.mark.processes
 def test_two_processes_with_sharded_weights_train_like_one(recipe, tmp_path):
-    """FSDP2, resumed after the first step: the metrics and weights of one process, up to float noise."""
+    """FSDP2, resumed after the first step on two nodes: the metrics and weights of one process, up to float noise."""
     common = ["--config", recipe, "--updates_per_rollout", "2", "--beta", "0.05", "--prompts_per_step", "8"]
     main([*map(str, common), "--out", str(tmp_path / "one")])
     two = tmp_path / "two"
     sharded = [*common, "--out", two, "--prompts_per_pass", "1", "--gradient_checkpointing"]
     launched(*sharded, "--steps", "1")
-    in_two(tmp_path / "errors", *sharded, "--resume", shards=True)
+    in_two(tmp_path / "errors", *sharded, "--resume", shards=True, nodes=2)
     shards = [load_file(path) for path in (two / "state").glob("shard-*")]
     for kind in ("", "/exp_avg", "/exp_avg_sq"):
         sizes = [
