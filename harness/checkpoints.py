@@ -112,7 +112,7 @@ def save_checkpoint(run: Any, progress: Mapping[str, int], score: float | None =
     main_does(accelerator, partial(delete, out, [f"{name}.part" for name in SAVED]))  # of a save that was interrupted
     with in_a_line(out / "state.part", "written"):
         writer = shards.HuggingFaceStorageWriter(str(out / "state.part"), save_distributed=True)
-        shards.save(held_tensors(run), storage_writer=writer, no_dist=accelerator.num_processes == 1)
+        shards.save(apart(held_tensors(run)), storage_writer=writer, no_dist=accelerator.num_processes == 1)
     weights = accelerator.get_state_dict(run.policy)  # of a sharded policy: whole, in the main process' memory
     done = progress if score is None else {**progress, run.config.keep_best: score}
     main_does(accelerator, partial(finish_save, run, out, weights, done))
@@ -182,6 +182,14 @@ def held_tensors(run: Any) -> dict[str, Tensor]:
         found[name] = weight.detach()
         found |= {f"{name}/{m}": torch.as_tensor(value) for m, value in run.optimizer.state.get(weight, {}).items()}
     return found
+
+
+def apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same, each a tensor of its own: all weights share bitsandbytes' tables of values, and safetensors refuses to
+    write one tensor under several names.
+    """
+    first = {id(tensor): name for name, tensor in reversed(tensors.items())}
+    return {name: tensor if first[id(tensor)] == name else tensor.clone() for name, tensor in tensors.items()}
 
 
 def finish_save(run: Any, out: Path, weights: Mapping[str, Tensor], progress: Mapping[str, Any]) -> None:

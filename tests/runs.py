@@ -77,7 +77,12 @@ def ranks(given: dict[str, str], nodes: int) -> list[dict[str, str]]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    both = given | {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": str(2 // nodes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    both = given | {
+        "WORLD_SIZE": "2",
+        "LOCAL_WORLD_SIZE": str(2 // nodes),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
     both |= {"TORCHELASTIC_RUN_ID": "tests"}
     return [both | {"RANK": rank, "LOCAL_RANK": rank if nodes == 1 else "0"} for rank in "01"]
 
@@ -90,13 +95,13 @@ def sharding(nodes: int) -> dict[str, str]:
         patch.chdir(ROOT)
         for name, value in environment().items():
             patch.setenv(name, value)
-        arguments, _, _ = launch._validate_launch_command(launch.launch_command_parser().parse_args(NODES if nodes > 1 else SHARDED))
+        arguments, _, _ = launch._validate_launch_command(
+            launch.launch_command_parser().parse_args(NODES if nodes > 1 else SHARDED)
+        )
         return prepare_multi_gpu_env(arguments)
 
 
-def in_two(
-    errors: Path, *arguments: object, script: str = "train.py", shards: bool = False, nodes: int = 1
-) -> None:
+def in_two(errors: Path, *arguments: object, script: str = "train.py", shards: bool = False, nodes: int = 1) -> None:
     """Run a program in two processes, each with the whole model or with a shard of it; they must end well."""
     script, given = ("tests/fsdp2_on_cpu.py", sharding(nodes)) if shards else (script, environment())
     processes = [start(errors, *arguments, script=script, given=told) for told in ranks(given, nodes)]

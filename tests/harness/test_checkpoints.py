@@ -31,7 +31,7 @@ from harness import checkpoints
 from harness.checkpoints import OWNED, prepare_folder, read_progress, save_checkpoint, settle
 from harness.log import keep_metrics
 from harness.run import TrainingError
-from harness.setup import load_run
+from harness.setup import load_run, new_scheduler
 from policy import ModelError
 from report.results import write_results
 from world import lessons
@@ -447,3 +447,81 @@ def test_all_that_save_checkpoint_writes_is_owned_and_is_tensors_and_text(run, t
     assert kinds <= {".safetensors", ".json", ".jinja", ".yaml", ".md"}
     (shard,) = (tmp_path / "run" / "state").glob("*.safetensors")
     assert not [name for name in load_file(shard) if "/" in name]  # there are no moments before the first update
+
+
+# ---------------------------------------------------------------- moments in 8 bits
+
+
+class Moments8bit(torch.optim.Optimizer):
+    """AdamW as bitsandbytes keeps its moments: those of large weights in bytes that stand for the values of a table all
+    weights share, one scale per 256; a Python integer counts the steps.
+    """
+
+    def __init__(self, weights, lr: float, weight_decay: float):
+        super().__init__(weights, {"lr": lr, "weight_decay": weight_decay, "betas": (0.9, 0.999)})
+        self.tables = [torch.linspace(-1, 1, 256), torch.linspace(0, 1, 256) ** 2]
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for weight in group["params"]:
+                if weight.grad is not None:
+                    self.move(weight, self.state[weight], group)
+
+    def move(self, weight, state, group):
+        state["step"] = count = state.get("step", 0) + 1
+        moments = []
+        for k, (beta, value) in enumerate(zip(group["betas"], (weight.grad, weight.grad**2), strict=True), 1):
+            moment = beta * self.read(state, k, weight) + (1 - beta) * value
+            moments.append(moment / (1 - beta**count))
+            self.write(state, k, moment)
+        weight -= group["lr"] * (moments[0] / (moments[1].sqrt() + 1e-8) + group["weight_decay"] * weight)
+
+    def read(self, state, k, weight):
+        if f"state{k}" not in state:
+            return torch.zeros_like(weight)
+        if weight.numel() < 4096:
+            return state[f"state{k}"]
+        values = state[f"qmap{k}"][state[f"state{k}"].long()].flatten().split(256)
+        return torch.cat([v * s for v, s in zip(values, state[f"absmax{k}"], strict=True)]).view_as(weight)
+
+    def write(self, state, k, moment):
+        if moment.numel() < 4096:
+            state[f"state{k}"] = moment
+            return
+        blocks = moment.flatten().split(256)
+        state[f"absmax{k}"] = torch.stack([block.abs().max() for block in blocks])
+        scaled = torch.cat([b / s.clamp(min=1e-30) for b, s in zip(blocks, state[f"absmax{k}"], strict=True)])
+        state[f"qmap{k}"] = table = self.tables[k - 1]
+        state[f"state{k}"] = torch.bucketize(scaled, table).clamp(max=255).to(torch.uint8).view_as(moment)
+
+
+def of_bitsandbytes():
+    return pytest.importorskip("bitsandbytes").optim.AdamW8bit
+
+
+@pytest.mark.parametrize("kind", [lambda: Moments8bit, of_bitsandbytes], ids=["stand-in", "bitsandbytes"])
+def test_an_optimizer_in_8_bits_goes_on_to_the_bit(run, kind):
+    eight_bits = kind()
+
+    def begin() -> None:
+        weights = [weight for weight in run.policy.parameters() if weight.requires_grad]
+        run.optimizer = run.accelerator.prepare_optimizer(eight_bits(weights, lr=0.01, weight_decay=0.01))
+        run.scheduler = new_scheduler(run.optimizer.optimizer, run.config)
+
+    begin()
+    for _ in range(2):
+        updated(run)
+    save_checkpoint(run, {"step": 2, "drawn": 8, "failures": 0})
+    saved = {name: value.clone() for name, value in checkpoints.held_tensors(run).items()}
+    updated(run)
+    after = {name: value.clone() for name, value in checkpoints.held_tensors(run).items()}
+    begin()
+    checkpoints.resume(run)
+    found = checkpoints.held_tensors(run)
+    assert saved.keys() == found.keys() and all(torch.equal(found[name], saved[name]) for name in saved)
+    kinds = {name.rpartition("/")[2]: value.dtype for name, value in sorted(found.items()) if "/" in name}
+    assert kinds.keys() == {"step", "state1", "state2", "absmax1", "absmax2", "qmap1", "qmap2"}
+    assert torch.uint8 in {value.dtype for value in found.values()} and kinds["step"] == torch.int64
+    updated(run)
+    assert all(torch.equal(value, after[name]) for name, value in checkpoints.held_tensors(run).items())
