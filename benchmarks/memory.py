@@ -1,6 +1,7 @@
 """What training takes of one device's memory, part by part, before any device is touched, and whether it fits.
 
     python -m benchmarks.memory --model 7b [--gpus 8] [--fsdp] [--config recipes/zoom_zero_stage1.yaml] [--gib 139]
+    python -m benchmarks.memory --table      # what fits into which machine, with which options (docs/training.md)
 
 `--model` is 7b, 3b, 20m (the scaled-down shape of `benchmarks/engine.py`), tiny (the built-in policy) or a checkpoint's
 folder. All other options are those of train.py: `--paired_frames true`, `--group_size 16`.
@@ -8,14 +9,16 @@ folder. All other options are those of train.py: `--paired_frames true`, `--grou
 Everything is computed from the shape of the model and the recipe. Weights, gradients, optimiser state and caches are
 exact; what a layer needs while it computes (marked ~) is estimated, and so is the allowance for what torch does not
 account for. Prompts and responses have their greatest length, all at once. Parts are of one process: with FSDP2 the
-policy's weights, gradients and optimiser state are divided by the number of GPUs.
+policy's weights, gradients and optimiser state are divided by the number of GPUs. `benchmarks/fake_gpu.py` counts the
+same in a step with tensors that have no values.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from math import ceil, log2
 from pathlib import Path
 
@@ -31,7 +34,8 @@ GIB = 2**30
 TEXT_TOKENS = 256  # of a prompt: Zoom-Zero's template with an ordinary question has 249
 ALLOWANCE = 4 * GIB  # CUDA's context, communication buffers, fragmentation
 PHASES = ("prefill", "decode", "zoom", "reference", "KL", "backward", "optimiser")
-UPDATE = ("reference", "KL", "backward")  # activations are kept
+UPDATE = ("reference", "KL", "backward")
+KEPT = ("KL", "backward")  # activations are kept: the reference's pass is over when the policy's begins
 
 VISION = {"depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16, "window_size": 112}
 VISION |= {"fullatt_block_indexes": [7, 15, 23, 31], "tokens_per_second": 2}
@@ -209,15 +213,19 @@ def parts(model: Qwen2_5_VLConfig, recipe: Config, gpus: int = 1, fsdp: bool = F
     kept, kept_block = stream * t.hidden_size, width * v.hidden_size  # the inputs of the layers
     if not recipe.gradient_checkpointing:
         kept, kept_block = layer.kept, block.kept
-    found.append(Part("update: activations kept by the language model", t.num_hidden_layers * row * kept, UPDATE))
+    found.append(Part("update: activations kept by the language model", t.num_hidden_layers * row * kept, KEPT))
     backward = row * layer.backward
     if recipe.train_vision:
         # Pixels, merger, and a cosine and a sine for each change between windows and whole grids.
         tables = 8 * v.hidden_size // v.num_heads * (2 * len(v.fullatt_block_indexes) + 1)
         ends = width * (pixels + 4 * v.hidden_size) + tables
         tower = 4 * clip * (v.depth * kept_block + ends)
-        found.append(Part("update: activations kept by the vision tower", tower, UPDATE))
+        found.append(Part("update: activations kept by the vision tower", tower, KEPT))
         backward = max(backward, 4 * clip * block.backward)
+    if not recipe.lora_rank:
+        # At the end, when nothing is kept any more: the table's whole gradient for the prompts, and for the responses.
+        held = sum(part.bytes for part in found if part.name.startswith("update: activations kept"))
+        backward = max(backward, 2 * 4 * t.vocab_size * t.hidden_size - held)
     if recipe.kl != "none":
         work = at_work(reference, row, clip)
         found.append(Part("~ update: a layer of the reference at work", work, ("reference",)))
@@ -240,12 +248,12 @@ def weights(model: Qwen2_5_VLConfig, recipe: Config, gpus: int, fsdp: bool, widt
     trained = n.total if recipe.train_vision else n.total - n.vision
     shards = gpus if fsdp else 1
     ddp = gpus > 1 and not fsdp  # its buckets, of which the gradients are views, are never given back
-    sampling = ("prefill", "decode", "zoom")
-    found = [
-        Part("policy: weights, float32", 4 * n.total // shards, PHASES),
-        Part("policy: AdamW's two moments, float32", 8 * trained // shards, PHASES),
-        Part("policy: gradients, float32", 4 * trained // shards, PHASES if ddp else (*UPDATE, "optimiser")),
-    ]
+    found = [Part("policy: weights, float32", 4 * n.total // shards, PHASES)]
+    if recipe.optimizer == "adamw8bit":  # and a float32 scale for each 256 of a moment
+        found.append(Part("policy: AdamW's two moments, 8 bits", 2 * trained + 8 * trained // 256, PHASES))
+    else:
+        found.append(Part("policy: AdamW's two moments, float32", 8 * trained // shards, PHASES))
+    found.append(Part("policy: gradients, float32", 4 * trained // shards, PHASES if ddp else (*UPDATE, "optimiser")))
     if recipe.kl != "none" or recipe.zoom_judge == "reference":
         resident = n.total
         if recipe.reference_device == "cpu":
@@ -253,18 +261,24 @@ def weights(model: Qwen2_5_VLConfig, recipe: Config, gpus: int, fsdp: bool, widt
             at_work = ("reference", "zoom") if recipe.zoom_judge == "reference" else ("reference",)
             found.append(Part("reference: a layer, copied from the CPU", width * n.layer, at_work))
         found.append(Part(f"reference: weights, {8 * width} bits", width * resident, PHASES))
+    return [*found, *computed_weights(n, trained, recipe, fsdp, width)]
+
+
+def computed_weights(n: Parameters, trained: int, recipe: Config, fsdp: bool, width: int) -> Iterator[Part]:
+    """Copies of the policy's weights that are computed with, and whole gradients of them."""
+    sampling = ("prefill", "decode", "zoom")
     if fsdp:
-        found.append(Part(f"policy: whole weights to sample with, {8 * width} bits", width * n.total, sampling))
+        yield Part(f"policy: whole weights to sample with, {8 * width} bits", width * n.total, sampling)
         # Vision tower, embedding and projection are one unit; decoder layers come and go, the next one early.
         gathered = n.total - n.layers + 2 * n.layer
-        found.append(Part(f"policy: whole weights of units at work, {8 * width} bits", width * gathered, UPDATE))
+        yield Part(f"policy: whole weights of units at work, {8 * width} bits", width * gathered, KEPT)
         whole = gathered if recipe.train_vision else gathered - n.vision
-        found.append(Part(f"policy: whole gradients of these, {8 * width} bits", width * whole, ("backward",)))
+        yield Part(f"policy: whole gradients of these, {8 * width} bits", width * whole, ("backward",))
     elif width == 2:
-        # Autocast keeps them until it is left, so for all of the update's forward pass, which includes the KL.
-        cast = n.total - (0 if model.text_config.tie_word_embeddings else n.embedding)
-        found.append(Part("policy: copies that autocast keeps, 16 bits", 2 * cast, (*sampling, "reference", "KL")))
-    return found
+        # Autocast keeps those of what is trained until it is left, so for all of the update's forward pass.
+        cast = trained - n.embedding - n.head
+        yield Part("policy: copies that autocast keeps, 16 bits", 2 * cast, (*sampling, "KL"))
+        yield Part("policy: a copy of the output projection, 16 bits", 2 * (n.head or n.embedding), sampling)
 
 
 def adapters(model: Qwen2_5_VLConfig, recipe: Config) -> int:
@@ -288,7 +302,7 @@ def adapted_weights(model: Qwen2_5_VLConfig, recipe: Config, gpus: int, fsdp: bo
     if fsdp:
         sampling, gathered = ("prefill", "decode", "zoom"), n.total - n.layers + 2 * n.layer
         found.append(Part(f"policy: whole weights to sample with, {8 * width} bits", width * n.total, sampling))
-        found.append(Part(f"policy: whole weights of units at work, {8 * width} bits", width * gathered, UPDATE))
+        found.append(Part(f"policy: whole weights of units at work, {8 * width} bits", width * gathered, KEPT))
     return found
 
 
@@ -316,6 +330,61 @@ def table(found: list[Part]) -> str:
     return "\n".join(lines)
 
 
+# ---------------------------------------------------------------- what fits where
+
+CARDS = {24: 23.5, 48: 44.5, 80: 79.0}  # GiB that a card of so many gigabytes has
+MACHINES = ((1, 24), (1, 48), (1, 80), (4, 80), (8, 80))
+WAYS = {  # of training: options, and whether several GPUs share the weights out with FSDP2
+    "all weights": ({}, True),
+    "all weights, 8-bit AdamW": ({"optimizer": "adamw8bit"}, False),
+    "LoRA": ({"lora_rank": 16, "train_vision": False}, False),
+}
+# What makes it less: first what changes the time alone, then what changes the training, the least first.
+SAVINGS = {
+    "a": {"rollout_batch": 1, "zoom_batch": 1},
+    "b": {"reference_device": "cpu"},
+    "c": {"train_vision": False},
+    "d": {"group_size": 4},
+    "e": {"budget": 4096},
+    "f": {"kl": "none"},
+}
+
+
+def savings(way: str) -> Iterator[tuple[str, Config]]:
+    """Letters of SAVINGS with the recipe that they leave, from the least sacrifice to the greatest: a later letter is
+    worse than all before it together. LoRA has no second model as its reference, and no vision tower that is trained.
+    """
+    recipe = replace(configuration.parse([], ROOT / "recipes" / "zoom_zero_stage1.yaml"), **WAYS[way][0])
+    letters = [letter for letter in SAVINGS if way != "LoRA" or letter not in "bcf"]
+    for chosen in range(2 ** len(letters)):
+        used = [letter for k, letter in enumerate(letters) if chosen >> k & 1]
+        changes = {name: value for letter in used for name, value in SAVINGS[letter].items()}
+        yield "".join(used), replace(recipe, **changes)
+
+
+def fits_table() -> str:
+    """For each model, way and machine the options it needs, and the most GiB that one GPU then holds, as Markdown."""
+    lines = ["| policy | trained | " + " | ".join(f"{gpus} x {gb} GB" for gpus, gb in MACHINES) + " |"]
+    lines.append("|---" * (2 + len(MACHINES)) + "|")
+    for name in ("3b", "7b"):
+        model = shape(name)
+        for way, (_, shared) in WAYS.items():
+            cells = []
+            for gpus, gb in MACHINES:
+                found = ((used, parts(model, recipe, gpus, shared and gpus > 1)) for used, recipe in savings(way))
+                most = ((used, max(totals(held).values()) / GIB) for used, held in found)
+                fitting = next((pair for pair in most if pair[1] <= CARDS[gb]), None)
+                cells.append("-" if fitting is None else f"{fitting[1]:.0f} {fitting[0]}".strip())
+            lines.append(f"| Qwen2.5-VL-{name.upper()} | {way} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def legend() -> str:
+    """What the letters of the table are."""
+    options = {k: " ".join(f"--{name} {value}".lower() for name, value in v.items()) for k, v in SAVINGS.items()}
+    return ", ".join(f"{letter}: `{text}`" for letter, text in options.items())
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
@@ -324,7 +393,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--gpus", type=int, default=1)
     parser.add_argument("--fsdp", action="store_true", help="as recipes/accelerate_fsdp2.yaml; otherwise DDP")
     parser.add_argument("--gib", type=float, default=139, help="memory of one device (default: an H200's)")
+    parser.add_argument("--table", action="store_true", help="what fits into which machine, with which options")
     given, options = parser.parse_known_args(arguments)
+    if given.table:
+        print(f"{fits_table()}\n\n{legend()}")
+        return
     recipe = DEFAULT_RECIPE if given.model == "tiny" else ROOT / "recipes" / "zoom_zero_stage1.yaml"
     recipe = configuration.parse(options, recipe)
     model = shape(given.model)
