@@ -68,9 +68,9 @@ def evaluation_page(
             f"<h1>{text(title)}</h1>\n{summary_html(summary)}\n"
             f"{filters_html([words for _, words in table], next(iter(results)))}"
             '<p class="muted legend"><span>click a heading to sort, again to reverse</span>'
-            f"<span>{text(rule)}; without options, an IoU of at least 0.5</span>"
             '<span><span class="span true"></span> true span</span>'
-            '<span><span class="span pred"></span> predicted span</span></p>\n'
+            '<span><span class="span pred"></span> predicted span</span>'
+            f"<span>{text(rule)}; without options, an IoU of at least 0.5</span></p>\n"
             f'<table class="results"><thead><tr>{heads}<th scope="col" class="line">Time line</th></tr></thead>\n'
             f"<tbody>{body}</tbody></table>\n"
             + "".join(video_html(k, video) for k, video in enumerate((videos or {}).values())),
