@@ -99,6 +99,26 @@ def test_lora_holds_one_model_in_half_precision_and_trains_adapters_alone():
     assert not any(name.startswith("reference:") for name in found)
 
 
+def test_moments_in_8_bits_take_two_bytes_and_their_scales():
+    model, recipe = memory.shape("20m"), Config(optimizer="adamw8bit")
+    moments = named(memory.parts(model, recipe))["policy: AdamW's two moments, 8 bits"]
+    assert moments == pytest.approx((2 + 2 * 4 / 256) * Parameters.of(model).total)
+
+
+def test_a_machine_is_given_the_least_sacrifice_that_fits():
+    """In the order of binary numbers: all that leaves the training as it is, before the least that does not."""
+    letters = [used for used, _ in memory.savings("all weights")]
+    assert letters[:5] == ["", "a", "b", "ab", "c"] and letters[-1] == "abcdef" and len(letters) == 64
+    assert {used for used, _ in memory.savings("LoRA")} == {"", "a", "d", "ad", "e", "ae", "de", "ade"}
+    changed = dict(memory.savings("all weights"))["be"]
+    assert (changed.reference_device, changed.budget, changed.group_size) == ("cpu", 4096, 8)
+
+
+def test_the_documents_table_of_what_fits_where_is_the_commands():
+    text = (memory.ROOT / "docs" / "training.md").read_text()
+    assert memory.fits_table() in text and memory.legend() in " ".join(text.split())
+
+
 def test_caches_and_activations_follow_the_recipe():
     model, recipe = memory.shape("7b"), Config()
     found = named(memory.parts(model, recipe))
