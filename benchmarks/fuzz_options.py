@@ -3,7 +3,9 @@
     python -m benchmarks.fuzz_options --runs 200 --out benchmarks/results/fuzz_options.md
 
 Every run starts from one of the built-in recipes, in small, and changes two to six options to random values: other
-choices, the ends of their ranges, values around the default. Same seed, same options: `--only N` repeats one.
+choices, the ends of their ranges, values around the default. Every fourth one evaluates before and after. Same seed,
+same options: `--only N` repeats one. Runs are forks of one process that has done the imports; what is done is kept in a
+journal, and running again does the rest.
 """
 
 from __future__ import annotations
@@ -11,18 +13,24 @@ from __future__ import annotations
 import argparse
 import random
 import re
-import subprocess
 import sys
 import tempfile
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import config as configuration
+import train
+from benchmarks.kills import Kill, Mode, attempt
+from harness import journal
+from report import drawing
+from world import benchmark
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPES = ("cpu_world", "cpu_longvtg", "cpu_world_agent")
-SMALL = "--steps 2 --prompts_per_step 2 --group_size 2 --world_train_videos 4 --world_test_videos 2 --max_tokens 24"
-SMALL += " --save_every 1 --n_episodes 1 --tracker none --threads 1"
+SMALL = "--steps 2 --prompts_per_step 2 --group_size 2 --world_train_videos 4 --world_test_videos 1 --max_tokens 24"
+SMALL += " --save_every 2 --n_episodes 1 --tracker none --threads 1"
+MOST_SECONDS = 600  # of CPU time, after which a run counts as one that does not end
 # What the harness sets, what would only make a run long, and where nothing is to be found.
 LEFT_OUT = {word.removeprefix("--") for word in SMALL.split() if word.startswith("--")}
 LEFT_OUT |= {"out", "cache", "resume", "overwrite", "model", "train_data", "test_data", "data_format", "video_root"}
@@ -45,37 +53,49 @@ def draw(name: str, rng: random.Random) -> object:
     return int(value) if kind is int else float(value)
 
 
-def command(number: int, seed: int, out: str, cache: str) -> list[str]:
-    """The command line of a run."""
+def command(number: int, seed: int, out: str, cache: str) -> tuple[list[str], list[str]]:
+    """The command line of a run, and what is random of it."""
     rng = random.Random(f"{seed} {number}")
     recipe = ROOT / "recipes" / f"{rng.choice(RECIPES)}.yaml"
     names = [
         name for name, about in configuration.OPTIONS.items() if "train" in about["used_by"] and name not in LEFT_OUT
     ]
     words = [f"--{name}={draw(name, rng)}" for name in rng.sample(names, rng.randint(2, 6))]
-    return ["--config", str(recipe), *SMALL.split(), "--out", out, "--cache", cache, *words]
+    test = "world" if number % 4 == 0 else ""
+    fixed = ["--config", str(recipe), *SMALL.split(), "--test_data", test, "--out", out, "--cache", cache]
+    return [*fixed, *words], [recipe.stem, *words]
 
 
-def outcome(done: subprocess.CompletedProcess) -> str:
-    """ "ran", "refused" in one line, or "traceback"."""
-    if "Traceback" in done.stderr or done.returncode not in (0, 1):
-        return "traceback"
-    if done.returncode == 0:
-        return "ran"
-    return "refused" if done.stderr.rstrip().splitlines()[-1].startswith("error: ") else "traceback"
+def run(number: int, seed: int, cache: str) -> tuple[dict, str]:
+    """What became of a run, and all that it said: it "ran", was "refused" in one line, left a "traceback", or did "not
+    end".
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        log = Path(folder) / "log"
+        arguments, words = command(number, seed, f"{folder}/run", cache)
+        mode = Mode(train.main, lambda out: arguments, lambda out: None)
+        status = attempt(mode, arguments, log, Kill(seconds=MOST_SECONDS))
+        said = log.read_text(errors="replace")
+    lines = said.rstrip().splitlines()
+    refused = status == 1 and lines and lines[-1].startswith("error: ")
+    end = "ran" if status == 0 else "refused" if refused else "traceback" if status > 0 else "not end"
+    line = lines[-1].removeprefix("error: ") if refused else ""
+    return {"number": number, "seed": seed, "options": words, "end": end, "line": line, "status": status}, said
 
 
-def table(given: argparse.Namespace, counts: Counter[str], reasons: Counter[str]) -> str:
+def table(runs: int, seed: int, rows: Sequence[dict]) -> str:
     """How the runs ended, and what was refused, as a page."""
+    counts = Counter(row["end"] for row in rows)
+    reasons = Counter(re.sub(r"\S*\d\S*", "N", row["line"]) for row in rows if row["end"] == "refused")
     lines = [
         "# Random options",
         "",
-        f"`python -m benchmarks.fuzz_options --runs {given.runs} --seed {given.seed}`: {counts.total()} runs of",
-        "train.py on the CPU, two steps each, with two to six options set at random.",
+        f"`python -m benchmarks.fuzz_options --runs {runs} --seed {seed}`: {len(rows)} runs of train.py on the CPU,",
+        "two steps each, with two to six options set at random; every fourth one evaluates before and after.",
         "",
         "| end | runs |",
         "| --- | --- |",
-        *(f"| {name} | {counts[name]} |" for name in ("ran", "refused", "traceback")),
+        *(f"| {name} | {counts[name]} |" for name in ("ran", "refused", "traceback", "not end")),
         "",
         "Refused, each with one line (numbers and paths as N):",
         "",
@@ -92,34 +112,32 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the options (default: %(default)s)")
     parser.add_argument("--only", type=int, help="this run alone, with what it says")
     parser.add_argument("--cache", default="cache", help="folder of the built-in videos (default: %(default)s)")
+    parser.add_argument("--journal", default="runs/fuzz_options.jsonl", help="what is done (default: %(default)s)")
     parser.add_argument("--out", type=Path, help="write the counts to this file, after every run")
-    given = parser.parse_args()
-    counts: Counter[str] = Counter()
-    reasons: Counter[str] = Counter()
-    for number in [given.only] if given.only is not None else range(given.runs):
-        with tempfile.TemporaryDirectory() as folder:
-            words = command(number, given.seed, f"{folder}/run", given.cache)
-            done = subprocess.run(
-                [sys.executable, "train.py", *words],
-                cwd=ROOT,
-                capture_output=True,
-                text=True,
-                timeout=1800,
-                check=False,
-            )
-        found = outcome(done)
-        counts[found] += 1
-        print(number, found, *words[len(SMALL.split()) + 6 :], flush=True)
-        if found == "refused":
-            last = done.stderr.rstrip().splitlines()[-1]
-            reasons[re.sub(r"\S*\d\S*", "N", last.removeprefix("error: "))] += 1
-            print("  ", last, flush=True)
-        if found == "traceback" or given.only is not None:
-            print(done.stderr, flush=True)
-        if given.out:
-            given.out.write_text(table(given, counts, reasons))
-    print(", ".join(f"{count} {name}" for name, count in counts.items()))
-    sys.exit(1 if counts["traceback"] else 0)
+    options = parser.parse_args()
+    drawing.save_figure(drawing.new_figure(1, 1), Path(tempfile.gettempdir()) / "fuzz_options.png")  # imports it
+    for split, count in (("train", 4), ("test", 1)):
+        benchmark.build(options.cache, split, count, workers=1)
+    if options.only is not None:
+        row, said = run(options.only, options.seed, options.cache)
+        print(said, row, sep="\n")
+        return
+    journal.begin(options.journal)
+    rows = [row.fields for row in journal.read(options.journal)]
+    done = {row["number"]: row for row in rows if row["seed"] == options.seed}
+    for number in range(options.runs):
+        if number not in done:
+            done[number], said = run(number, options.seed, options.cache)
+            journal.append(options.journal, done[number])
+            print(number, done[number]["end"], *done[number]["options"], done[number]["line"], flush=True)
+            if done[number]["end"] not in ("ran", "refused"):
+                print(said, flush=True)
+        if options.out:
+            rows = [done[k] for k in range(options.runs) if k in done]
+            options.out.write_text(table(options.runs, options.seed, rows))
+    ends = Counter(row["end"] for row in done.values())
+    print(", ".join(f"{count} {name}" for name, count in ends.items()))
+    sys.exit(0 if set(ends) <= {"ran", "refused"} else 1)
 
 
 if __name__ == "__main__":

@@ -35,6 +35,7 @@ from safetensors import deserialize
 import curate
 import infer
 import train
+from advantage import RewardError
 from annotations.rows import DataError
 from harness import commands
 from harness.run import program
@@ -57,6 +58,7 @@ FSDP = {
     "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
     "FSDP_OFFLOAD_PARAMS": "false",
 }
+EXPECTED = (DataError, ModelError, RewardError, VideoError, ReportError, curate.CurateError)
 MEMORY_AT = (100, 500, 1000, 1500, 2000)  # steps
 
 
@@ -140,7 +142,7 @@ def run_child(mode: Mode, arguments: list[str], log: Path, rank: int, port: int,
         arm(kill)
     code = 0
     try:
-        program(lambda: mode.main(arguments), DataError, ModelError, VideoError, ReportError, curate.CurateError)
+        program(lambda: mode.main(arguments), *EXPECTED)
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else 1
         if not isinstance(end.code, int) and end.code:
