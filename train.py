@@ -48,7 +48,7 @@ from grpo import loss_count, objective
 from harness.batches import SPARE, Drawn, generator, view_batches
 from harness.checkpoints import claim_folder
 from harness.log import start_tracker, step_figures
-from harness.run import TrainingError, finish, program, training_accelerator
+from harness.run import TrainingError, finish, main_reads, program, training_accelerator
 from harness.session import Session
 from harness.setup import Run, check_rewards, load_run
 from harness.watch import Watch
@@ -285,9 +285,7 @@ def main(arguments: list[str] | None = None) -> None:
     config = configuration.parse(arguments, description=__doc__.splitlines()[0], program="train")
     check_rewards(config)
     accelerator = training_accelerator(config)
-    with accelerator.main_process_first():  # one process writes the built-in videos, the others find them
-        sets = load_training(config)
-        test = load_test(config)
+    sets, test = main_reads(accelerator, lambda: (load_training(config), load_test(config)), DataError)
     evaluate.check_evaluations(test, config)
     with claim_folder(config, accelerator):
         start_tracker(config, accelerator)

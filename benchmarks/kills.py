@@ -441,7 +441,8 @@ def memory(mode: Mode, folder: Path) -> str:
     """Resident megabytes of one process after some of 2,000 short steps."""
     out, log = folder / "out", folder / "log"
     folder.mkdir(parents=True)
-    arguments = [*mode.arguments(out), "--steps", str(MEMORY_AT[-1]), "--save_every", "500", "--max_tokens", "8"]
+    arguments = [*mode.arguments(out), "--steps", str(MEMORY_AT[-1]), "--save_every", "500", "--max_tokens", "4"]
+    arguments += ["--prompts_per_step", "1", "--n_episodes", "0"]
     child = os.fork()
     if child == 0:
         run_child(mode, arguments, log, 0, free_port(), None, 0)

@@ -174,6 +174,25 @@ def main_does(accelerator: Accelerator | None, do: Callable[[], T]) -> T | None:
     return result
 
 
+def main_reads(accelerator: Accelerator, read: Callable[[], T], *expected: type[Exception]) -> T:
+    """What `read` returns in the main process, for all of them: a million rows are read once. Where it raises an
+    `expected` error, all raise TrainingError; a process alone raises the error itself.
+    """
+    if accelerator.num_processes == 1:
+        return read()
+    result, problem = None, None
+    if accelerator.is_main_process:
+        try:
+            result = read()
+        except (ConfigError, OSError, *expected) as error:
+            problem = in_words(error)
+    result, problem = broadcast_object_list([result, problem])
+    accelerator.wait_for_everyone()  # as in `finish`
+    if problem:
+        raise TrainingError(problem)
+    return result
+
+
 def finish(accelerator: Accelerator) -> None:
     """The end of a program of several processes; one that left right after a gather could deadlock, since Gloo's
     thread still gives the gathered tensors back.

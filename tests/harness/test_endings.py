@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import pickle
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from annotations.rows import DataError
 from harness import run
 from harness.run import TrainingError, main_does, program
 
@@ -70,6 +72,42 @@ def test_what_fails_in_the_main_process_fails_in_all(monkeypatch, rank):
     accelerator = SimpleNamespace(is_main_process=rank == 0, wait_for_everyone=lambda: None)
     with pytest.raises(TrainingError, match="runs/x: Permission denied"):
         main_does(accelerator, failing)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("fails", [False, True])
+def test_what_the_main_process_reads_all_have(monkeypatch, rank, fails):
+    """What the others are told comes from its broadcast, as pickles."""
+    told, reads = [], []
+
+    def broadcast(objects):
+        told.append(pickle.loads(pickle.dumps(objects)))
+        return told[-1] if rank == 0 else [None, "x: no such file"] if fails else [["rows"], None]
+
+    def read():
+        reads.append(rank)
+        if fails:
+            raise DataError("x: no such file")
+        return ["rows"]
+
+    monkeypatch.setattr(run, "broadcast_object_list", broadcast)
+    accelerator = SimpleNamespace(is_main_process=rank == 0, num_processes=2, wait_for_everyone=lambda: None)
+    if fails:
+        with pytest.raises(TrainingError, match="x: no such file"):
+            run.main_reads(accelerator, read, DataError)
+    else:
+        assert run.main_reads(accelerator, read, DataError) == ["rows"]
+    assert reads == [0] * (rank == 0)
+
+
+def test_a_process_alone_raises_what_it_has_read(monkeypatch):
+    monkeypatch.setattr(run, "broadcast_object_list", lambda _: pytest.fail("there is nobody to tell"))
+
+    def read():
+        raise DataError("x: no such file")
+
+    with pytest.raises(DataError):
+        run.main_reads(SimpleNamespace(num_processes=1), read, DataError)
 
 
 # ---------------------------------------------------------------- processes of their own
