@@ -11,6 +11,7 @@ journal, and running again does the rest.
 from __future__ import annotations
 
 import argparse
+import math
 import random
 import re
 import sys
@@ -30,6 +31,7 @@ ROOT = Path(__file__).resolve().parents[1]
 RECIPES = ("cpu_world", "cpu_longvtg", "cpu_world_agent")
 SMALL = "--steps 2 --prompts_per_step 2 --group_size 2 --world_train_videos 4 --world_test_videos 1 --max_tokens 24"
 SMALL += " --save_every 2 --n_episodes 1 --tracker none --threads 1"
+ODD = 0.05  # share of numbers that may be out of their range
 MOST_SECONDS = 600  # of CPU time, after which a run counts as one that does not end
 # What the harness sets, what would only make a run long, and where nothing is to be found.
 LEFT_OUT = {word.removeprefix("--") for word in SMALL.split() if word.startswith("--")}
@@ -47,10 +49,12 @@ def draw(name: str, rng: random.Random) -> object:
         return rng.choice(list(about["choices"]))
     if kind is str:
         return rng.choice(["", "Answer.", "{}", "%s \u00e9"])
-    ends = [limit for limit in (about["above"], about["least"], about["most"]) if limit is not None]
-    values = [*ends, default, 2 * default, default / 2, 1, 3, 1e-3, 0.5, 1e9, -1]
-    value = rng.choice(values)
-    return int(value) if kind is int else float(value)
+    above, least, most = (about[limit] for limit in ("above", "least", "most"))
+    ends = [limit for limit in (above, least, most) if limit is not None]
+    values = [kind(value) for value in (*ends, default, 2 * default, default / 2, 1, 3, 1e-3, 0.5, 1e9, -1)]
+    low, high = -math.inf if least is None else least, most or math.inf
+    may = [value for value in values if low <= value <= high and (above is None or value > above)]
+    return rng.choice(values if rng.random() < ODD else may)
 
 
 def command(number: int, seed: int, out: str, cache: str) -> tuple[list[str], list[str]]:
