@@ -790,10 +790,10 @@ def test_a_process_with_nothing_to_redraw_waits_for_the_other(small_recipe, tmp_
 def test_the_agents_result_is_its_episode(samples, small, loaded):
     model, vocabulary = loaded
     agent = Agent(model, vocabulary, small)
-    for sample in samples[:6]:
-        [(_, result, _)] = side_by_side([(sample.id, infer.STRATEGIES["agent"](agent, sample, infer.Settings()))], 8)
-        [group] = roll_out_episodes(model, [view_video(sample, small)], small, vocabulary, None)
-        [episode] = group.responses
+    asked = ((sample.id, infer.STRATEGIES["agent"](agent, sample, infer.Settings())) for sample in samples[:6])
+    results = {name: result for name, result, _ in side_by_side(asked, 8)}
+    for group in roll_out_episodes(model, views_of(samples, small, 6), small, vocabulary, None):
+        result, [episode] = results[group.view.sample.id], group.responses
         assert result.answer == episode.answer and [look.text for look in result.looks] == [
             t.text for t in episode.turns
         ]

@@ -522,14 +522,14 @@ def test_a_mixture_whose_weights_leave_no_sample_is_refused(parsed, samples, tmp
 
 
 def test_a_mixture_with_and_without_options_trains(recipe, tmp_path, samples):
-    closed = [replace(s, video=str(Path(s.video).resolve())) for s in samples[:4]]
+    closed = [replace(s, video=str(Path(s.video).resolve())) for s in samples[:2]]
     write_samples(tmp_path / "closed.jsonl", closed)
     write_samples(tmp_path / "open.jsonl", [replace(s, id=f"{s.id}-open", options=(), answer=None) for s in closed])
     (tmp_path / "mixture.yaml").write_text(
         f"- data: {tmp_path / 'closed.jsonl'}\n- {{data: {tmp_path / 'open.jsonl'}, weight: 3}}\n"
     )
     arguments = ["--template", "longvtg_r1", "--grounding", "tg", "--tokenadv", "off", "--beta", "0"]
-    arguments += ["--train_data", str(tmp_path / "mixture.yaml"), "--prompts_per_step", "16", "--n_episodes", "16"]
+    arguments += ["--train_data", str(tmp_path / "mixture.yaml"), "--prompts_per_step", "8", "--n_episodes", "8"]
     main(["--config", str(recipe), *arguments])
     first, second = read_metrics(tmp_path / "run")
     assert first["applies/accuracy"] == first["applies/zoom"] == 0.25 and first["applies/tg"] == 1
