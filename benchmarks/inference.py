@@ -13,9 +13,9 @@ strategies.
   machine changes less; times: how many of them one at a time takes for each of these.
 - passes, decoding: seconds that the model computed, and that frames were decoded. hidden: how much of the decoding
   took place while the model computed.
-- waited: seconds in which a pass was put off by decoding in progress. late: those of them that an idle decoder could
-  have saved, which had questions to begin and room for their frames. It is 0 if computing never waits for a decoder
-  that could have begun earlier.
+- waited: seconds in which a pass was put off by decoding in progress. late: seconds, over all looks, between the moment
+  when a look's frames were asked for and the decoder was free, and the moment when it began. Apart from what the system
+  takes to wake a thread it is 0: computing never waits for a decoder that could have begun earlier.
 - neither: seconds without a pass and without decoding: what the host does between passes.
 
 Writes benchmarks/results/inference.md after every line.
@@ -190,25 +190,31 @@ def loaded(options: list[str]) -> dict[str, Agent]:
     return {"others": load_agent(world, cpu), "agent": load_agent(zoomer, cpu)}
 
 
-def parse() -> argparse.Namespace:
+def parse() -> tuple[argparse.Namespace, str]:
+    """The options, and the command that they are, without the places of files."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--short", action="store_true", help="12 questions and 4 videos of half a minute")
     parser.add_argument("--sets", nargs="+", choices=("world", "long"), default=["world", "long"], help="[both]")
     parser.add_argument("--strategies", nargs="+", choices=[*STRATEGIES], default=[*STRATEGIES], help="[all]")
     parser.add_argument("--questions", type=int, default=160, help="about the world [160]")
     parser.add_argument("--videos", type=int, default=30, help="long videos [30]")
     parser.add_argument("--minutes", type=float, default=10.0, help="length of the long videos [10]")
     parser.add_argument("--threads", type=int, default=CORES, help="threads of the model [cores]")
+    parser.add_argument("--short", action="store_true", help="12 questions and 4 videos of half a minute")
     parser.add_argument("--cache", type=Path, default=ROOT / "cache", help="folder of videos [cache]")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "inference.md")
-    options = parser.parse_args()
+    options, words = parser.parse_args(), []
+    for name in ("sets", "strategies", "questions", "videos", "minutes", "threads"):
+        value = getattr(options, name)
+        if value != parser.get_default(name):
+            words += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
     if options.short:
         options.questions, options.videos, options.minutes = 12, 4, 0.5
-    return options
+        words.append("--short")
+    return options, " ".join(["python -m benchmarks.inference", *words])
 
 
 def main() -> None:
-    options = parse()
+    options, command = parse()
     torch.set_num_threads(options.threads)
     cache = ["--cache", str(options.cache)]
     sets = []
@@ -220,11 +226,9 @@ def main() -> None:
         films = long_videos(options.cache / "long", options.videos, options.minutes)
         title = f"{options.videos} videos of {options.minutes:g} minutes"
         sets.append((title, loaded([*cache, *LONG]), films, Settings(60, 240)))
-    named = "" if options.strategies == [*STRATEGIES] else f" --strategies {' '.join(options.strategies)}"
     parts = [
         "# Inference",
-        f"`python -m benchmarks.inference --sets {' '.join(options.sets)}{named}{' --short' * options.short}`, "
-        f"{time.strftime('%Y-%m-%d')}: {CORES} cores of {platform.machine()}, {options.threads} threads, "
+        f"`{command}`, {time.strftime('%Y-%m-%d')}: {CORES} cores of {platform.machine()}, {options.threads} threads, "
         f"torch {torch.__version__}. What the columns mean is in the program.",
     ]
     options.out.parent.mkdir(parents=True, exist_ok=True)
