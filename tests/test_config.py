@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import functools
 import re
 from dataclasses import asdict
 from pathlib import Path
@@ -221,45 +222,52 @@ def source_of(module: str) -> Path | None:
     return path if path.is_file() else None
 
 
-def modules_of(program: str) -> dict[str, ast.Module]:
-    """The syntax trees of a program and of all files of ours that it imports."""
-    trees, todo = {}, [program]
+@functools.cache
+def nodes_of(path: Path) -> list[ast.AST]:
+    """All nodes of a file's syntax tree; the first one is the module."""
+    return list(ast.walk(ast.parse(path.read_text())))
+
+
+def modules_of(program: str) -> dict[str, list[ast.AST]]:
+    """The nodes of a program and of all files of ours that it imports."""
+    found, todo = {}, [program]
     while todo:
         name = todo.pop()
         path = source_of(name)
-        if path is None or name in trees or name == "config":
+        if path is None or name in found or name == "config":
             continue
-        trees[name] = ast.parse(path.read_text())
-        for node in ast.walk(trees[name]):
+        found[name] = nodes_of(path)
+        for node in found[name]:
             if isinstance(node, ast.Import):
                 todo += [alias.name for alias in node.names]
             elif isinstance(node, ast.ImportFrom):
                 todo += [node.module or "", *(f"{node.module}.{alias.name}" for alias in node.names)]
-    return trees
+    return found
 
 
+@functools.cache
 def options_within_reach(program: str) -> set[str]:
     """The options that are read by functions and classes whose names a program's `main` mentions, or these mention, and
     so on: no fewer than those it reads.
     """
-    trees = modules_of(program)
+    modules = modules_of(program)
     read_by_property = {
         node.name: {inner.attr for inner in ast.walk(node) if isinstance(inner, ast.Attribute)}
-        for node in ast.walk(ast.parse(Path(configuration.__file__).read_text()))
+        for node in nodes_of(Path(configuration.__file__))
         if isinstance(node, ast.FunctionDef) and node.decorator_list
     }
     named: dict[str, list[ast.AST]] = {}
-    for tree in trees.values():
-        for node in ast.walk(tree):
+    for nodes in modules.values():
+        for node in nodes:
             if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
                 named.setdefault(node.name, []).append(node)
             elif isinstance(node, ast.alias) and node.asname:
                 named.setdefault(node.asname, []).append(ast.Name(node.name.split(".")[-1]))
-        for node in tree.body:  # tables of functions
+        for node in nodes[0].body:  # tables of functions
             if isinstance(node, (ast.Assign, ast.AnnAssign)):
                 target = node.targets[0] if isinstance(node, ast.Assign) else node.target
                 named.setdefault(ast.unparse(target), []).append(node)
-    [main] = [node for node in trees[program].body if getattr(node, "name", None) == "main"]
+    [main] = [node for node in modules[program][0].body if getattr(node, "name", None) == "main"]
     todo, seen, found = [main], set(), set()
     while todo:
         for node in ast.walk(todo.pop()):
