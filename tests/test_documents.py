@@ -95,10 +95,23 @@ def check_command(command: str) -> None:
             check_module(module, rest)
         case ["python", script, *rest] if script != "NAME":
             check_program(script, rest)
-        case ["pytest" | "wc" | "bash", *rest]:
-            values = {k + 1 for k, word in enumerate(rest) if word in ("-m", "-n", "--dist")}
-            for word in (word for k, word in enumerate(rest) if k not in values):
+        case ["pytest", *rest]:
+            for word in pytest_parser().parse_args(rest).files:
+                assert (ROOT / word).is_file(), f"no file {word}"
+        case ["wc" | "bash", *rest]:
+            for word in rest:
                 assert word.startswith("-") or (ROOT / word).is_file(), f"no file {word}"
+
+
+def pytest_parser() -> argparse.ArgumentParser:
+    """Of the options that documents use: a marker of ours, and pytest-xdist's."""
+    markers = re.findall(r'^    "(\w+): ', text_of("pyproject.toml"), re.MULTILINE)
+    parser = argparse.ArgumentParser(allow_abbrev=False)
+    parser.add_argument("files", nargs="*")
+    parser.add_argument("-m", choices=[f"not {marker}" for marker in markers])
+    parser.add_argument("-n", type=int)
+    parser.add_argument("--dist", choices=["loadfile"])
+    return parser
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -145,6 +158,7 @@ def test_the_readme_has_a_command_of_each_kind():
         "python -m benchmarks.gone",
         "python -m annotations.samples --paht x",
         "pytest tests/test_gone.py",
+        'pytest -m "not gone"',
     ],
 )
 def test_a_wrong_command_is_noticed(command, capsys):
@@ -174,7 +188,7 @@ def test_options_that_are_named_exist(name):
     sources += [(ROOT / "report" / "curves.py").read_text(), (ROOT / "annotations" / "samples.py").read_text()]
     known |= {option for source in sources for option in re.findall(r'"--(\w+)"', source)}
     known |= {option[2:] for action in launch_command_parser()._actions for option in action.option_strings}
-    known |= {"check", "name"}  # of ruff, and of a placeholder
+    known |= {"check", "name", "dist"}  # of ruff, of a placeholder, and of pytest-xdist
     for code in re.findall(r"`([^`\n]+)`", plain(text_of(name))):
         for option in re.findall(r"(?<!\S)--([a-z][a-z_]*)", code):
             assert option in known, f"{name} names --{option}"
