@@ -181,16 +181,16 @@ def test_the_readme_s_scores_are_lines_of_the_main_job_s_results():
 
 @pytest.mark.parametrize("name", NAMES)
 def test_options_that_are_named_exist(name):
-    known = {*configuration.OPTIONS, "config", "help", "dist"}  # the last one is pytest-xdist's
+    known = {*configuration.OPTIONS, "config", "help"}
     for program in commands.EXTRA:
         known |= {action.dest for action in commands.extra(program, "one line")._actions}
     sources = [path.read_text(encoding="utf-8") for path in (ROOT / "benchmarks").glob("*.py")]
     sources += [(ROOT / "report" / "curves.py").read_text(), (ROOT / "annotations" / "samples.py").read_text()]
-    known |= {option for source in sources for option in re.findall(r'"--(\w+)"', source)}
+    known |= {option for source in sources for option in re.findall(r'"--([\w-]+)"', source)}
     known |= {option[2:] for action in launch_command_parser()._actions for option in action.option_strings}
     known |= {"check", "name", "dist"}  # of ruff, of a placeholder, and of pytest-xdist
     for code in re.findall(r"`([^`\n]+)`", plain(text_of(name))):
-        for option in re.findall(r"(?<!\S)--([a-z][a-z_]*)", code):
+        for option in re.findall(r"(?<!\S)--([a-z][a-z_-]*)", code):
             assert option in known, f"{name} names --{option}"
 
 
