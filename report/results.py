@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from annotations.rows import DataError, Row, Sample, read_rows, short
+from annotations.rows import DataError, Row, Sample, as_float, read_rows, short
 from report.calibration import ANSWERS
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ def read_results(path: str | Path, samples: list[Sample]) -> list[dict]:
             raise line.error("predicted_answer", f"expected a capital letter or null, got {short(answer)}")
         spans = line.get("spans", list, type(None))
         for pair in spans or []:
-            if not is_span(pair) or not -np.inf < pair[0] <= pair[1] < np.inf:
+            if not is_span(pair) or not -np.inf < as_float(pair[0]) <= as_float(pair[1]) < np.inf:
                 raise line.error("spans", f"expected [start, end] in seconds, start <= end, got {short(pair)}")
         if id in predictions and id not in unreadable:
             raise line.error("id", f"'{id}' comes twice")

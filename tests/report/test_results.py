@@ -41,6 +41,8 @@ def test_questions_without_a_line_are_unanswered(tmp_path):
         ([{"id": "1", "predicted_answer": 3, "spans": []}], "row 1, field 'predicted_answer': expected str or null"),
         ([{"id": "1", "predicted_answer": "A", "spans": [[6, 2]]}], "row 1, field 'spans': expected .*start <= end"),
         ([{"id": "1", "predicted_answer": "A", "spans": [], "video": "c.mp4"}], "field 'video': .*another data set"),
+        ([{"id": "1", "predicted_answer": "A", "spans": [], "video": 5}], "field 'video': .*has 'a', not 5: results"),
+        ([{"id": "1", "predicted_answer": "A", "spans": [[1, 10**400]]}], "row 1, field 'spans': expected .*, got"),
         ([{"id": "1", "predicted_answer": "A", "spans": [], "answer": "B"}], "field 'answer': .*another data set"),
     ],
 )
