@@ -16,9 +16,10 @@ from harness.folder import claimed, claimed_file, lock
 from harness.run import TrainingError
 
 
-def test_the_second_program_is_told_who_holds_the_folder(tmp_path):
+def test_the_second_program_is_told_who_holds_the_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["train.py", "--out", "two words"])
     with claimed(tmp_path / "run", None):
-        holder = rf"process {os.getpid()} on {socket.gethostname()} since 2.*: .*pytest"
+        holder = rf"process {os.getpid()} on {socket.gethostname()} since 2.*: train.py --out 'two words'"
         with (
             pytest.raises(TrainingError, match=f"run is being written to by {holder}"),
             claimed(tmp_path / "run", None),
