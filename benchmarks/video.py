@@ -49,13 +49,16 @@ CORES = len(os.sched_getaffinity(0))
 READERS = ("ours", "decord", "torchcodec", "opencv")
 TIMEOUT = 240  # seconds for all requests of an exactness test, 10 times that for a task
 
+X264 = {"preset": "veryfast", "crf": "26"}  # with B-frames
 VIDEOS = {
     "warm.mp4": {"n": 50, "size": (320, 180)},
     "60s_360p.mp4": {"n": 1500, "size": (640, 360)},
     "10min_720p.mp4": {"n": 15000, "size": (1280, 720)},
     "60min_360p.mp4": {"n": 90000, "size": (640, 360)},
+    "60min_360p_flat.mp4": {"n": 90000, "size": (640, 360), "options": {**X264, "bf": "0"}},
 }
 ZOOM = [2700 + 0.625 * k for k in range(16)]
+ANYWHERE = [59 * random.Random(k).random() for k in range(10)]
 SPANS = [start + k for start in (300, 1200, 2100, 3300) for k in range(4)]
 # name: file, times in seconds, (height, width)
 TASKS = {
@@ -64,7 +67,10 @@ TASKS = {
     "60 min, 256 frames": ("60min_360p.mp4", [k * 3600 / 256 for k in range(256)], (140, 252)),
     "zoom: 16 frames of 10 s at minute 45": ("60min_360p.mp4", ZOOM, (336, 588)),
     "zoom: 4 spans of 4 s": ("60min_360p.mp4", [float(t) for t in SPANS], (336, 588)),
+    "60 min without B-frames, 256 frames": ("60min_360p_flat.mp4", [k * 3600 / 256 for k in range(256)], (140, 252)),
+    "60 s of 360p, 10 frames anywhere, in 10 calls": ("60s_360p.mp4", ANYWHERE, (252, 448)),
 }
+IN_CALLS = ("60 s of 360p, 10 frames anywhere, in 10 calls",)  # one frame each
 END_TO_END = ("60 s of 360p, 1 fps", "10 min of 720p, 1 fps", "60 min, 256 frames")
 EXACT = {
     "CFR, mp4": "cfr.mp4",
@@ -202,15 +208,19 @@ def resident(field: str) -> int:
 
 
 def measure(job: dict) -> dict:
-    """Run one job: {"reader", "path", "times", "numbers", "size", "warm"} -> {"seconds", "bytes", "process",
-    "seen"}."""
+    """Run one job: {"reader", "path", "times", "numbers", "size", "warm", "calls"} -> {"seconds", "bytes",
+    "process", "seen"}."""
     why_not(job["reader"])
     read, size = READ[job["reader"]], tuple(job["size"])
     read(job["warm"], [0.0, 0.5], [0, 12], (28, 56))
     Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     base = resident("VmRSS")
     began = time.perf_counter()
-    frames = read(job["path"], job["times"], job["numbers"], size)
+    if job["calls"]:
+        asked = zip(job["times"], job["numbers"], strict=True)
+        frames = torch.cat([read(job["path"], [time], [number], size) for time, number in asked])
+    else:
+        frames = read(job["path"], job["times"], job["numbers"], size)
     seconds = time.perf_counter() - began
     peak = resident("VmHWM")
     seen = [read_number(frame) for frame in frames] if frames.ndim == 4 else None
@@ -264,8 +274,7 @@ def make_videos(folder: Path, names) -> None:
                 write_video(folder / "part_whole.mp4", **FILES["b.mp4"])
                 edited(folder / "part_whole.mp4", part, 7 * 512)
             else:
-                options = {"preset": "veryfast", "crf": "26"}
-                write_video(part, **({"options": options, **VIDEOS[name]} if name in VIDEOS else FILES[name]))
+                write_video(part, **({"options": X264, **VIDEOS[name]} if name in VIDEOS else FILES[name]))
             part.rename(folder / name)
 
 
@@ -286,7 +295,8 @@ def compare(folder: Path, readers: list[str], tasks, repeats: int) -> dict[str, 
                 if results and "failed" in results[-1]:
                     continue
                 job = {"reader": reader, "path": str(folder / name), "times": times, "numbers": numbers, "size": size}
-                printed, words = in_process({**job, "warm": str(folder / "warm.mp4")}, 10 * TIMEOUT)
+                job |= {"warm": str(folder / "warm.mp4"), "calls": task in IN_CALLS}
+                printed, words = in_process(job, 10 * TIMEOUT)
                 results.append(printed[-1] if printed else {"failed": words})
         for reader, results in found[task].items():
             if "failed" in results[-1]:
@@ -377,8 +387,8 @@ def report(args) -> str:
                 combine(args.before, Path(before))
             rows = exactness(args.folder, readers, Path(before))
         return "\n\n".join([*right, f"`{args.command}`.", table(["file", *readers], rows)]) + "\n"
-    make_videos(args.folder, [*VIDEOS, *EXACT.values()])
-
+    files = [*VIDEOS, *EXACT.values()] if args.tasks is None else ["warm.mp4", *(TASKS[task][0] for task in args.tasks)]
+    make_videos(args.folder, files)
     parts = [
         "# Reading videos",
         f"`{args.command}`, {args.date}, {args.hardware}.",
@@ -387,7 +397,11 @@ def report(args) -> str:
         "## Frames: median time, peak memory",
         f"Medians of {args.repeats} processes each, which return the same frames at the same size by the same bicubic "
         "rule. Memory is the peak above what was resident before the task; in brackets, the peak of the whole process.",
-        comparison(args.folder, readers, TASKS, args.repeats),
+        comparison(args.folder, readers, args.tasks or TASKS, args.repeats),
+    ]
+    if args.tasks:
+        return "\n\n".join(parts) + "\n"
+    parts += [
         "## End to end: from file to `pixel_values_videos`",
         comparison(args.folder, chains, END_TO_END, args.repeats),
         *right,
@@ -414,6 +428,7 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, help="write the tables to this file")
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, help="only these rows of the first table [all tables]")
     parser.add_argument("--date", default=time.strftime("%Y-%m-%d"))
     parser.add_argument("--hardware", default=f"{CORES} CPU cores, load average {os.getloadavg()[0]:.1f} at the start")
     parser.add_argument("--right-frames", action="store_true", help="only the table of right frames")
