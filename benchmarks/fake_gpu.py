@@ -28,7 +28,7 @@ import traceback
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from unittest import mock
@@ -319,7 +319,8 @@ class Step:
     @torch.no_grad()
     def roll_out(self) -> None:
         size, length = self.recipe.group_size, self.recipe.max_tokens
-        pace = sampling.Pace(16, 64, False)  # graphs cannot be captured, but their steps can be taken one by one
+        # Graphs cannot be captured, but their steps can be taken one by one.
+        pace = replace(sampling.decoding_pace(self.model), capture=False)
         with autocast(), mock.patch.object(sampling, "decoding_pace", lambda _: pace):
             with self.phase("prefill"):
                 sampler = sampling.Sampler(self.model, self.rolled, size, length, endless(), seed=lambda row, _: row)

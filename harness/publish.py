@@ -14,6 +14,7 @@ from transformers.utils import cached_file
 import config as configuration
 import prompts
 from config import Config
+from rollout import episode_limits
 
 # Files of the base that training does not change.
 FROM_BASE = ("preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json")
@@ -54,8 +55,8 @@ def write_card(folder: Path, config: Config, scores: Mapping[str, Mapping[str, f
     scores: {label, such as "after": {score: value}}.
     """
     duration = 60.0 if config.state_duration else None
-    limits = prompts.Limits(config.max_turns, config.max_calls, config.frames_per_call, config.total_frames)
-    words = prompts.coarse_text(config.template, "QUESTION", ["OPTION", "OPTION"], duration, limits)
+    options = ["OPTION", "OPTION"]
+    words = prompts.coarse_text(config.template, "QUESTION", options, duration, episode_limits(config))
     lines = [
         "---",
         *([f"base_model: {config.model}"] if config.model and not Path(config.model).is_dir() else []),

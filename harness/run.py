@@ -161,16 +161,8 @@ def main_does(accelerator: Accelerator | None, do: Callable[[], T]) -> T | None:
     """
     if accelerator is None:
         return do()
-    result, problem = None, None
-    if accelerator.is_main_process:
-        try:
-            result = do()
-        except (TrainingError, OSError) as error:
-            problem = in_words(error)
-    (problem,) = broadcast_object_list([problem])
-    accelerator.wait_for_everyone()  # as in `finish`
-    if problem:
-        raise TrainingError(problem)
+    result, problem = attempted(accelerator, do, TrainingError, OSError)
+    from_main(accelerator, [], problem)
     return result
 
 
@@ -180,17 +172,26 @@ def main_reads(accelerator: Accelerator, read: Callable[[], T], *expected: type[
     """
     if accelerator.num_processes == 1:
         return read()
-    result, problem = None, None
-    if accelerator.is_main_process:
-        try:
-            result = read()
-        except (ConfigError, OSError, *expected) as error:
-            problem = in_words(error)
-    result, problem = broadcast_object_list([result, problem])
+    result, problem = attempted(accelerator, read, ConfigError, OSError, *expected)
+    [result] = from_main(accelerator, [result], problem)
+    return result
+
+
+def attempted(accelerator: Accelerator, do: Callable[[], T], *expected: type[Exception]) -> tuple[T | None, str | None]:
+    """What `do` returns, or in words which of the expected errors it raises; in the other processes nothing is done."""
+    try:
+        return (do() if accelerator.is_main_process else None), None
+    except expected as error:
+        return None, in_words(error)
+
+
+def from_main(accelerator: Accelerator, values: list, problem: str | None) -> list:
+    """The main process' values, in all of them, which wait. All raise TrainingError for its problem, if it has one."""
+    *values, problem = broadcast_object_list([*values, problem])
     accelerator.wait_for_everyone()  # as in `finish`
     if problem:
         raise TrainingError(problem)
-    return result
+    return values
 
 
 def finish(accelerator: Accelerator) -> None:
