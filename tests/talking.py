@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -15,26 +16,34 @@ from world import benchmark, lessons, tiny
 def teach(folder: Path, tokenizer, vocabulary: Vocabulary) -> Path:
     """Save a checkpoint that writes random letters and spans in the world's form."""
     model = tiny.build_model(tokenizer).train()
-    policy = Policy(model)
-    optimizer = torch.optim.AdamW(policy.parameters(), betas=(0.9, 0.98))
     generator = torch.Generator().manual_seed(0)
-    steps = 120
-    for step in range(steps):
-        optimizer.param_groups[0]["lr"] = 3e-3 * min(1, (step + 1) / 10) * (1 - step / steps)
+
+    def batch(step: int) -> lessons.Batch:
         grey = torch.randint(0, 256, (1, 3, 1, 1), generator=generator, dtype=torch.uint8)
         clip = Video.from_frames(grey.expand(2 + step % 3 * 9, 3, 28, 28), 1.0)
         chat = prompts.chat_text(f"Which pattern does {draw(benchmark.COLOURS, generator)} show? A B C D", system=None)
         prompt = build_prompt(vocabulary.ids(chat), [clip], model.config)
-        batch = lessons.Batch.of([prompt], [[vocabulary.ids(random_response(generator)) for _ in range(12)]])
-        loss = policy(batch.prompts, batch.ids, batch.mask, partial(lessons.cross_entropy, batch))
+        return lessons.Batch.of([prompt], [[vocabulary.ids(random_response(generator)) for _ in range(12)]])
+
+    assert learn(model, batch, 120) < 0.6  # nats per token
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def learn(model: torch.nn.Module, batch: Callable[[int], lessons.Batch], steps: int) -> float:
+    """Train a model on the batch of each step; the last loss."""
+    policy = Policy(model)
+    optimizer = torch.optim.AdamW(policy.parameters(), betas=(0.9, 0.98))
+    for step in range(steps):
+        optimizer.param_groups[0]["lr"] = 3e-3 * min(1, (step + 1) / 10) * (1 - step / steps)
+        shown = batch(step)
+        loss = policy(shown.prompts, shown.ids, shown.mask, partial(lessons.cross_entropy, shown))
         loss.backward()
         torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-    assert loss.item() < 0.6  # nats per token
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+    return loss.item()
 
 
 def draw(names, generator: torch.Generator) -> str:

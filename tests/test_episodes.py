@@ -20,6 +20,7 @@ import yaml
 from accelerate import Accelerator
 from conftest import ROOT, pay, read_metrics, roll_out_episodes
 from runs import in_two
+from talking import learn
 
 import config as configuration
 import episodes
@@ -40,7 +41,7 @@ from harness.run import Stopped
 from harness.setup import load_run
 from media.decode import VideoInfo
 from media.file import VideoError
-from policy import Policy, Prompt, Video, Vocabulary, build_prompt
+from policy import Prompt, Video, Vocabulary, build_prompt
 from rollout import Group, Response, Turn, coarse_plan, coarse_prompt, read_turn, view_video
 from tests.plain_episodes import PlainEpisodes
 from train import MicroBatch
@@ -406,12 +407,9 @@ def player(tmp_path_factory) -> Path:
     tokenizer = tiny.build_tokenizer(lessons.corpus() + sentences)
     vocabulary = Vocabulary.of(tokenizer)
     model = tiny.build_model(tokenizer).train()
-    policy = Policy(model)
-    optimizer = torch.optim.AdamW(policy.parameters(), betas=(0.9, 0.98))
     generator = torch.Generator().manual_seed(0)
-    steps = 100
-    for step in range(steps):
-        optimizer.param_groups[0]["lr"] = 3e-3 * min(1, (step + 1) / 10) * (1 - step / steps)
+
+    def batch(step: int) -> lessons.Batch:
         chat = prompts.chat_text(f"Which pattern does {rng.choice(list(benchmark.COLOURS))} show? A B C D", system=None)
         for _ in range(step % 3):  # turns before the one that is learned
             chat += random_turn(rng) + prompts.next_turn(f"3s{prompts.VIDEO}" * rng.randrange(3), False)
@@ -419,12 +417,9 @@ def player(tmp_path_factory) -> Path:
         grey = torch.randint(0, 256, (1, 3, 1, 1), generator=generator, dtype=torch.uint8).expand(2, 3, 28, 28)
         clips = [Video.from_frames(grey, 1.0)] * ids.count(model.config.video_token_id)
         said = [vocabulary.ids(random_turn(rng) + lessons.END) for _ in range(12)]
-        batch = lessons.Batch.of([build_prompt(ids, clips, model.config)], [said])
-        loss = policy(batch.prompts, batch.ids, batch.mask, partial(lessons.cross_entropy, batch))
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
+        return lessons.Batch.of([build_prompt(ids, clips, model.config)], [said])
+
+    learn(model, batch, 100)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
