@@ -303,7 +303,7 @@ class Config:
     )
     weight_decay: float = update(0.01, "AdamW's weight decay.", least=0)
     max_grad_norm: float = update(1.0, "Gradients are clipped to this norm.", above=0)
-    train_vision: bool = update(True, "Train the vision tower too.")
+    train_vision: bool = update(True, "Train the vision tower too; with LoRA, matrices beside all its linear layers.")
     lora_rank: int = update(
         0, "LoRA: rank of the matrices that are trained beside frozen weights (peft); 0 trains the weights.", least=0
     )
@@ -627,7 +627,8 @@ def check(config: Config) -> None:
             "reference_device = cpu copies all layers for every token that the reference decodes: with zoom_judge = "
             "reference it needs zoom_answer = letters"
         )
-    check_lora(config)
+    if config.lora_rank and config.reference_device == "cpu":
+        raise ConfigError("with lora_rank the policy is its own reference: it needs reference_device = same")
     if config.prompts_per_step % config.updates_per_rollout:
         raise ConfigError(
             f"updates_per_rollout = {config.updates_per_rollout} must divide "
@@ -654,15 +655,3 @@ def check_values(config: Config) -> None:
             raise ConfigError(f"{name} must {'not be negative' if least == 0 else f'be at least {least}'}, not {value}")
         if most is not None and value > most:
             raise ConfigError(f"{name} {'is a share,' if most == 1 else 'must be'} at most {most}, not {value}")
-
-
-def check_lora(config: Config) -> None:
-    """Raise ConfigError for what LoRA does without."""
-    if not config.lora_rank:
-        return
-    if config.train_vision:
-        raise ConfigError(
-            f"lora_rank = {config.lora_rank} trains matrices of the language model alone: it needs train_vision = false"
-        )
-    if config.reference_device == "cpu":
-        raise ConfigError("with lora_rank the policy is its own reference: it needs reference_device = same")

@@ -261,7 +261,7 @@ class Step:
         if recipe.lora_rank:
             names = recipe.lora_targets.split(",")
             with torch.device("cuda"), mock.patch.object(torch.nn.Module, "to", lambda module, *_, **__: module):
-                add_adapters(self.model, recipe.lora_rank, recipe.lora_alpha, names, recipe.seed)
+                add_adapters(self.model, recipe.lora_rank, recipe.lora_alpha, names, recipe.train_vision, recipe.seed)
             self.reference = self.model
         else:
             self.reference = build(model_config, HALF).requires_grad_(False)

@@ -79,7 +79,8 @@ def lora(at: Setting, scratch: Path) -> None:
     policy.keep_tokens(model, problem.prompts[0].videos)  # as in training: the tower is not trained
     small = make_problem(model.config, 64, 2, 8, seed=1)
     base = states(ours, small)
-    adapters.add_adapters(model, recipe.lora_rank, recipe.lora_alpha, recipe.lora_targets.split(","), seed=0)
+    targets = recipe.lora_targets.split(",")
+    adapters.add_adapters(model, recipe.lora_rank, recipe.lora_alpha, targets, recipe.train_vision, seed=0)
     head("check", "error", "bound", "")
     adapter_checks(ours, small, base)
     trained = [p for p in model.parameters() if p.requires_grad]

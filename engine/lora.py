@@ -1,12 +1,15 @@
-"""LoRA: a linear layer W of the language model computes W x + alpha / rank * B A x, and A and B alone are trained.
+"""LoRA: a linear layer W computes W x + alpha / rank * B A x, and A and B alone are trained.
 
-With the adapters off the policy is the model that it began as, so no second one is held as its reference. Source: Hu et
-al., "LoRA", 2021; the layers are those of `peft`, which only this needs.
+In the language model these are the layers of some names; in a vision tower that is trained, all linear layers. With the
+adapters off the policy is the model that it began as, so no second one is held as its reference. Source: Hu et al.,
+"LoRA", 2021; the layers are those of `peft`, which only this needs.
 """
 
 from __future__ import annotations
 
 import contextlib
+import copy
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -29,25 +32,32 @@ def _peft():
     return peft
 
 
-def adapter_config(rank: int, alpha: float, targets: Sequence[str]):
-    """What peft is told: the language model's layers of these names."""
-    layers = rf".*language_model\..*\.({'|'.join(targets)})"
-    return _peft().LoraConfig(r=rank, lora_alpha=alpha, target_modules=layers, task_type="CAUSAL_LM")
+def linear_names(part: nn.Module, words: int) -> list[str]:
+    """The last words of the names of a part's linear layers."""
+    linear = [name for name, layer in part.named_modules() if isinstance(layer, nn.Linear)]
+    return list(dict.fromkeys(".".join(name.split(".")[-words:]) for name in linear))
 
 
-def add_adapters(model: PreTrainedModel, rank: int, alpha: float, targets: Sequence[str], seed: int) -> None:
-    """Freeze the model and put adapters, in float32, beside these layers. B is 0: nothing changes yet.
+def add_adapters(
+    model: PreTrainedModel, rank: int, alpha: float, targets: Sequence[str], vision: bool, seed: int
+) -> None:
+    """Freeze the model and put adapters, in float32, beside the language model's layers of these names, and with
+    `vision` beside all linear layers of the vision tower. B is 0: nothing changes yet.
 
     Raises ModelError without peft, and for a name that no linear layer of the language model has.
     """
-    modules = model.model.language_model.named_modules()
-    linear = dict.fromkeys(name.rpartition(".")[2] for name, layer in modules if isinstance(layer, nn.Linear))
-    if unknown := [name for name in targets if name not in linear]:
-        raise ModelError(f"lora_targets: no linear layer is called {', '.join(unknown)}; there are {', '.join(linear)}")
+    known = linear_names(model.model.language_model, 1)
+    if unknown := [name for name in targets if name not in known]:
+        raise ModelError(f"lora_targets: no linear layer is called {', '.join(unknown)}; there are {', '.join(known)}")
+    layers = rf".*language_model\..*\.({'|'.join(targets)})"
+    if vision:
+        # Two words, since `proj` is also what the convolution of the patches is called.
+        layers += rf"|.*visual\..*({'|'.join(map(re.escape, linear_names(model.model.visual, 2)))})"
     model.requires_grad_(False)
+    config = _peft().LoraConfig(r=rank, lora_alpha=alpha, target_modules=layers, task_type="CAUSAL_LM")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        _peft().inject_adapter_in_model(adapter_config(rank, alpha, targets), model)
+        _peft().inject_adapter_in_model(config, model)
     for weight in model.parameters():
         if weight.requires_grad:
             weight.data = weight.data.float()
@@ -78,12 +88,10 @@ def merged(weights: Mapping[str, Tensor], scale: float) -> dict[str, Tensor]:
     return found
 
 
-def save_adapters(
-    weights: Mapping[str, Tensor], folder: Path, base: str, rank: int, alpha: float, targets: Sequence[str]
-) -> None:
-    """Write the adapters as peft reads them: PeftModel.from_pretrained(base model, folder)."""
+def save_adapters(model: PreTrainedModel, weights: Mapping[str, Tensor], folder: Path, base: str) -> None:
+    """Write the adapters of a model with these weights as peft reads them: PeftModel.from_pretrained(base, folder)."""
     folder.mkdir(parents=True, exist_ok=True)
-    config = adapter_config(rank, alpha, targets)
+    config = copy.copy(model.peft_config["default"])
     config.base_model_name_or_path, config.inference_mode = base, True
     config.save_pretrained(folder)
     adapters = {name: weight.contiguous() for name, weight in weights.items() if name.endswith((A, B))}

@@ -197,10 +197,9 @@ def finish_save(run: Any, out: Path, weights: Mapping[str, Tensor], progress: Ma
     # Each tied weight once: gathered from shards, its two names would be two tensors.
     weights = {name: weights[f"model.{name}"] for name, _ in run.model.named_parameters()}
     config = run.config
-    lora = (config.lora_rank, config.lora_alpha, config.lora_targets.split(","))
     try:
         if config.lora_rank:
-            save_adapters(weights, out / "adapter.part", config.model, *lora)
+            save_adapters(run.model, weights, out / "adapter.part", config.model)
             weights = merged(weights, config.lora_alpha / config.lora_rank)
         run.model.save_pretrained(out / "checkpoint.part", state_dict=weights)
         run.vocabulary.tokenizer.save_pretrained(out / "checkpoint.part")

@@ -114,7 +114,8 @@ def load_run(config: Config, accelerator: Accelerator) -> Run:
     vocabulary = Vocabulary.of(tokenizer, config.outer_tags)
     model.model.visual.requires_grad_(config.train_vision)
     if config.lora_rank:
-        add_adapters(model, config.lora_rank, config.lora_alpha, config.lora_targets.split(","), config.seed)
+        targets = config.lora_targets.split(",")
+        add_adapters(model, config.lora_rank, config.lora_alpha, targets, config.train_vision, config.seed)
     policy = Policy(model).train()  # there is no dropout; this only switches checkpointing on
     if config.gradient_checkpointing:
         policy.checkpoint_activations()
