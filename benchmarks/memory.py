@@ -157,9 +157,11 @@ class Work:
     kept: int
     backward: int
 
-    def with_adapters(self, inner: int, hidden: int, width: int) -> Work:
-        """peft casts what each adapter takes to float32, one at a time, and keeps it in the type of products."""
-        inputs = width * (inner + 6 * hidden)
+    def with_adapters(self, inner: int, others: int, width: int) -> Work:
+        """peft casts what each adapter takes to float32, one at a time, and keeps it in the type of products: the
+        widest has `inner` numbers, all others together `others`.
+        """
+        inputs = width * (inner + others)
         return Work(self.forward + 4 * inner, self.kept + inputs, self.backward + inputs + 4 * inner)
 
     @classmethod
@@ -180,9 +182,11 @@ def parts(model: Qwen2_5_VLConfig, recipe: Config, gpus: int = 1, fsdp: bool = F
     t, v = model.text_config, model.vision_config
     layer = Work.of(t.intermediate_size, t.hidden_size, width, stream)
     if recipe.lora_rank:
-        layer = layer.with_adapters(t.intermediate_size, t.hidden_size, width)
+        layer = layer.with_adapters(t.intermediate_size, 6 * t.hidden_size, width)
     reference = Work.of(t.intermediate_size, t.hidden_size, width, width)
     block = Work.of(v.intermediate_size, v.hidden_size, width, width)
+    if recipe.lora_rank and recipe.train_vision:
+        block = block.with_adapters(v.intermediate_size, 4 * v.hidden_size, width)
     pixels = v.in_channels * v.temporal_patch_size * v.patch_size**2  # of a patch
 
     def at_work(work: Work, tokens: int, visual: int) -> int:
@@ -282,12 +286,19 @@ def computed_weights(n: Parameters, trained: int, recipe: Config, fsdp: bool, wi
 
 
 def adapters(model: Qwen2_5_VLConfig, recipe: Config) -> int:
-    """Parameters of all adapters: matrices of rank x inputs and outputs x rank beside each layer of these names."""
-    t = model.text_config
+    """Parameters of all adapters: matrices of rank x inputs and outputs x rank beside each layer of these names, and
+    of a vision tower that is trained: q, k and v in one, projection, MLP; the merger's two.
+    """
+    t, v = model.text_config, model.vision_config
     h, kv, inner = t.hidden_size, t.num_key_value_heads * head_size(model), t.intermediate_size
     sides = {"q_proj": h + h, "k_proj": h + kv, "v_proj": h + kv, "o_proj": h + h}
     sides |= {"gate_proj": h + inner, "up_proj": h + inner, "down_proj": inner + h}
-    return t.num_hidden_layers * recipe.lora_rank * sum(sides[name] for name in recipe.lora_targets.split(","))
+    layer = sum(sides[name] for name in recipe.lora_targets.split(","))
+    d, merged = v.hidden_size, 4 * v.hidden_size
+    block = (d + 3 * d) + (d + d) + 3 * (d + v.intermediate_size)
+    merger = (merged + merged) + (merged + v.out_hidden_size)
+    tower = v.depth * block + merger if recipe.train_vision else 0
+    return recipe.lora_rank * (t.num_hidden_layers * layer + tower)
 
 
 def adapted_weights(model: Qwen2_5_VLConfig, recipe: Config, gpus: int, fsdp: bool, width: int) -> list[Part]:
@@ -337,7 +348,7 @@ MACHINES = ((1, 24), (1, 48), (1, 80), (4, 80), (8, 80))
 WAYS = {  # of training: options, and whether several GPUs share the weights out with FSDP2
     "all weights": ({}, True),
     "all weights, 8-bit AdamW": ({"optimizer": "adamw8bit"}, False),
-    "LoRA": ({"lora_rank": 16, "train_vision": False}, False),
+    "LoRA": ({"lora_rank": 16}, False),
 }
 # What makes it less: first what changes the time alone, then what changes the training, the least first.
 SAVINGS = {
@@ -352,10 +363,10 @@ SAVINGS = {
 
 def savings(way: str) -> Iterator[tuple[str, Config]]:
     """Letters of SAVINGS with the recipe that they leave, from the least sacrifice to the greatest: a later letter is
-    worse than all before it together. LoRA has no second model as its reference, and no vision tower that is trained.
+    worse than all before it together. LoRA has no second model as its reference.
     """
     recipe = replace(configuration.parse([], ROOT / "recipes" / "zoom_zero_stage1.yaml"), **WAYS[way][0])
-    letters = [letter for letter in SAVINGS if way != "LoRA" or letter not in "bcf"]
+    letters = [letter for letter in SAVINGS if way != "LoRA" or letter not in "bf"]
     for chosen in range(2 ** len(letters)):
         used = [letter for k, letter in enumerate(letters) if chosen >> k & 1]
         changes = {name: value for letter in used for name, value in SAVINGS[letter].items()}
