@@ -12,7 +12,6 @@ import multiprocessing
 import os
 import re
 import shutil
-import socket
 import subprocess
 import sys
 import threading
@@ -26,6 +25,7 @@ os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_WAIT_POLICY": "PASSIVE"}
 
 import pytest
 import torch
+from processes import exit_codes_of, meeting_place, tell_when_stopped
 
 import config as configuration
 from report import drawing
@@ -318,28 +318,24 @@ def exit_codes(work: Callable[[int], None], count: int = 1) -> list[int]:
     """
 
     def begin(rank: int) -> None:
+        tell_when_stopped()
         reset_accelerate()
         work(rank)
 
     forks = [multiprocessing.get_context("fork").Process(target=begin, args=(rank,)) for rank in range(count)]
     for fork in forks:
         fork.start()
-    for fork in forks:
-        fork.join(600)
-    return [fork.exitcode for fork in forks]
+    return exit_codes_of(forks)
 
 
 def run_in_two_processes(script: str, function: str, arguments: list[str], folder: Path) -> list[list[str]]:
     """Run a script in two processes; the ids of what each of them has passed to the function."""
     module = importlib.import_module(script)
     call = getattr(module, function)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
 
     def work(rank: int) -> None:
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
+        os.environ |= {**place, "ACCELERATE_USE_CPU": "true"}
 
         def noted(*arguments, **options):
             passed = [one for a in arguments for one in (a if isinstance(a, list) else [a]) if hasattr(one, "id")]
@@ -350,7 +346,8 @@ def run_in_two_processes(script: str, function: str, arguments: list[str], folde
         setattr(module, function, noted)
         module.main([*arguments, "--threads", "1"])
 
-    assert exit_codes(work, 2) == [0, 0]
+    with meeting_place() as place:
+        assert exit_codes(work, 2) == [0, 0]
     return [(folder / f"asked-{rank}").read_text().split() for rank in range(2)]
 
 

@@ -11,11 +11,10 @@ import multiprocessing
 import os
 import runpy
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Sequence
-from multiprocessing import connection, forkserver
+from multiprocessing import forkserver
 from pathlib import Path
 
 import pytest
@@ -23,6 +22,7 @@ import torch
 from accelerate.commands import launch
 from accelerate.utils.launch import prepare_multi_gpu_env
 from conftest import read_metrics
+from processes import exit_codes_of, meeting_place, tell_when_stopped
 from transformers import Qwen2_5_VLForConditionalGeneration
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -59,6 +59,7 @@ def as_program(script: str, arguments: Sequence[str], given: dict[str, str], err
     os.environ |= given
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     os.dup2(os.open(errors, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
+    tell_when_stopped()
     sys.path[:0] = [folder for folder in given.get("PYTHONPATH", "").split(os.pathsep) if folder]
     sys.argv = [script, *arguments]
     runpy.run_path(script, run_name="__main__")
@@ -74,16 +75,7 @@ def start(errors: Path, *arguments: object, script: str = "train.py", given: dic
 
 def ranks(given: dict[str, str], nodes: int) -> list[dict[str, str]]:
     """What torch's launcher, or one on each of two nodes, would tell each of two processes."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    both = given | {
-        "WORLD_SIZE": "2",
-        "LOCAL_WORLD_SIZE": str(2 // nodes),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-    }
-    both |= {"TORCHELASTIC_RUN_ID": "tests"}
+    both = given | {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": str(2 // nodes), "TORCHELASTIC_RUN_ID": "tests"}
     return [both | {"RANK": rank, "LOCAL_RANK": rank if nodes == 1 else "0"} for rank in "01"]
 
 
@@ -104,18 +96,11 @@ def sharding(nodes: int) -> dict[str, str]:
 def in_two(errors: Path, *arguments: object, script: str = "train.py", shards: bool = False, nodes: int = 1) -> None:
     """Run a program in two processes, each with the whole model or with a shard of it; they must end well."""
     script, given = ("tests/fsdp2_on_cpu.py", sharding(nodes)) if shards else (script, environment())
-    processes = [start(errors, *arguments, script=script, given=told) for told in ranks(given, nodes)]
-    going = {process.sentinel: process for process in processes}
-    while going and all(process.exitcode in (None, 0) for process in processes):
-        ended = connection.wait(going, timeout=600)
-        if not ended:
-            break
-        for sentinel in ended:
-            going.pop(sentinel).join()
-    for process in going.values():  # what waits for one that has failed
-        process.kill()
-        process.join()
-    assert [process.exitcode for process in processes] == [0, 0], errors.read_text()
+    with meeting_place() as place:
+        told = ranks(given | place, nodes)
+        processes = [start(errors, *arguments, script=script, given=one) for one in told]
+        codes = exit_codes_of(processes, errors)
+    assert codes == [0, 0], f"exit codes {codes}\n{errors.read_text()}"
 
 
 def launched(*arguments: object) -> None:

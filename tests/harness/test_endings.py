@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import errno
 import logging
+import multiprocessing
+import os
 import pickle
 import signal
+import socket
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import processes
 import pytest
+from torch import distributed
 
 from annotations.rows import DataError
 from harness import run
@@ -111,6 +118,48 @@ def test_a_process_alone_raises_what_it_has_read(monkeypatch):
 
 
 # ---------------------------------------------------------------- processes of their own
+
+
+def waits_for_nobody(there: Path) -> None:
+    there.touch()
+    time.sleep(1000)
+
+
+def waits_in_a_thread(errors: Path, there: list[Path]) -> None:
+    os.dup2(os.open(errors, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
+    processes.tell_when_stopped()
+    threading.Thread(target=waits_for_nobody, args=there[:1], daemon=True).start()
+    waits_for_nobody(there[1])
+
+
+def test_processes_of_which_none_ends_tell_where_they_stand(tmp_path, monkeypatch):
+    errors = tmp_path / "errors"
+    there = [[tmp_path / f"{number}-{thread}" for thread in "ab"] for number in range(2)]
+    fork = multiprocessing.get_context("fork").Process
+    both = [fork(target=waits_in_a_thread, args=(errors, paths)) for paths in there]
+    for one in both:
+        one.start()
+
+    def nobody(*_, timeout: float) -> list:
+        while not all(path.exists() for paths in there for path in paths):
+            time.sleep(0.01)
+        return []
+
+    monkeypatch.setattr(processes, "connection", SimpleNamespace(wait=nobody))
+    assert processes.exit_codes_of(both, errors) == [-signal.SIGUSR1] * 2
+    for number, told in enumerate(errors.read_text().split("\nprocess ")[1:]):
+        assert told.startswith(f"{number}, after 600 s") and told.count("in waits_for_nobody") == 2
+
+
+def test_nobody_else_is_given_the_port_at_which_processes_meet():
+    with processes.meeting_place() as place:
+        address = place["MASTER_ADDR"], int(place["MASTER_PORT"])
+        with socket.socket() as other, pytest.raises(OSError, match="in use"):
+            other.bind(address)
+        store = distributed.TCPStore(*address, 1, is_master=True)
+        store.set("a", "b")
+        assert distributed.TCPStore(*address, is_master=False).get("a") == b"b"
+
 
 CHILD = """
 import os, sys, time
