@@ -147,7 +147,7 @@ def main(arguments: list[str] | None = None) -> None:
         with evaluate.before_and_after(run, test):
             train(run, rows, test)
         accelerator.print(f"{config.out}/: config.yaml, metrics.jsonl, checkpoint/")
-        finish(accelerator)
+        finish(accelerator, run.policy)
 
 
 if __name__ == "__main__":

@@ -293,7 +293,7 @@ def main(arguments: list[str] | None = None) -> None:
         with evaluate.before_and_after(run, test):
             train(run, sets, test)
         accelerator.print(f"{config.out}/: config.yaml, metrics.jsonl, curves.png, episodes.html, checkpoint/")
-        finish(accelerator)
+        finish(accelerator, run.policy)
 
 
 if __name__ == "__main__":

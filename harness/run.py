@@ -20,6 +20,8 @@ from accelerate.utils import (
     broadcast_object_list,
     set_seed,
 )
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from config import Config, ConfigError
 from media.decode import cores
@@ -194,11 +196,16 @@ def from_main(accelerator: Accelerator, values: list, problem: str | None) -> li
     return values
 
 
-def finish(accelerator: Accelerator) -> None:
-    """The end of a program of several processes; one that left right after a gather could deadlock, since Gloo's
-    thread still gives the gathered tensors back.
+def finish(accelerator: Accelerator, policy: nn.Module | None = None) -> None:
+    """The end of a program of several processes, at which they wait for each other and let go of their group.
+
+    Gloo's threads may then still be giving tensors back to Python, for which they need the interpreter's lock. Whoever
+    has the group last waits for them: Python's side without the lock, DDP's reducer with it, which is for ever. So the
+    reducer, without which DDP's `policy` cannot be used, goes first.
     """
     accelerator.wait_for_everyone()
+    if isinstance(policy, DistributedDataParallel):
+        policy.reducer = policy.logger = None  # which holds it too
     accelerator.end_training()
 
 

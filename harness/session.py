@@ -14,7 +14,7 @@ from tqdm import tqdm
 from harness.batches import Reading
 from harness.checkpoints import resume, save_checkpoint
 from harness.log import keep_metrics, log_step
-from harness.run import Stopped, StopSignal
+from harness.run import Stopped, StopSignal, finish
 
 
 class Session:
@@ -68,7 +68,7 @@ class Session:
                 self.reading.drawn, self.reading.failures = self.counted
                 if self.done != self.saved:
                     self.save()
-                self.run.accelerator.wait_for_everyone()  # as at the end of a program
+                finish(self.run.accelerator, self.run.policy)
 
     def steps(self) -> Iterator[int]:
         """The numbers of the steps that are left. Raises Stopped after a signal."""

@@ -11,6 +11,7 @@ import os
 import signal
 import threading
 import time
+import weakref
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -24,6 +25,8 @@ from accelerate import Accelerator
 from conftest import pay, read_metrics
 from runs import assert_same_run, end_of, in_two, launched, start, weights
 from safetensors.torch import load_file
+from torch import distributed, nn
+from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 
 import config as configuration
@@ -38,7 +41,7 @@ from engine.loading import load
 from grpo import objective
 from harness.batches import Reading, draw, generator, view_batches
 from harness.log import keep_metrics
-from harness.run import Stopped, TrainingError, program
+from harness.run import Stopped, TrainingError, finish, program
 from harness.setup import learning_rate, load_run
 from kl import Reference
 from policy import ModelError, Vocabulary
@@ -207,6 +210,21 @@ def test_several_updates_use_the_log_probabilities_of_the_sampling_policy(parsed
     set_old_logp(run, batches)
     for batch, given in zip(batches, old, strict=True):
         torch.testing.assert_close(batch.old_logp, given, atol=1e-5, rtol=0)
+
+
+def test_whatever_waits_for_the_group_s_threads_with_the_interpreter_s_lock_is_gone_before_the_group():
+    """These may wait for the lock: then a program of several processes would not end."""
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    policy = DistributedDataParallel(nn.Linear(2, 2))
+    holders = [weakref.ref(policy.reducer), weakref.ref(policy.logger)]
+    held = []
+
+    def end_training() -> None:
+        held.extend(holder() for holder in holders)
+        distributed.destroy_process_group()
+
+    finish(SimpleNamespace(wait_for_everyone=distributed.barrier, end_training=end_training), policy)
+    assert held == [None, None]
 
 
 @pytest.mark.processes
