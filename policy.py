@@ -220,7 +220,19 @@ def embed_prompts(
         features = torch.cat(encode_videos(model, videos)).to(embeds)
         embeds = nn.functional.pad(embeds, (0, features.shape[1] - embeds.shape[1]))
         embeds = embeds.masked_scatter((ids == model.config.video_token_id)[:, None], features)
+    elif torch.is_grad_enabled() and any(weight.requires_grad for weight in model.model.visual.parameters()):
+        embeds = embeds + nothing_seen(model)
     return embeds, torch.cat([piece.positions for piece in pieces], dim=1).to(ids.device)
+
+
+def nothing_seen(model: PreTrainedModel) -> Tensor:
+    """0, by way of the vision tower: a process whose prompts have no video takes part in its collectives too. It is
+    added where visual tokens would be, so that the layers' are in the same order: FSDP2 leaves a layer whose inputs
+    have no gradient to the end.
+    """
+    side = model.config.vision_config.patch_size
+    blank = Video.from_frames(torch.zeros(1, 3, 4 * side, 4 * side, dtype=torch.uint8), 1.0, side)
+    return 0 * encode_videos(model, [blank])[0].sum()
 
 
 def row_hidden(
@@ -338,17 +350,4 @@ class Policy(nn.Module):
         if not prompts:
             return None
         hidden = group_hidden(self.model, prompts, responses, mask, observations)
-        pieces = [*prompts, *(o.prompt for group in observations or () for row in group for o in row)]
-        if not any(piece.videos for piece in pieces) and self.trains_vision:
-            hidden = hidden + self.nothing_seen()
         return objective(hidden, self.model.lm_head.weight)
-
-    @property
-    def trains_vision(self) -> bool:
-        return any(weight.requires_grad for weight in self.model.model.visual.parameters())
-
-    def nothing_seen(self) -> Tensor:
-        """0, by way of the vision tower: a process whose prompts have no video takes part in its collectives too."""
-        side = self.model.config.vision_config.patch_size
-        blank = Video.from_frames(torch.zeros(1, 3, 4 * side, 4 * side, dtype=torch.uint8), 1.0, side)
-        return 0 * encode_videos(self.model, [blank])[0].sum()
