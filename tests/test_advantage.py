@@ -198,8 +198,10 @@ def test_special_tokens_are_empty_or_kept():
     assert text == "<answer>B</answer><|im_end|>" and offsets[-1] == (18, 28)
 
 
-def test_a_special_token_after_half_a_character_wrote_none_of_it(tokenizer):
+def test_a_special_token_after_half_a_character_wrote_none_of_it():
     """The half is the last thing in the reasoning; the end token is credited with what stands outside."""
+    tokenizer = bytewise_tokenizer()
+    tokenizer.add_special_tokens({"eos_token": "<|im_end|>"})
     half, end = tokenizer("<think>a猫").input_ids[:-1], tokenizer("<|im_end|>").input_ids
     text, offsets = token_offsets(tokenizer, half + end)
     assert text == tokenizer.decode(half) == "<think>a\ufffd"
