@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -16,20 +17,33 @@ def whole_weights(policy: nn.Module) -> Iterator[None]:
     """Within it, every process holds all weights of a policy that FSDP2 shards; nothing happens to other policies.
 
     Sampling would otherwise gather them anew for every token, and processes that write responses of different lengths
-    would wait for each other forever. They are held in the compute precision (7B in bfloat16: 15 GB).
+    would wait for each other forever. They are held in the compute precision (7B in bfloat16: 15 GB), and layers are
+    called without FSDP2's hooks, which would run for every token and could not be captured in a CUDA graph.
     """
     sharded = [module for module in policy.modules() if isinstance(module, FSDPModule)]
     if sharded:
         prime_root(policy)
     for module in sharded:
-        module.set_reshard_after_forward(False, recurse=False)
         module.unshard()
     try:
-        yield
+        with hooks_off(sharded):
+            yield
     finally:
         for module in sharded:
             module.reshard()
-            module.set_reshard_after_forward(module is not policy, recurse=False)  # the root's stay for the backward
+
+
+@contextlib.contextmanager
+def hooks_off(modules: Sequence[nn.Module]) -> Iterator[None]:
+    """Within it, these modules are called without their hooks; those that FSDP2 shards have its own alone."""
+    hooks = [(module._forward_pre_hooks, module._forward_hooks) for module in modules]
+    for module in modules:
+        module._forward_pre_hooks, module._forward_hooks = OrderedDict(), OrderedDict()
+    try:
+        yield
+    finally:
+        for module, (before, after) in zip(modules, hooks, strict=True):
+            module._forward_pre_hooks, module._forward_hooks = before, after
 
 
 def prime_root(policy: nn.Module) -> None:
