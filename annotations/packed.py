@@ -8,22 +8,28 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import fields
 from operator import attrgetter
 
+from annotations.records import Usual, usual_sample
 from annotations.rows import Sample
 
-BLOCK = 64  # samples that are packed together
-VALUES = attrgetter(*(f.name for f in fields(Sample)))
+BLOCK = 128  # samples that are packed together
+RAW = -15  # zlib's name of compressed bytes without a checksum
+NAMES = [f.name for f in fields(Sample)]  # one more than a usual record has fields
+VALUES = attrgetter(*NAMES)
 
 
 class Packed(Sequence[Sample]):
-    """Samples kept compressed, a block of them at a time; the block that was read last is kept as it is."""
+    """Samples kept compressed, a block of them at a time; the block that was read last is kept as it is.
 
-    def __init__(self, samples: Iterable[Sample]):
+    Usual records are kept as such: their samples are made when they are asked for.
+    """
+
+    def __init__(self, samples: Iterable[Sample | Usual]):
         self.blocks: list[bytes] = []
         self.length = 0
         self.last: tuple[int, list[tuple]] = (-1, [])
         block: list[tuple] = []
         for sample in samples:
-            block.append(VALUES(sample))
+            block.append(sample if isinstance(sample, tuple) else VALUES(sample))
             if len(block) == BLOCK:
                 self._add(block)
                 block = []
@@ -31,7 +37,7 @@ class Packed(Sequence[Sample]):
             self._add(block)
 
     def _add(self, block: list[tuple]) -> None:
-        self.blocks.append(zlib.compress(marshal.dumps(block), level=1))
+        self.blocks.append(zlib.compress(marshal.dumps(block), level=1, wbits=RAW))
         self.length += len(block)
 
     def __len__(self) -> int:
@@ -43,9 +49,10 @@ class Packed(Sequence[Sample]):
         number, place = divmod(index % self.length, BLOCK)
         kept, block = self.last  # read once: another thread may read another block
         if kept != number:
-            block = marshal.loads(zlib.decompress(self.blocks[number]))
+            block = marshal.loads(zlib.decompress(self.blocks[number], wbits=RAW))
             self.last = (number, block)
-        return Sample(*block[place])
+        values = block[place]
+        return Sample(*values) if len(values) == len(NAMES) else usual_sample(values)
 
     def __iter__(self) -> Iterator[Sample]:
         return (self[index] for index in range(self.length))

@@ -30,6 +30,7 @@ import yaml
 import prompts
 from annotations.formats import FORMATS, looks_like
 from annotations.packed import Packed
+from annotations.records import Usual, usual_sample
 from annotations.rows import DataError, Dropped, Report, Row, Sample, as_row, by_reason, read_text, short
 from config import Config, ConfigError
 from media.decode import probe
@@ -67,8 +68,11 @@ def read_with_report(
     return list(stream(report, video_root)), report
 
 
-def stream(report: Report, video_root: str | Path | None) -> Iterator[Sample]:
-    """The samples of a report's file, one after another; the report is complete when they are through."""
+def stream(report: Report, video_root: str | Path | None, as_read: bool = False) -> Iterator[Sample | Usual]:
+    """The samples of a report's file, one after another; the report is complete when they are through.
+
+    `as_read`: a usual record with evidence, of which there is nothing to report, comes as it is, with its video's path.
+    """
     path, format = report.path, report.format
     if format not in FORMATS:
         raise DataError(f"unknown format '{format}'; known: {', '.join(FORMATS)}")
@@ -77,6 +81,17 @@ def stream(report: Report, video_root: str | Path | None) -> Iterator[Sample]:
     seen: set[int] = set()  # hashes of the ids
     try:
         for sample in FORMATS[format].read(path, report):
+            if isinstance(sample, tuple):
+                id, video, question, options, answer, glue, duration, kind = sample
+                file, there = find(video)
+                key = hash(id)
+                if as_read and there and key not in seen and question.strip() and unremarkable(glue, duration):
+                    seen.add(key)
+                    report.kept += 1
+                    report.with_evidence += 1
+                    yield id, file, question, options, answer, glue, duration, kind
+                    continue
+                sample = usual_sample(sample)
             if not sample.question.strip():
                 report.drop(sample.id, "empty question")
                 continue
@@ -163,6 +178,14 @@ def note_evidence(sample: Sample, report: Report) -> None:
     if not reachable:
         reason = out_of_reach(sample.evidence, sample.duration)
         report.out_of_reach.append(Dropped(sample.id, reason, short(list(sample.evidence))))
+
+
+def unremarkable(evidence: Sequence[Sequence[float]], duration: float | None) -> bool:
+    """Whether there is evidence, and nothing of it that `note_evidence` notes."""
+    for start, end in evidence:
+        if not 0 <= start < end <= (end if duration is None else duration):
+            return False
+    return bool(evidence)
 
 
 def out_of_reach(evidence: Sequence[tuple[float, float]], duration: float | None) -> str | None:
@@ -446,8 +469,9 @@ def load_training(config: Config) -> list[DataSet]:
             entry.data, "train", replace(config, data_format=entry.format, video_root=entry.video_root)
         )
         report = Report(Path(path), format)
-        rows = trainable(stream(report, root), config, entry.data)
-        if entry.data == "world" and config.world_label_noise:
+        noisy = entry.data == "world" and config.world_label_noise > 0
+        rows = trainable(stream(report, root, as_read=not noisy), config, entry.data)
+        if noisy:
             rows = mislabelled(rows, config.world_label_noise, config.world_seed)
         samples = Packed(rows)
         review(report)
@@ -508,7 +532,7 @@ def check_present(report: Report, max_missing: float) -> None:
     log.warning("%s", problem)
 
 
-def trainable(samples: Iterable[Sample], config: Config, path: str) -> Iterator[Sample]:
+def trainable(samples: Iterable[Sample | Usual], config: Config, path: str) -> Iterator[Sample | Usual]:
     """The samples; DataError naming the row that lacks what its prompt or every reward needs."""
     if config.multi_turn:
         yield from complete(samples, ("options", "answer"), path)
@@ -517,15 +541,18 @@ def trainable(samples: Iterable[Sample], config: Config, path: str) -> Iterator[
         yield from complete(samples, ("options", "answer", *spans), path)
     else:
         for number, sample in enumerate(complete(samples, (), path), start=1):
-            spans_count = sample.evidence and config.grounding != "none"
+            spans_count = isinstance(sample, tuple) or (sample.evidence and config.grounding != "none")
             if not spans_count and not (sample.options and sample.answer):
                 raise DataError(f"{path}: row {number} ({sample.id}): neither evidence nor an answer to reward")
             yield sample
 
 
-def complete(samples: Iterable[Sample], needed: Sequence[str], path: str) -> Iterator[Sample]:
+def complete(samples: Iterable[Sample | Usual], needed: Sequence[str], path: str) -> Iterator[Sample | Usual]:
     """The samples; DataError naming file, row and fields for one that lacks a `needed` field."""
     for number, sample in enumerate(samples, 1):
+        if isinstance(sample, tuple):  # a usual record with evidence has all there is
+            yield sample
+            continue
         for name in needed:
             if not getattr(sample, name):
                 missing = ", ".join(name for name in needed if not getattr(sample, name))
