@@ -20,7 +20,7 @@ VALUES = attrgetter(*NAMES)
 class Packed(Sequence[Sample]):
     """Samples kept compressed, a block of them at a time; the block that was read last is kept as it is.
 
-    Usual records are kept as such: their samples are made when they are asked for.
+    A usual record stays one: its sample is made when it is asked for.
     """
 
     def __init__(self, samples: Iterable[Sample | Usual]):
@@ -37,7 +37,8 @@ class Packed(Sequence[Sample]):
             self._add(block)
 
     def _add(self, block: list[tuple]) -> None:
-        self.blocks.append(zlib.compress(marshal.dumps(block), level=1, wbits=RAW))
+        compressed = memoryview(zlib.compress(marshal.dumps(block), level=1, wbits=RAW))
+        self.blocks.append(bytes(compressed))  # a copy is no larger than it must be: zlib's buffer is
         self.length += len(block)
 
     def __len__(self) -> int:

@@ -22,7 +22,7 @@ from annotations.rows import Report, Row, Sample, as_row, read_values, short
 from prompts import LETTERS, control, half_character
 
 RECORD_FIELDS = itemgetter("id", "video", "question", "options", "answer", "glue", "duration")
-# A usual record's id, video, question, options "(A) ...", answer "(A)", spans, seconds and kind, as they were read.
+# A usual record: its id, video, question, options "(A) ...", answer "(A)", spans, seconds and kind, as they were read.
 Usual = tuple[str, str, str, list[str], str, list[list[float]], float | None, str]
 MARKED = {f"({letter})": place for place, letter in enumerate(LETTERS)}  # in order
 NUMBERS = (int, float)
@@ -80,9 +80,9 @@ def usual_record(fields: object) -> Usual | None:
         kind = fields.get("kind", "")
         if control("\n".join([id, video, question, kind, *options])) or "meta" in fields:
             return None
-        if type(options) is not list or not MARKED[answer] < len(options) <= len(LETTERS):
+        if type(options) is not list or type(glue) is not list:
             return None
-        if not all(map(str.startswith, options, MARKED)):
+        if not MARKED[answer] < len(options) <= len(LETTERS) or not all(map(str.startswith, options, MARKED)):
             return None
         for start, end in glue:
             if not (type(start) in NUMBERS and type(end) in NUMBERS and -EXACT < start <= end < EXACT):

@@ -469,10 +469,10 @@ def load_training(config: Config) -> list[DataSet]:
             entry.data, "train", replace(config, data_format=entry.format, video_root=entry.video_root)
         )
         report = Report(Path(path), format)
-        noisy = entry.data == "world" and config.world_label_noise > 0
-        rows = trainable(stream(report, root, as_read=not noisy), config, entry.data)
-        if noisy:
-            rows = mislabelled(rows, config.world_label_noise, config.world_seed)
+        noise = config.world_label_noise if entry.data == "world" else 0
+        rows = trainable(stream(report, root, as_read=not noise), config, entry.data)
+        if noise:
+            rows = mislabelled(rows, noise, config.world_seed)
         samples = Packed(rows)
         review(report)
         check_training_files(samples, report, config.max_failed_videos)
@@ -550,7 +550,7 @@ def trainable(samples: Iterable[Sample | Usual], config: Config, path: str) -> I
 def complete(samples: Iterable[Sample | Usual], needed: Sequence[str], path: str) -> Iterator[Sample | Usual]:
     """The samples; DataError naming file, row and fields for one that lacks a `needed` field."""
     for number, sample in enumerate(samples, 1):
-        if isinstance(sample, tuple):  # a usual record with evidence has all there is
+        if isinstance(sample, tuple):  # a usual record with evidence lacks nothing
             yield sample
             continue
         for name in needed:

@@ -1,15 +1,19 @@
 """Each format's reader, on a few rows as published and on rows made up here."""
 
 import json
+from collections import Counter
 from pathlib import Path
+from random import Random
 
 import pytest
 from rowfiles import RECORD, write_json, write_rows
 
 from annotations import records
 from annotations.formats import FORMATS, looks_like
-from annotations.rows import DataError, Sample
-from annotations.samples import read_samples, read_with_report
+from annotations.packed import Packed
+from annotations.rows import DataError, Report, Sample
+from annotations.samples import read_samples, read_with_report, stream, trainable
+from config import Config
 from prompts import LETTERS
 
 ROWS = json.loads(Path(__file__).with_name("published.json").read_text())
@@ -329,7 +333,13 @@ CHANGES = [
     ),
     *({"answer": value} for value in ("B", "(C)", "y", None, 1, "", "(B) y")),
     *({"glue": v} for v in ("[[1, 2]]", [[8, 3]], [[1, True]], [[1, 2, 3]], [[1, float("inf")]], [[1, "2"]], 3, None)),
-    {"glue": [[1, 10**400]]},
+    *(
+        {"glue": v}
+        for v in ([[1, 10**400]], [[-1.7e308, 1.7e308]], [[True, 3]], [[-1, 3]], [[3, 17]], [[9, 9]], "", {})
+    ),
+    {"glue": [[2**53, 2**53 + 1]], "duration": None},
+    *({"options": ["(A) x", f"(B) {text}"]} for text in ("<|x|>", "\ud800")),
+    {"options": [f"({letter}) x" for letter in LETTERS] + ["(A) x"]},
     *({"duration": value} for value in (0, -1, True, float("nan"), float("inf"), "16", 10**400)),
     *({"kind": value} for value in (3, None, "<|x|>", "")),
     *({"meta": value} for value in ({}, {"clues": ["a"]}, 3)),
@@ -350,6 +360,45 @@ def test_usual_records_are_read_quickly_as_they_are_read_carefully(tmp_path, mon
     quick = outcome()
     monkeypatch.setattr(records, "usual_record", lambda fields: None)
     assert outcome() == quick
+
+
+def mutated(random, changes):
+    """A few rows, most of them usual, one with these changes, some with others."""
+    rows = []
+    for k in range(random.randint(1, 4)):
+        row = USUAL | {"id": f"q{k if random.random() < 0.95 else 0}", "video": random.choice(["a.mp4"] * 5 + ["b"])}
+        row |= {"glue": [[3, 8.5]]} | random.choice([{}] * 5 + [{"kind": "fine"}] + [random.choice(CHANGES)])
+        rows.append(dict(random.sample(sorted(row.items()), len(row))))
+    random.choice(rows).update(changes)
+    if random.random() < 0.1:
+        rows[-1].pop(random.choice(sorted(USUAL)), None)
+    return rows
+
+
+@pytest.mark.parametrize("template", ["zoom_zero", "longvtg_r1"])
+def test_training_keeps_of_usual_and_changed_rows_what_is_read_of_them_carefully(tmp_path, monkeypatch, template):
+    (tmp_path / "a.mp4").touch()
+    config = Config(template=template, grounding="iou")
+    random = Random(0)
+    outcomes = Counter()
+
+    def outcome(path, as_read):
+        report = Report(path, "records")
+        try:
+            rows = list(trainable(stream(report, tmp_path, as_read), config, "x"))
+        except DataError as error:
+            return str(error), report
+        outcomes["passed on as read"] += sum(isinstance(row, tuple) for row in rows)
+        return list(map(repr, Packed(rows))), report  # repr: 3 is not 3.0
+
+    for changes in 3 * CHANGES:
+        path = write_rows(tmp_path / "x.jsonl", mutated(random, changes))
+        quick = outcome(path, as_read=True)
+        with monkeypatch.context() as careful:
+            careful.setattr(records, "usual_record", lambda fields: None)
+            assert outcome(path, as_read=False) == quick
+        outcomes["refused" if isinstance(quick[0], str) else "loaded"] += 1
+    assert min(outcomes[name] for name in ("passed on as read", "refused", "loaded")) > 30, outcomes
 
 
 def test_optional_fields_that_are_null_are_absent(published, tmp_path):
