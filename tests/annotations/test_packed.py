@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 
 from annotations.packed import BLOCK, Packed
+from annotations.records import usual_record
 from annotations.rows import Sample
 
 
@@ -25,6 +26,13 @@ def test_what_is_packed_comes_out_unchanged(n):
     for k in (n, -n - 1):
         with pytest.raises(IndexError, match=f"sample {k} of {n}"):
             packed[k]
+
+
+def test_a_usual_record_comes_out_as_its_sample():
+    record = {"id": "q", "video": "a.mp4", "question": "Q?", "options": ["(A) x", "(B)y "], "answer": "(B)"}
+    record |= {"glue": [[3, 8.5], [9, 10]], "duration": 16, "kind": "fine"}
+    sample = Sample("q", "a.mp4", "Q?", ("x", "y"), "B", ((3.0, 8.5), (9.0, 10.0)), 16.0, "fine")
+    assert list(map(repr, Packed([make(1), usual_record(record), make(2)]))) == [*map(repr, (make(1), sample, make(2)))]
 
 
 def test_changing_a_sample_that_came_out_changes_nothing_inside():
