@@ -3,9 +3,12 @@
 transformers and accelerate, which take seconds to import, are imported where they are needed: the formulas do without.
 """
 
+# ruff: noqa: E402 (some things are set before the imports that they are for)
+
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib
 import json
 import multiprocessing
@@ -22,6 +25,7 @@ from typing import TYPE_CHECKING
 
 # Before they are read: no test asks the hub for a name that is no folder, or lets OpenMP's threads wait at full speed.
 os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+gc.disable()  # until all is imported, of which nothing is garbage
 
 import pytest
 import torch
@@ -82,6 +86,12 @@ tracker: none
 n_episodes: 1
 threads: 1
 """
+
+
+def pytest_collection_finish() -> None:
+    """From here on garbage is collected, and not looked for among what was imported; least of all at the end."""
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(scope="session", autouse=True)

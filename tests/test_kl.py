@@ -7,8 +7,8 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from properties import for_all
 from qwen import QWEN
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
@@ -26,12 +26,9 @@ from kl import (
     weighted_kl,
 )
 
-settings.register_profile("exact", derandomize=True, deadline=None, max_examples=100)
-settings.load_profile("exact")
-
 V = 6
 LOGITS = st.lists(st.floats(-30, 30), min_size=V, max_size=V)
-SUBSETS = st.lists(st.booleans(), min_size=V, max_size=V).map(torch.tensor)
+SUBSETS = st.integers(0, 2**V - 1).map(lambda bits: torch.tensor([bool(bits >> k & 1) for k in range(V)]))
 
 
 def logp(logits):
@@ -96,7 +93,7 @@ def test_subset_kl_by_hand():
     assert torch.equal(subset_kl(p, q, torch.tensor([True, False, True])), subset_kl(p, q, torch.tensor([0, 2])))
 
 
-@given(LOGITS, LOGITS, SUBSETS)
+@for_all(LOGITS, LOGITS, SUBSETS)
 def test_never_negative_and_zero_only_where_equal(p, q, subset):
     p, q = logp(p), logp(q)
     value = float(subset_kl(p, q, subset))
@@ -114,21 +111,21 @@ def test_rows_of_a_batch_are_independent():
     assert torch.equal(subset_kl(p, q, torch.tensor([0, 2])), rows)
 
 
-@given(LOGITS, LOGITS)
+@for_all(LOGITS, LOGITS)
 def test_the_whole_vocabulary_gives_the_usual_kl(p, q):
     p, q = logp(p), logp(q)
     usual = torch.nn.functional.kl_div(q, p, log_target=True, reduction="sum")
     assert float(subset_kl(p, q, torch.arange(V))) == pytest.approx(float(usual), abs=1e-12)
 
 
-@given(LOGITS, LOGITS, SUBSETS)
+@for_all(LOGITS, LOGITS, SUBSETS)
 def test_disjoint_subsets_add_up(p, q, subset):
     p, q = logp(p), logp(q)
     parts = subset_kl(p, q, subset) + subset_kl(p, q, ~subset)
     assert float(parts) == pytest.approx(float(subset_kl(p, q, torch.arange(V))), abs=1e-12)
 
 
-@given(st.lists(st.floats(-3, 3), min_size=V, max_size=V), st.integers(1, V - 1))
+@for_all(st.lists(st.floats(-3, 3), min_size=V, max_size=V), st.integers(1, V - 1))
 def test_the_naive_masked_sum_has_its_minimum_below_zero(q, size):
     """The paper's footnote 1: sum_S p log(p / q) falls to -q(S) / e where p = q / e on S; D^S is positive there."""
     q = logp(q).exp()
@@ -175,7 +172,7 @@ def test_subset_kl_is_differentiable_where_p_is_zero():
 # --- the weighted form
 
 
-@given(LOGITS, LOGITS, SUBSETS)
+@for_all(LOGITS, LOGITS, SUBSETS)
 def test_weighted_kl_is_the_mixture_of_subsets(p, q, subset):
     """LongVTG-R1 Eq. 5 with beta_time = 0.3 and beta_text = 2."""
     weights = 2.0 - 1.7 * subset.double()
@@ -184,7 +181,7 @@ def test_weighted_kl_is_the_mixture_of_subsets(p, q, subset):
     assert float(value) == pytest.approx(float(expected), rel=1e-9, abs=1e-12)
 
 
-@given(LOGITS, LOGITS, st.lists(st.floats(0, 2), min_size=V, max_size=V), st.floats(0.3, 3))
+@for_all(LOGITS, LOGITS, st.lists(st.floats(0, 2), min_size=V, max_size=V), st.floats(0.3, 3))
 def test_closed_form_gradient_equals_autograd(p, q, weights, temperature):
     z = torch.tensor([p, q], dtype=torch.float64).requires_grad_()
     q = torch.tensor([q, p], dtype=torch.float64)
@@ -264,11 +261,10 @@ def test_a_half_precision_reference_is_computed_in_float32_too():
 
 
 N, SIZES, CHUNKS, SEEDS = st.integers(0, 9), st.integers(6, 13), st.integers(1, 12), st.integers(0, 2**32 - 1)
+OUTPUTS = [("kl",), ("logp",), ("entropy",), ("kl", "logp"), ("logp", "entropy"), ("kl", "logp", "entropy")]
 
 
-@given(N, SIZES, CHUNKS, SEEDS)
-@example(n=20, v=6, chunk=1, seed=0)  # more tokens than a chunk has logits
-def test_chunked_equals_whole(n, v, chunk, seed):
+def check_chunked(n, v, chunk, seed):
     inputs = random_inputs(n, 5, v, seed)
     expected = whole(**inputs)
     found = chunked_weighted_kl(chunk=chunk, **inputs)._asdict()
@@ -277,21 +273,28 @@ def test_chunked_equals_whole(n, v, chunk, seed):
         assert torch.allclose(found[name], expected[name], rtol=0, atol=1e-12), name
 
 
-@given(
-    N,
-    SIZES,
-    CHUNKS,
-    SEEDS,
-    st.sampled_from([("kl",), ("logp",), ("entropy",), ("kl", "logp"), ("logp", "entropy"), ("kl", "logp", "entropy")]),
-)
-@example(n=20, v=6, chunk=1, seed=0, outputs=("kl", "logp"))
-def test_chunked_gradients_equal_autograds(n, v, chunk, seed, outputs):
+def check_chunked_gradients(n, v, chunk, seed, outputs):
     inputs = random_inputs(n, 5, v, seed)
     g = torch.Generator().manual_seed(1)
     upstream = {name: torch.randn(n, generator=g, dtype=torch.float64) for name in outputs}
     expected = gradients(whole, inputs, **upstream)
     found = gradients(lambda **x: chunked_weighted_kl(chunk=chunk, **x), inputs, **upstream)
     assert all(torch.allclose(a, b, rtol=0, atol=1e-10) for a, b in zip(expected, found, strict=True))
+
+
+@for_all(N, SIZES, CHUNKS, SEEDS)
+def test_chunked_equals_whole(n, v, chunk, seed):
+    check_chunked(n, v, chunk, seed)
+
+
+@for_all(N, SIZES, CHUNKS, SEEDS, st.sampled_from(OUTPUTS))
+def test_chunked_gradients_equal_autograds(n, v, chunk, seed, outputs):
+    check_chunked_gradients(n, v, chunk, seed, outputs)
+
+
+def test_more_tokens_than_a_chunk_has_logits():
+    check_chunked(n=20, v=6, chunk=1, seed=0)
+    check_chunked_gradients(n=20, v=6, chunk=1, seed=0, outputs=("kl", "logp"))
 
 
 def test_chunked_with_probabilities_that_underflow():
@@ -593,7 +596,7 @@ def test_k3_clamped_as_the_released_code_does():
     assert k3(p, q, clamp=60).tolist() == pytest.approx([60, 60, math.exp(4) - 5, math.e - 2, 19])
 
 
-@given(LOGITS, LOGITS)
+@for_all(LOGITS, LOGITS)
 def test_expected_values_and_gradients_of_the_estimators(p, q):
     """Expectations over the sampled token, exact over a small vocabulary; each estimator's documented gradient."""
     z = torch.tensor(p, dtype=torch.float64).div(10).requires_grad_()

@@ -4,8 +4,8 @@ import math
 import time
 
 import pytest
-from hypothesis import given, settings
 from hypothesis import strategies as st
+from properties import for_all
 from qwen import CHATS
 
 from prompts import (
@@ -26,9 +26,6 @@ from prompts import (
     zoom_text,
 )
 
-settings.register_profile("exact", derandomize=True, deadline=None, max_examples=100)
-settings.load_profile("exact")
-
 WORLD = "<think>red<time>(3.0,8.0)</time></think><answer>B</answer><glue>[(3.0,8.0)]</glue>"
 # Zoom-Zero, Figure 5, without the stray "<n" of its print
 FIGURE_5 = (
@@ -47,10 +44,21 @@ TAGS = [
 ]
 MARKS = ["<", ">", "</", "[", "]", "(", ")", "{", "}", ", ", "-", ":", "\n", " "]
 WORDS = ["3.0", "8", "1e9", "1e999", "nan", "inf", "１２", " to ", "s", "A", "b", '"fps"']
-PIECES = st.sampled_from(TAGS + MARKS + WORDS)
-# Every code point but half a pair; st.text would first tell them into categories, which takes seconds.
-CHARACTERS = st.one_of(st.integers(0, 0xD7FF), st.integers(0xE000, 0x10FFFF)).map(chr)
-MESSY = st.lists(st.one_of(PIECES, st.lists(CHARACTERS, max_size=3).map("".join)), max_size=40).map("".join)
+PIECES = TAGS + MARKS + WORDS
+
+
+def piece(drawn: int) -> str:
+    """Half of the time a piece, else a character: an early one, or any but half a pair. One number each is drawn fast;
+    st.text would first tell all characters into categories, which takes seconds.
+    """
+    kind, k = drawn % 4, drawn // 4
+    if kind < 2:
+        return PIECES[k % len(PIECES)]
+    code = k % 256 if kind == 2 else k % 0x10F800
+    return chr(code if code < 0xD800 else code + 0x800)
+
+
+MESSY = st.lists(st.integers(0, 2**24 - 1).map(piece), max_size=40).map("".join)
 
 
 # --- what is said to the model
@@ -177,7 +185,7 @@ def test_tag_ranges(text, pieces):
     assert [text[start:end] for start, end in tag_ranges(text, "glue")] == pieces
 
 
-@given(MESSY)
+@for_all(MESSY)
 def test_tag_ranges_are_disjoint_sorted_and_begin_and_end_with_the_tags(text):
     position = 0
     for start, end in tag_ranges(text, "glue"):
@@ -277,13 +285,14 @@ def test_spans_are_floats():
     assert all(isinstance(t, float) for t in parse_spans("<glue>(1, 0:02)</glue>")[0])
 
 
-@given(st.lists(st.tuples(st.floats(0, 1e6), st.floats(0, 1e6)).map(sorted).map(tuple)))
-def test_written_spans_are_read_back(spans):
+@for_all(st.lists(st.floats(0, 1e6), max_size=16))
+def test_written_spans_are_read_back(times):
+    spans = [(min(pair), max(pair)) for pair in zip(times[::2], times[1::2], strict=False)]
     for text in (str(spans), str([list(span) for span in spans]), str(spans).replace(" ", "")):
         assert parse_spans(f"<glue>{text}</glue>") == spans
 
 
-@given(MESSY)
+@for_all(MESSY)
 def test_parsers_never_raise_and_return_what_they_promise(text):
     for wrapped in (text, f"<glue>{text}</glue>", f"<answer>{text}</answer>", f"<video_zoom>{text}</video_zoom>"):
         spans = parse_spans(wrapped)
@@ -578,7 +587,7 @@ def test_samples_without_options_have_no_answer_block():
     assert format_ok(WORLD.replace("<answer>B</answer>", ""), "zoom_zero", has_options=False)
 
 
-@given(MESSY)
+@for_all(MESSY)
 def test_strict_check_survives_insertions_only_of_white_space_between_blocks(text):
     inserted = WORLD.replace("</think><answer>", f"</think>{text}<answer>")
     assert format_ok(inserted, "world") == (not text.strip())
