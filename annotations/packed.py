@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import marshal
 import zlib
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import fields
 from operator import attrgetter
@@ -11,7 +12,7 @@ from operator import attrgetter
 from annotations.records import Usual, usual_sample
 from annotations.rows import Sample
 
-BLOCK = 128  # samples that are packed together
+BLOCK = 128  # samples that are packed together, at most
 RAW = -15  # zlib's name of compressed bytes without a checksum
 NAMES = [f.name for f in fields(Sample)]  # one more than a usual record has fields
 VALUES = attrgetter(*NAMES)
@@ -25,6 +26,7 @@ class Packed(Sequence[Sample]):
 
     def __init__(self, samples: Iterable[Sample | Usual]):
         self.blocks: list[bytes] = []
+        self.starts: list[int] = []  # the index of each block's first sample
         self.length = 0
         self.last: tuple[int, list[tuple]] = (-1, [])
         block: list[tuple] = []
@@ -39,7 +41,14 @@ class Packed(Sequence[Sample]):
     def _add(self, block: list[tuple]) -> None:
         compressed = memoryview(zlib.compress(marshal.dumps(block), level=1, wbits=RAW))
         self.blocks.append(bytes(compressed))  # a copy is no larger than it must be: zlib's buffer is
+        self.starts.append(self.length)
         self.length += len(block)
+
+    def extend(self, later: Packed) -> None:
+        """Put others behind these."""
+        self.blocks += later.blocks
+        self.starts += [self.length + start for start in later.starts]
+        self.length += later.length
 
     def __len__(self) -> int:
         return self.length
@@ -47,12 +56,13 @@ class Packed(Sequence[Sample]):
     def __getitem__(self, index: int) -> Sample:
         if not -self.length <= index < self.length:
             raise IndexError(f"sample {index} of {self.length}")
-        number, place = divmod(index % self.length, BLOCK)
+        index %= self.length
+        number = bisect_right(self.starts, index) - 1
         kept, block = self.last  # read once: another thread may read another block
         if kept != number:
             block = marshal.loads(zlib.decompress(self.blocks[number], wbits=RAW))
             self.last = (number, block)
-        values = block[place]
+        values = block[index - self.starts[number]]
         return Sample(*values) if len(values) == len(NAMES) else usual_sample(values)
 
     def __iter__(self) -> Iterator[Sample]:

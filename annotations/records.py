@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from operator import itemgetter
 from pathlib import Path
 
@@ -32,13 +32,16 @@ OURS = {"id", "video", "question", "kind", "meta", *ABSENT}
 NOT_AN_OPTION = "the answer is not among the options"
 
 
-def read_records(path: Path, report: Report, others: bool = False) -> Iterator[Sample | Usual]:
+def read_records(
+    path: Path, report: Report, others: bool = False, values: Iterable[tuple[int, object]] | None = None
+) -> Iterator[Sample | Usual]:
     """Our records, also as released with Zoom-Zero, where "glue" may be a text holding the list.
 
     Without an "id", the sample's id is the file's name and the row. Without options, an answer other than "(C)" is
     the free-text reference. `others`: fields that are not ours may be there, too. A usual record comes as its fields.
+    `values`: those of a part of the file, with their rows; all must have an "id".
     """
-    for number, (place, value) in enumerate(read_values(path), start=1):
+    for number, (place, value) in enumerate(read_values(path) if values is None else values, start=1):
         if usual := usual_record(value):
             yield usual
             continue
@@ -57,7 +60,7 @@ def read_records(path: Path, report: Report, others: bool = False) -> Iterator[S
         if found := half_character(json.dumps(meta, ensure_ascii=False)):
             raise row.error("meta", f"{found}; remove it")
         yield Sample(
-            id=str(row.get("id", str, int)) if "id" in row.fields else f"{path.stem}:{number}",
+            id=str(row.get("id", str, int)) if "id" in row.fields or values is not None else f"{path.stem}:{number}",
             video=video,
             question=question,
             options=options,

@@ -18,7 +18,7 @@ import math
 import re
 import reprlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,6 +26,7 @@ from typing import NamedTuple, TextIO
 
 from prompts import control
 
+MISSING_NAMED = 3  # videos that a report names
 READ_CHARACTERS = 1 << 20  # characters of a JSON list that are read at a time
 SPACE = re.compile(r"[ \t\r\n]*")
 DECODER = json.JSONDecoder()
@@ -88,6 +89,12 @@ class Report:
 
     def drop(self, row: str, reason: str, value: object = "") -> None:
         self.dropped.append(Dropped(row, reason, str(value)[:60]))
+
+    def add(self, later: Report) -> None:
+        """Count in what was done with a later part of the file."""
+        for name in ("kept", "dropped", "left_out", "notes", "remarks", "with_evidence", "out_of_reach", "missing"):
+            setattr(self, name, getattr(self, name) + getattr(later, name))
+        self.missing_videos = list(dict.fromkeys(self.missing_videos + later.missing_videos))[:MISSING_NAMED]
 
 
 def by_reason(dropped: list[Dropped]) -> list[str]:
@@ -310,13 +317,15 @@ def json_values(path: Path) -> Iterator[tuple[int, object]]:
             yield from line_values(path, file)
 
 
-def line_values(path: Path, file: TextIO) -> Iterator[tuple[int, object]]:
-    """The values of JSON lines, with the number of their line.
+def line_values(
+    path: Path, file: TextIO | Iterable[str], start: int = 1, whole: bool = True
+) -> Iterator[tuple[int, object]]:
+    """The values of JSON lines, with the number of their line; that of the first is `start`.
 
-    If the first line alone is no JSON value, the file is read as values one after another.
+    `whole`: it is the whole file. If its first line alone is no JSON value, it is read as values one after another.
     """
-    first = True
-    for number, line in enumerate(file, start=1):
+    first = whole
+    for number, line in enumerate(file, start):
         if line.isspace():
             continue
         try:

@@ -30,8 +30,20 @@ import yaml
 import prompts
 from annotations.formats import FORMATS, looks_like
 from annotations.packed import Packed
-from annotations.records import Usual, usual_sample
-from annotations.rows import DataError, Dropped, Report, Row, Sample, as_row, by_reason, read_text, short
+from annotations.parts import Values, read_in_parts
+from annotations.records import Usual, read_records, usual_sample
+from annotations.rows import (
+    MISSING_NAMED,
+    DataError,
+    Dropped,
+    Report,
+    Row,
+    Sample,
+    as_row,
+    by_reason,
+    read_text,
+    short,
+)
 from config import Config, ConfigError
 from media.decode import probe
 from media.file import VideoError
@@ -68,19 +80,23 @@ def read_with_report(
     return list(stream(report, video_root)), report
 
 
-def stream(report: Report, video_root: str | Path | None, as_read: bool = False) -> Iterator[Sample | Usual]:
+def stream(
+    report: Report, video_root: str | Path | None, as_read: bool = False, values: Values | None = None
+) -> Iterator[Sample | Usual]:
     """The samples of a report's file, one after another; the report is complete when they are through.
 
     `as_read`: a usual record with evidence, of which there is nothing to report, comes as it is, with its video's path.
+    `values`: those of a part of a file of our records.
     """
     path, format = report.path, report.format
     if format not in FORMATS:
         raise DataError(f"unknown format '{format}'; known: {', '.join(FORMATS)}")
+    read = FORMATS[format].read if values is None else functools.partial(read_records, values=values)
     names = functools.lru_cache(1 << 8)(names_in)
     find = functools.lru_cache(1 << 16)(functools.partial(find_video, root=video_root, names=names))
     seen: set[int] = set()  # hashes of the ids
     try:
-        for sample in FORMATS[format].read(path, report):
+        for sample in read(path, report):
             if isinstance(sample, tuple):
                 id, video, question, options, answer, glue, duration, kind = sample
                 file, there = find(video)
@@ -105,7 +121,7 @@ def stream(report: Report, video_root: str | Path | None, as_read: bool = False)
             sample.video, there = find(sample.video)  # nobody has seen the sample yet
             if not there:
                 report.missing += 1
-                if len(report.missing_videos) < 3 and sample.video not in report.missing_videos:
+                if len(report.missing_videos) < MISSING_NAMED and sample.video not in report.missing_videos:
                     report.missing_videos.append(sample.video)
             report.kept += 1
             yield sample
@@ -470,16 +486,27 @@ def load_training(config: Config) -> list[DataSet]:
         )
         report = Report(Path(path), format)
         noise = config.world_label_noise if entry.data == "world" else 0
-        rows = trainable(stream(report, root, as_read=not noise), config, entry.data)
         if noise:
-            rows = mislabelled(rows, noise, config.world_seed)
-        samples = Packed(rows)
+            rows = trainable(stream(report, root), config, entry.data)
+            samples = Packed(mislabelled(rows, noise, config.world_seed))
+        else:
+            samples = read_packed(report, root, config, entry.data)
         review(report)
         check_training_files(samples, report, config.max_failed_videos)
         sets.append(DataSet(samples, entry.weight))
     if not any(map(len, sets)):
         raise DataError(f"{config.train_data}: its weights leave no sample in an epoch; give larger ones")
     return sets
+
+
+def read_packed(report: Report, root: str | Path | None, config: Config, name: str) -> Packed:
+    """The samples of a report's file for training, packed; our own format's large files are read in parts."""
+
+    def rows(report: Report, values: Values | None = None) -> Iterator[Sample | Usual]:
+        return trainable(stream(report, root, True, values), config, name)
+
+    samples = read_in_parts(report, rows) if report.format == "records" else None
+    return Packed(rows(report)) if samples is None else samples
 
 
 def mislabelled(samples: Iterable[Sample], most: float, seed: int) -> Iterator[Sample]:

@@ -35,6 +35,14 @@ def test_a_usual_record_comes_out_as_its_sample():
     assert list(map(repr, Packed([make(1), usual_record(record), make(2)]))) == [*map(repr, (make(1), sample, make(2)))]
 
 
+def test_what_is_put_behind_others_comes_after_them():
+    samples, packed = [make(k) for k in range(3 * BLOCK)], Packed([])
+    for start, end in [(0, 3), (3, 3), (3, BLOCK + 3), (BLOCK + 3, 3 * BLOCK - 1), (3 * BLOCK - 1, 3 * BLOCK)]:
+        packed.extend(Packed(samples[start:end]))
+    assert len(packed) == len(samples) and list(packed) == samples
+    assert [packed[k] for k in range(-len(samples), 0, 7)] == samples[::7]
+
+
 def test_changing_a_sample_that_came_out_changes_nothing_inside():
     packed = Packed([make(1), make(2)])
     assert replace(packed[0], id="other") != packed[0] == make(1)
