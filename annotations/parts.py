@@ -53,11 +53,15 @@ def read_in_parts(report: Report, rows: Rows) -> Packed | None:
     """
     try:
         tasks = [partial(read_part, report, rows, part) for part in parts_of(report.path)]
-        results = in_processes(tasks)
+        results = in_processes(tasks) if tasks else []
     except OSError:  # the file cannot be read, or there can be no more processes or pipes
         results = []
-    ids = set().union(*(keys for _, keys, _ in results))
-    if not results or len(ids) < sum(len(keys) for _, keys, _ in results):  # or two parts have the same id
+    seen: set[int] = set()
+    for _, keys, _ in results:
+        if not seen.isdisjoint(keys):  # two parts have the same id
+            return None
+        seen.update(keys)
+    if not seen:
         return None
     samples = Packed([])
     for packed, _, done in results:
