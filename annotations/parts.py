@@ -10,6 +10,7 @@ import gc
 import os
 import signal
 import sys
+import threading
 import warnings
 from array import array
 from codecs import BOM_UTF8
@@ -128,14 +129,14 @@ def in_processes(tasks: list[Callable[[], object]]) -> list:
     """
     workers: dict[Connection, int] = {}
     try:
-        with signals_held_back() as held_before:
+        with signals_held_back() as came:
             for task in tasks:
                 receiver, sender = Pipe(duplex=False)
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore", DeprecationWarning)  # of Python 3.12, about threads
                     pid = os.fork()
                 if not pid:
-                    work(task, sender, [*workers, receiver], held_before)
+                    work(task, sender, [*workers, receiver], came)
                 workers[receiver] = pid
                 sender.close()
         results: dict[Connection, object] = {}
@@ -153,21 +154,32 @@ def in_processes(tasks: list[Callable[[], object]]) -> list:
 
 
 @contextmanager
-def signals_held_back() -> Iterator[set[int]]:
-    """Ctrl-C and SIGTERM wait until all workers are known, and can be ended; yields which signals waited before."""
-    held_before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
+def signals_held_back() -> Iterator[list[int]]:
+    """Ctrl-C and SIGTERM wait until all workers are known, and can be ended; yields the list of those that wait.
+
+    A mask would hold them back from this thread alone: another would take them, and this one would run their handler.
+    """
+    came: list[int] = []
+    first = threading.current_thread() is threading.main_thread()  # no other runs handlers
+    handlers = {number: signal.getsignal(number) for number in STOPPING if first}
+    for number in handlers:
+        signal.signal(number, lambda number, _: came.append(number))
     try:
-        yield held_before
+        yield came
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, held_before)
+        for number, handler in handlers.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+        for number in came:
+            signal.raise_signal(number)
 
 
-def work(task: Callable[[], object], sender: Connection, others: list[Connection], held_before: set[int]) -> None:
-    """In a fork: send what the task returns, and end at once; if it fails, without a word."""
+def work(task: Callable[[], object], sender: Connection, others: list[Connection], came: list[int]) -> None:
+    """In a fork: send what the task returns, and end at once; if it fails or a signal `came`, without a word."""
     try:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is sent to all, and the parent ends its workers
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        signal.pthread_sigmask(signal.SIG_SETMASK, held_before)
+        if came:
+            return
         for other in others:
             other.close()  # if the parent is gone, sending must fail
         sender.send(task())

@@ -8,6 +8,7 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import warnings
 from dataclasses import fields
 from itertools import chain
@@ -275,8 +276,15 @@ def test_a_signal_at_the_moment_of_a_fork_ends_a_worker_without_a_word(forked, m
     assert parts.in_processes([waits] * 2) == [] and capfd.readouterr().err == ""
 
 
+@pytest.mark.parametrize("beside", [0, 1])
 @pytest.mark.usefixtures("stopped_by_sigterm")
-def test_a_signal_between_two_forks_ends_all_workers(forked, monkeypatch, capfd):
+def test_a_signal_between_two_forks_ends_all_workers(forked, monkeypatch, capfd, beside):
+    """Also where there are other threads that the system may give the signal to."""
+    through = threading.Event()
+    threads = [threading.Thread(target=through.wait) for _ in range(beside)]
+    for thread in threads:
+        thread.start()
+
     def fork(real=os.fork):
         if (pid := real()) and len(forked) == 1:
             os.kill(os.getpid(), signal.SIGTERM)
@@ -285,6 +293,7 @@ def test_a_signal_between_two_forks_ends_all_workers(forked, monkeypatch, capfd)
     monkeypatch.setattr(os, "fork", fork)
     with pytest.raises(Stopped):
         parts.in_processes([waits] * 3)
+    through.set()
     assert len(forked) == 3 and capfd.readouterr().err == "stopped"
 
 
