@@ -297,7 +297,8 @@ def draw(found: dict[tuple[str, int], dict], names: Sequence[str], out: Path) ->
             if curves:
                 steps = [TEN * (n + 1) for n in range(len(curves[0]))]
                 columns = list(zip(*curves, strict=True))
-                colour, style = LINE_COLOURS[k % len(LINE_COLOURS)], LINES[k % len(LINES)]
+                again, place = divmod(k, len(LINE_COLOURS))
+                colour, style = LINE_COLOURS[place], LINES[(place + again) % len(LINES)]
                 means = list(map(statistics.mean, columns))
                 panel.plot(steps, means, color=colour, linestyle=style, label=VARIANTS[name].label)
                 panel.fill_between(steps, list(map(min, columns)), list(map(max, columns)), color=colour, alpha=0.12)
