@@ -26,6 +26,7 @@ from typing import NamedTuple
 from annotations.packed import Packed
 from annotations.records import Usual
 from annotations.rows import DECODER, READ_CHARACTERS, DataError, Report, Sample, is_table, line_values, open_text
+from media.decode import all_cores
 
 LARGE = 16 << 20  # bytes from which a file is read in parts: a second's work, against a tenth of one for the processes
 MOST_WORKERS = 8
@@ -41,11 +42,6 @@ class Part(NamedTuple):
     start: int  # bytes before them
     first: int  # the number of the first
     lines: int  # how many; of the last part, more than there are
-
-
-def cores() -> int:
-    """The cores that this process may use; if it is one of several of a launch, the others wait for what it reads."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def read_in_parts(report: Report, rows: Rows) -> Packed | None:
@@ -73,7 +69,8 @@ def read_in_parts(report: Report, rows: Rows) -> Packed | None:
 
 def parts_of(path: Path) -> list[Part]:
     """Parts of about the same size, one for each core; none of a file that is small, or is not just JSON lines."""
-    size, workers = path.stat().st_size, min(cores(), MOST_WORKERS)
+    size = path.stat().st_size
+    workers = min(all_cores(), MOST_WORKERS)  # all: the other processes of a launch wait for what this one reads
     if workers < 2 or size < LARGE or not hasattr(os, "fork") or not is_json_lines(path):
         return []
     with open(path, "rb") as file:

@@ -183,7 +183,8 @@ def tests(at: Setting, scratch: Path) -> None:
         "captured_steps or on_cuda",
         *files,
     ]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))  # packages may be there, too
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": path})
     lines = done.stdout.splitlines()
     if done.returncode:
         say(

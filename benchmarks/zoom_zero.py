@@ -32,7 +32,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from report.curves import read_metrics
-from report.drawing import LINE_COLOURS, LINES, add_legend, new_figure, save_figure, tidy
+from report.drawing import add_legend, line_look, new_figure, save_figure, tidy
 from report.results import stored_rows
 from report.scores import by_kind, overall
 
@@ -297,8 +297,7 @@ def draw(found: dict[tuple[str, int], dict], names: Sequence[str], out: Path) ->
             if curves:
                 steps = [TEN * (n + 1) for n in range(len(curves[0]))]
                 columns = list(zip(*curves, strict=True))
-                again, place = divmod(k, len(LINE_COLOURS))
-                colour, style = LINE_COLOURS[place], LINES[(place + again) % len(LINES)]
+                colour, style, _ = line_look(k)
                 means = list(map(statistics.mean, columns))
                 panel.plot(steps, means, color=colour, linestyle=style, label=VARIANTS[name].label)
                 panel.fill_between(steps, list(map(min, columns)), list(map(max, columns)), color=colour, alpha=0.12)

@@ -363,10 +363,14 @@ def _shares(source: Source, ticks: list[int], threads: int) -> tuple[list[list[i
     return [share for share in shares if share], False
 
 
+def all_cores() -> int:
+    """The cores that the processes of this program have on this machine."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def cores() -> int:
-    """This process' share of the cores that the processes of its program have on this machine."""
-    here = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, here // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    """This process' share of them."""
+    return max(1, all_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
 def _paint(source: Source, ticks: list[int], show: Show, stop: threading.Event, apart: bool = False) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from report import ReportError, drawing
-from report.drawing import INK, LINE_COLOURS, LINES, MARKERS, MUTED, add_legend, named, new_figure, tidy
+from report.drawing import INK, MUTED, add_legend, line_look, named, new_figure, tidy
 
 # Panels in reading order: what is learned, how the policy moves, what it costs. Keys not named here follow by name.
 TITLES = {
@@ -189,7 +189,7 @@ def draw_panel(axes, runs: Mapping[str, list[dict]], key: str, window: int) -> N
         steps, values = series(rows, key)
         if not np.isfinite(values).any():
             continue
-        colour, mean = LINE_COLOURS[i % len(LINE_COLOURS)], smooth(values, window)
+        (colour, style, marker), mean = line_look(i), smooth(values, window)
         if window > 1:
             axes.plot(steps, values, ".", color=colour, alpha=0.3, markersize=2.5, markeredgewidth=0)
         if len(runs) == 1 and key.endswith("_mean"):
@@ -201,9 +201,9 @@ def draw_panel(axes, runs: Mapping[str, list[dict]], key: str, window: int) -> N
             steps,
             mean,
             color=colour,
-            linestyle=LINES[i % len(LINES)],
+            linestyle=style,
             linewidth=1.5,
-            marker=MARKERS[i % len(MARKERS)],
+            marker=marker,
             markersize=4,
             markevery=(i / (8 * len(runs)), 1 / 8) if len(steps) > 8 else 1,
             label=named(label),

@@ -9,11 +9,17 @@ if TYPE_CHECKING:  # only a program that draws needs it
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Okabe and Ito's colours, dark ones first, each with a line style and a marker of its own.
+# Okabe and Ito's colours, dark ones first, each with a line style and a marker of its own (`line_look`).
 LINE_COLOURS = ["#0072b2", "#d55e00", "#222222", "#009e73", "#cc79a7", "#e69f00", "#56b4e9"]
 LINES = ["-", (0, (5, 2)), (0, (1, 1.2)), (0, (5, 1.5, 1, 1.5)), (0, (9, 2)), (0, (3, 1, 1, 1, 1, 1)), (0, (2, 2))]
 MARKERS = ["o", "s", "^", "D", "v", "P", "X"]
 INK, MUTED, RULE = "#1c1c1c", "#6b6b6b", "#d8d8d4"
+
+
+def line_look(k: int) -> tuple[str, object, str]:
+    """Colour, line style and marker of a picture's line k; a colour that comes again has others."""
+    again, place = divmod(k, len(LINE_COLOURS))
+    return LINE_COLOURS[place], LINES[(place + again) % len(LINES)], MARKERS[(place + again) % len(MARKERS)]
 
 
 def new_figure(width: float, height: float) -> Figure:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from report import ReportError, drawing
-from report.drawing import INK, LINE_COLOURS, LINES, MARKERS, MUTED, add_legend, named, new_figure, tidy
+from report.drawing import INK, LINE_COLOURS, MUTED, add_legend, line_look, named, new_figure, tidy
 from report.scores import bin_names, bin_of, evidence_edges, evidence_size
 
 if TYPE_CHECKING:  # only a program that draws needs it
@@ -81,13 +81,14 @@ def draw_bins(
     baseline = next(iter(iou)) if len(iou) > 1 else None
     for i, label in enumerate(sorted(iou, key=lambda label: label == baseline)):  # the baseline last: others keep style
         scores = [iou[label][m] for m in members]
+        colour, style, marker = line_look(i)
         axes.errorbar(
             x + 0.07 * (i - (len(iou) - 1) / 2),
             [s.mean() for s in scores],
             [1.96 * s.std(ddof=1) / math.sqrt(len(s)) if len(s) > 1 else 0 for s in scores],
-            color=MUTED if label == baseline else LINE_COLOURS[i % len(LINE_COLOURS)],
-            linestyle=LINES[i % len(LINES)],
-            marker=MARKERS[i % len(MARKERS)],
+            color=MUTED if label == baseline else colour,
+            linestyle=style,
+            marker=marker,
             markerfacecolor="white" if label == baseline else None,
             markersize=5,
             linewidth=1.5,
@@ -117,11 +118,12 @@ def plot_reliability(found: Mapping[str, Mapping], out: str | Path) -> None:
     axes.plot([0, 1], [0, 1], color=MUTED, linewidth=0.7, label="as sure as right")
     for i, (label, one) in enumerate(found.items()):
         words = f"{label} (ECE {one['ECE']:.3f})"
-        style = {"color": LINE_COLOURS[i % len(LINE_COLOURS)], "marker": MARKERS[i % len(MARKERS)]}
+        colour, style, marker = line_look(i)
+        look = {"color": colour, "linestyle": style, "marker": marker}
         x, y = ([part[name] for part in one["bins"]] for name in ("confidence", "accuracy"))
         share = np.array([part["questions"] for part in one["bins"]]) / one["questions"]
-        axes.plot(x, y, linestyle=LINES[i % len(LINES)], linewidth=1.2, markersize=5, **style, label=named(words))
-        axes.scatter(x, y, s=30 + 400 * share, alpha=0.3, linewidths=0, color=style["color"], clip_on=False)
+        axes.plot(x, y, linewidth=1.2, markersize=5, **look, label=named(words))
+        axes.scatter(x, y, s=30 + 400 * share, alpha=0.3, linewidths=0, color=colour, clip_on=False)
     axes.set_xlim(-0.02, 1.02)
     axes.set_ylim(-0.02, 1.02)
     axes.set_xlabel("confidence (mean of a bin; discs: share of the answers)", fontsize=9, color=INK)

@@ -58,7 +58,7 @@ def loaded(monkeypatch, tmp_path, caplog):
         caplog.clear()
         in_parts, report = [], Report(path, "records")
         with monkeypatch.context() as patch:
-            patch.setattr(parts, "cores", lambda: cores)
+            patch.setattr(parts, "all_cores", lambda: cores)
             patch.setattr(Packed, "extend", lambda self, other, real=Packed.extend: in_parts.append(real(self, other)))
             try:
                 samples = list(map(repr, read_packed(report, tmp_path, config, "x")))  # repr: 3 is not 3.0
@@ -164,7 +164,7 @@ def test_parts_hold_every_line_once(tmp_path, monkeypatch, seed):
     text = draw.choice([b"", b"\xef\xbb\xbf"]) + b"{}\n" + b"".join(lines) + draw.choice([b"", b"z"])
     (tmp_path / "x").write_bytes(text)
     monkeypatch.setattr(parts, "LARGE", 1)
-    monkeypatch.setattr(parts, "cores", lambda: draw.randint(2, 20))
+    monkeypatch.setattr(parts, "all_cores", lambda: draw.randint(2, 20))
     found = parts.parts_of(tmp_path / "x")
     assert 2 <= len(found) <= 8 and found[0].first == 1
     plain = text.removeprefix(b"\xef\xbb\xbf")

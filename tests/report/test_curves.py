@@ -197,3 +197,8 @@ def test_command_line(tmp_path, capsys):
         curves.main([str(tmp_path / "missing"), "--out", str(tmp_path / "d.png")])
     assert stop.value.code == 2 and "missing: no such file" in capsys.readouterr().err
     assert not (tmp_path / "d.png").exists()
+
+
+def test_lines_look_different_also_where_colours_come_again():
+    looks = [drawing.line_look(k) for k in range(3 * len(drawing.LINE_COLOURS))]
+    assert len({(colour, str(style)) for colour, style, _ in looks}) == len({(c, m) for c, _, m in looks}) == len(looks)
