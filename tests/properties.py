@@ -7,7 +7,7 @@ from collections.abc import Callable
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-EXAMPLES, AT_ONCE = 25, 4  # what hypothesis does for an example takes longer than to draw a case, so one has several
+EXAMPLES, AT_ONCE = 10, 10  # what hypothesis does for an example takes longer than to draw a case, so one has several
 
 
 def for_all(*strategies: st.SearchStrategy) -> Callable[[Callable[..., None]], Callable[[], None]]:
