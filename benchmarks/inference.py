@@ -44,12 +44,13 @@ from harness import asking
 from harness.asking import Agent, side_by_side
 from harness.commands import Settings
 from infer import STRATEGIES, load_agent
+from media.decode import all_cores
 from media.frames import FrameCache
 from tests.numbered import write_video
 
 ROOT = Path(__file__).resolve().parents[1]
 BATCHES = (1, 16, 64)
-CORES = len(os.sched_getaffinity(0))
+CORES = all_cores()
 COLUMNS = ("strategy, looks in a pass", "questions/s", "CPU s per question", "times", "passes, s", "decoding, s")
 COLUMNS += ("hidden", "waited, s", "late, s", "neither, s")
 OPTIONS = ("rows", "columns", "checks", "dots")

@@ -34,6 +34,8 @@ import av
 import numpy as np
 from tqdm import tqdm
 
+from media.decode import all_cores
+
 SIZE = 112  # pixels; the pattern fills the central half
 FPS = 8
 # Colours as (Y, U, V), so that frames are written without any colour conversion.
@@ -250,7 +252,7 @@ def _write(folder: Path, job: Job) -> None:
 def write_all(index: Path, split: str, jobs: list[Job], rows: list[dict], workers: int | None) -> Path:
     """Write the videos that are not there yet, several at a time, then the rows that name them."""
     (index.parent / split).mkdir(parents=True, exist_ok=True)
-    with ProcessPoolExecutor(workers or os.cpu_count()) as pool:
+    with ProcessPoolExecutor(workers or all_cores()) as pool:
         done = pool.map(partial(_write, index.parent), jobs, chunksize=16 if len(jobs) > 64 else 1)
         for _ in tqdm(done, total=len(jobs), desc=f"writing {split} videos", unit="video", disable=None):
             pass
