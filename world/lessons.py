@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
 import random
 import time
 from collections.abc import Sequence
@@ -387,9 +388,11 @@ def train_cycle(
 
 def teach(config: Config) -> None:
     """Make the built-in policy, or go on with `config.model`, and print how it does on the validation split, unless
-    there is no `config.test_data`. Raises ConfigError for a template without lessons.
+    there is no `config.test_data`. Raises ConfigError for a template without lessons, and in several processes.
     """
     course(config)
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise ConfigError("train_data = world: one process gives its lessons; start it with python sft.py")
     most = max(config.prompts_per_step, config.zoom_batch)
     if config.world_train_videos < most:
         raise ConfigError(

@@ -174,6 +174,12 @@ def test_templates_without_lessons_are_refused():
         lessons.teach(Config(template="zoom_zero"))
 
 
+def test_several_processes_are_refused_where_one_gives_the_lessons(config, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match=r"one process gives its lessons; start it with python sft\.py"):
+        lessons.teach(config)
+
+
 def test_a_step_of_each_kind_lowers_its_loss(samples, vocabulary, config):
     model = tiny.build_model(vocabulary.tokenizer)
     scenes = lessons.load_lessons(samples, config, vocabulary, model.config)
