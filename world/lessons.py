@@ -1,25 +1,29 @@
 """What the built-in policy learns before reinforcement learning, from nothing; `python sft.py` teaches it.
 
-Examples are from the built-in world's training split, of four kinds:
+Examples are from the built-in world's training split, of five kinds:
 
 - perception: "when was this colour on?" for every colour of a video, and the colour of every second. Several short
   answers share one prompt, so many questions are asked per video, and finding the asked event is learned sooner.
+- glances: when each colour was on, and what the coarse pass shows then.
+- asked: the same after a question, whose colour is found in it.
 - zoom: the answer letter for the frames of the true spans, at the zoom pass' resolution and rate.
 - demonstrations: whole responses in the format that is rewarded. Those at the end have spans that are too wide on
   purpose, each end moved outwards at random: the format, the event and the reading of clips are learned here, precise
-  spans are left to reinforcement learning.
-- glances: when a colour was on, and what the coarse pass shows then. Demonstrations after them also name that in their
-  thoughts, and the letter follows from it: it is right for the patterns `LETTERED`. Elsewhere it is drawn anew each
-  time: where the coarse pass shows nothing no letter is better than another, and the other patterns' letters are left
-  to reinforcement learning.
+  spans are left to reinforcement learning. After glances they also name in their thoughts what is seen, and the letter
+  follows from it: it is right for the patterns `LETTERED`. Elsewhere it is drawn anew each time: where the coarse pass
+  shows nothing no letter is better than another, and the other patterns' letters are left to reinforcement learning.
 
-A course (`course`) has `FINDING`: perception, then demonstrations. Where lengths vary (world_min_duration), `READING`
-follows: glances, then demonstrations that name them. With the template world_zoomer it is glances alone. Zooms are in
-every step. Loss is on the answers only, averaged over the tokens of each kind. In single trials, the asked event was
-still picked almost by chance after 1,000 steps without the perception phase, and after 2,000 steps with the question
-after the video instead of before it; what the coarse pass shows was not read after 200 steps in which its tokens
-counted no more than those of the times; and of coarse questions, the letters were not learned where they counted no
-more than any other token.
+There are two courses (`course`). `FINDING`, perception and demonstrations, is enough for a Qwen2.5-VL and videos of one
+length, where times can be told by positions alone. `COURSE`, for a Qwen3-VL, and where lengths vary
+(world_min_duration), finds events first and reads the question last: when the vision tower has learned from
+perception, its tokens are computed once and for all; the language model goes on to glances, all of which have the same
+prompt, then to questions and responses. With the template world_zoomer it is glances alone. Zooms are in every step.
+Loss is on the answers only, averaged over the tokens of each kind.
+
+In single trials, the asked event was still picked almost by chance after 1,000 steps without the perception phase, and
+after 2,000 steps with the question after the video instead of before it; what the coarse pass shows was not read after
+200 steps in which its tokens counted no more than those of the times; and of coarse questions, the letters were not
+learned where they counted no more than any other token.
 """
 
 from __future__ import annotations
@@ -49,7 +53,7 @@ from config import Config, ConfigError
 from engine.loading import load
 from engine.qwen3_vl import time_stamps
 from harness.run import use_threads
-from policy import Policy, Prompt, Video, Vocabulary, build_prompt
+from policy import Policy, Prompt, Video, Vocabulary, build_prompt, keep_tokens
 from prompts import Span, Spans
 from report.tables import table
 from rollout import coarse_prompt, user_chat, view_video, zoom_clips
@@ -100,9 +104,9 @@ def overwide(spans: Sequence[Span], most: float, duration: float, rng: random.Ra
     return [(round(max(0.0, s), 1), round(min(duration, e), 1)) for s, e in moved]
 
 
-def locations(samples: Sequence[Sample]) -> list[str]:
-    """For each question's colour, when it is on."""
-    return [f"{asked_colour(sample)}<time>{written_spans(list(sample.evidence))}</time>" for sample in samples]
+def location(sample: Sample) -> str:
+    """When the asked colour is on."""
+    return f"<time>{written_spans(list(sample.evidence))}</time>"
 
 
 def glimpse(sample: Sample) -> str:
@@ -180,12 +184,12 @@ class Batch:
         cls, prompt_list: list[Prompt], answers: list[list[list[int]]], kinds: list[list[int | list[int]]] | None = None
     ) -> Batch:
         """`answers[b][g]` are token ids; the loss is the mean over tokens of each kind, added up. `kinds[b][g]` is the
-        kind of an answer, or of each of its tokens.
+        kind of an answer, or of each of its tokens; -1 for a token that is read and not learned.
         """
         G = max(len(group) for group in answers)
         T = max(len(answer) for group in answers for answer in group)
         ids = torch.zeros(len(prompt_list), G, T, dtype=torch.long)
-        kind = torch.full((len(prompt_list), G, T), -1)
+        kind = torch.full((len(prompt_list), G, T), -2)
         for b, group in enumerate(answers):
             for g, answer in enumerate(group):
                 ids[b, g, : len(answer)] = torch.tensor(answer)
@@ -193,32 +197,53 @@ class Batch:
         weight = torch.zeros(ids.shape)
         for k in range(int(kind.max()) + 1):
             weight[kind == k] = 1 / (kind == k).sum()
-        return cls(prompt_list, ids, kind >= 0, weight)
+        return cls(prompt_list, ids, kind > -2, weight)
 
 
-def unasked_prompts(lessons: Sequence[Lesson], config: Config, vocabulary: Vocabulary, model_config) -> list[Prompt]:
-    """The coarse pass of each video without a question, up to where a response has its thoughts."""
+def glance_batch(
+    lessons: Sequence[Lesson],
+    config: Config,
+    vocabulary: Vocabulary,
+    model_config,
+    glimpses: bool = True,
+    seconds: bool = False,
+) -> Batch:
+    """When each colour of these videos is on, where a response to no question has its thoughts; with `glimpses` what
+    the coarse pass shows then, with `seconds` the colour of every second. Each of these counts as much.
+    """
     ids = vocabulary.ids(user_chat("", config) + "<think>")
-    return [build_prompt(ids, [lesson.coarse], model_config, vocabulary) for lesson in lessons]
-
-
-def perception_batch(lessons: Sequence[Lesson], config: Config, vocabulary: Vocabulary, model_config) -> Batch:
-    """When each colour of these videos is on, and the colour of every second, where a response has its thoughts."""
-    prompt_list = unasked_prompts(lessons, config, vocabulary, model_config)
-    answers = [[*locations(s.samples), timeline_answer(s.samples)] for s in lessons]
-    kinds = [[0] * len(lesson.samples) + [1] for lesson in lessons]
-    return Batch.of(prompt_list, [[vocabulary.ids(answer) for answer in group] for group in answers], kinds)
-
-
-def glance_batch(lessons: Sequence[Lesson], config: Config, vocabulary: Vocabulary, model_config) -> Batch:
-    """When each colour of these videos is on, and, counting as much as all of that, what the coarse pass shows then."""
-    answers, kinds = [], []
+    prompt_list, answers, kinds = [], [], []
     for lesson in lessons:
-        found = list(map(vocabulary.ids, locations(lesson.samples)))
-        glimpses = [vocabulary.ids(f" {glimpse(sample)}") for sample in lesson.samples]
-        answers.append([when + what for when, what in zip(found, glimpses, strict=True)])
-        kinds.append([[0] * len(when) + [1] * len(what) for when, what in zip(found, glimpses, strict=True)])
-    return Batch.of(unasked_prompts(lessons, config, vocabulary, model_config), answers, kinds)
+        prompt_list.append(build_prompt(ids, [lesson.coarse], model_config, vocabulary))
+        answers.append([])
+        kinds.append([])
+        for sample in lesson.samples:
+            when = vocabulary.ids(asked_colour(sample) + location(sample))
+            what = vocabulary.ids(f" {glimpse(sample)}") if glimpses else []
+            answers[-1].append(when + what)
+            kinds[-1].append([0] * len(when) + [1] * len(what))
+        if seconds:
+            answers[-1].append(vocabulary.ids(timeline_answer(lesson.samples)))
+            kinds[-1].append(2)
+    return Batch.of(prompt_list, answers, kinds)
+
+
+def asked_batch(lessons: Sequence[Lesson], vocabulary: Vocabulary, rng: random.Random) -> Batch:
+    """One question about each of these videos, and glances at all its colours after it, in three kinds that count the
+    same: the colour that is asked for, when each is on (the others are just named), and what the coarse pass shows.
+    """
+    prompt_list, answers, kinds = [], [], []
+    for lesson in lessons:
+        asked = rng.randrange(len(lesson.samples))
+        prompt_list.append(lesson.prompts[asked])
+        answers.append([])
+        kinds.append([])
+        for k, sample in enumerate(lesson.samples):
+            parts = [f"<think>{asked_colour(sample)}", location(sample), f" {glimpse(sample)}"]
+            colour, when, what = map(vocabulary.ids, parts)
+            answers[-1].append(colour + when + what)
+            kinds[-1].append([0 if k == asked else -1] * len(colour) + [1] * len(when) + [2] * len(what))
+    return Batch.of(prompt_list, answers, kinds)
 
 
 def demonstration_batch(
@@ -261,16 +286,16 @@ def zoom_batch(
 
 def cross_entropy(batch: Batch, hidden: Tensor, lm_head: Tensor) -> Tensor:
     """Weighted negative log-likelihood; hidden [N, H] are the states before the N real tokens."""
-    nll = F.cross_entropy(hidden @ lm_head.T, batch.ids[batch.mask], reduction="none")  # [N]
-    return (nll * batch.weight[batch.mask]).sum()
+    ids, weight = (part[batch.mask].to(hidden.device) for part in (batch.ids, batch.weight))  # [N]
+    return (F.cross_entropy(hidden @ lm_head.T, ids, reduction="none") * weight).sum()
 
 
 @dataclass(frozen=True)
 class Phase:
     """A stretch of training: its share of all steps, what is shown, how many seconds too wide its spans are.
 
-    `glimpses`: demonstrations name what the coarse pass shows. `shortest`: the share of the videos that is shown, the
-    shortest ones.
+    `glimpses`: perception and demonstrations name what the coarse pass shows. `shortest`: the share of the videos that
+    is shown, the shortest ones.
     """
 
     share: int
@@ -285,60 +310,66 @@ class Cycle:
     """Phases with an optimiser of their own and a learning rate that falls to 0 as a cosine.
 
     `pace`: the share of the learning rate it begins with. `zooms`: the share of the zooms in a step, which take half of
-    its time and are soon learned.
+    its time and are soon learned. `tower`: whether the vision tower learns too.
     """
 
     phases: tuple[Phase, ...]
     pace: float = 1.0
     zooms: float = 1.0
+    tower: bool = True
 
 
 FINDING = (
     Cycle((Phase(17, "perception"), Phase(5, "demonstrations", widen=3.0))),
     Cycle((Phase(9, "demonstrations"), Phase(2, "demonstrations", widen=3.0))),
 )
-READING = (
-    Cycle((Phase(4, "glances", shortest=0.5), Phase(8, "glances")), pace=0.7, zooms=0.25),
+COURSE = (
+    Cycle((Phase(9, "perception", glimpses=True, shortest=0.4),)),
+    Cycle((Phase(7, "glances", shortest=0.4), Phase(63, "glances")), zooms=0.25, tower=False),
+    Cycle((Phase(16, "asked"),), pace=0.75, zooms=0.25, tower=False),
     Cycle(
-        (Phase(4, "demonstrations", glimpses=True), Phase(2, "demonstrations", widen=3.0, glimpses=True)),
-        pace=0.7,
+        (Phase(9, "demonstrations", glimpses=True), Phase(6, "demonstrations", widen=3.0, glimpses=True)),
+        pace=0.5,
         zooms=0.25,
+        tower=False,
     ),
 )
 GLANCES = (Cycle((Phase(1, "glances"),)),)
-FIRST_LENGTH = 20  # seconds of the videos on which finding is learned where lengths vary later
 
 
-def course(config: Config) -> list[tuple[Config, tuple[Cycle, ...]]]:
-    """The cycles of a cold start, and the configuration that their videos follow. Raises ConfigError for a template
-    without lessons.
-
-    Where lengths vary, finding is learned on videos of one length; one that goes on with `config.model` knows it.
-    """
-    if config.template == "world_zoomer":
-        return [(config, GLANCES)]
-    if config.template != "world":
+def course(config: Config) -> tuple[Cycle, ...]:
+    """The cycles of a cold start. Raises ConfigError for a template without lessons."""
+    if config.template not in ("world", "world_zoomer"):
         raise ConfigError(f"template = {config.template}: train_data = world has lessons for world, world_zoomer only")
-    if not config.world_min_duration:
-        return [(config, FINDING)]
-    first = [] if config.model else [(replace(config, world_duration=FIRST_LENGTH, world_min_duration=0), FINDING)]
-    return [*first, (config, READING)]
+    if config.template == "world_zoomer":
+        return GLANCES
+    return FINDING if config.family == "qwen2_5_vl" and not config.world_min_duration else COURSE
 
 
 def cold_start(policy: torch.nn.Module, config: Config, vocabulary: Vocabulary, accelerator: Accelerator) -> None:
     """Train the policy for `config.steps` through the cycles of its course, zooms in every step."""
     rng = random.Random(config.seed)
-    model_config = accelerator.unwrap_model(policy).model.config
-    stages = course(config)
-    shares = sum(phase.share for _, cycles in stages for cycle in cycles for phase in cycle.phases)
-    for world, cycles in stages:
-        lessons = load_lessons(load_samples("world", "train", world), config, vocabulary, model_config)
-        for cycle in cycles:
-            phases = [phase for phase in cycle.phases for _ in range(max(1, config.steps * phase.share // shares))]
-            paced = replace(
-                config, lr=cycle.pace * config.lr, zoom_batch=max(1, round(cycle.zooms * config.zoom_batch))
-            )
-            train_cycle(policy, lessons, paced, vocabulary, accelerator, phases=phases, rng=rng)
+    model = accelerator.unwrap_model(policy).model
+    lessons = load_lessons(load_samples("world", "train", config), config, vocabulary, model.config)
+    shares = sum(phase.share for cycle in course(config) for phase in cycle.phases)
+    for cycle in course(config):
+        phases = [phase for phase in cycle.phases for _ in range(max(1, config.steps * phase.share // shares))]
+        model.model.visual.requires_grad_(cycle.tower)
+        if not cycle.tower:
+            videos = [video for lesson in lessons for video in (lesson.coarse, *lesson.zooms)]
+            for k in range(0, len(videos), config.zoom_batch):
+                keep_tokens(model, videos[k : k + config.zoom_batch])
+        paced = replace(config, lr=cycle.pace * config.lr, zoom_batch=max(1, round(cycle.zooms * config.zoom_batch)))
+        train_cycle(policy, lessons, paced, vocabulary, accelerator, phases=phases, rng=rng)
+    model.requires_grad_(True)
+
+
+def drawn(lessons: Sequence[Lesson], count: int, rng: random.Random) -> list[Lesson]:
+    """Some of the lessons; where lengths vary each as often as its video is long, for more is to be found in long ones,
+    of which there may be few.
+    """
+    seconds = [lesson.samples[0].duration for lesson in lessons]
+    return rng.sample(lessons, count) if len(set(seconds)) == 1 else rng.choices(lessons, weights=seconds, k=count)
 
 
 def train_cycle(
@@ -353,9 +384,8 @@ def train_cycle(
 ) -> None:
     """One cycle with a new optimiser; `phases` has the phase of each step."""
     model_config = accelerator.unwrap_model(policy).model.config
-    optimizer = torch.optim.AdamW(
-        policy.parameters(), lr=config.lr, betas=(0.9, 0.98), weight_decay=config.weight_decay
-    )
+    learned = [weight for weight in policy.parameters() if weight.requires_grad]
+    optimizer = torch.optim.AdamW(learned, lr=config.lr, betas=(0.9, 0.98), weight_decay=config.weight_decay)
     optimizer = accelerator.prepare(optimizer)
     by_length = sorted(lessons, key=lambda lesson: lesson.samples[0].duration)
     bar = tqdm(phases, unit="step", disable=None)
@@ -364,21 +394,25 @@ def train_cycle(
         factor = min(1.0, (step + 1) / config.warmup) * 0.5 * (1 + math.cos(math.pi * step / len(phases)))
         for group in optimizer.param_groups:
             group["lr"] = config.lr * factor
-        shown = lessons if phase.shortest == 1 else by_length[: round(phase.shortest * len(lessons))]
-        chosen_lessons = rng.sample(shown, config.prompts_per_step)
+        few = max(config.prompts_per_step, round(phase.shortest * len(lessons)))
+        shown = lessons if phase.shortest == 1 else by_length[:few]
+        chosen = drawn(shown, config.prompts_per_step, rng)
         batches = {"zoom": zoom_batch(rng.sample(lessons, config.zoom_batch), config, vocabulary, model_config, rng)}
-        if phase.examples == "perception":
-            batches["perception"] = perception_batch(chosen_lessons, config, vocabulary, model_config)
+        if phase.examples == "demonstrations":  # one per question takes about twice the time
+            half = chosen[: max(1, config.prompts_per_step // 2)]
+            batch = demonstration_batch(half, vocabulary, phase.widen, rng, phase.glimpses)
+        elif phase.examples == "asked":
+            batch = asked_batch(chosen, vocabulary, rng)
         elif phase.examples == "glances":
-            batches["glance"] = glance_batch(chosen_lessons, config, vocabulary, model_config)
-        else:  # a demonstration per question takes about twice the time
-            few = chosen_lessons[: max(1, config.prompts_per_step // 2)]
-            batches["demonstration"] = demonstration_batch(few, vocabulary, phase.widen, rng, phase.glimpses)
+            batch = glance_batch(chosen, config, vocabulary, model_config)
+        else:
+            batch = glance_batch(chosen, config, vocabulary, model_config, phase.glimpses, seconds=True)
+        batches[phase.examples] = batch
         for name, batch in batches.items():
             loss = policy(batch.prompts, batch.ids, batch.mask, partial(cross_entropy, batch))
             accelerator.backward(loss)
             smooth[name] = 0.95 * smooth.get(name, loss.item()) + 0.05 * loss.item()
-        accelerator.clip_grad_norm_(policy.parameters(), config.max_grad_norm)
+        accelerator.clip_grad_norm_(learned, config.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()
         bar.set_postfix({name: f"{value:.3f}" for name, value in smooth.items()})

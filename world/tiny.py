@@ -104,9 +104,11 @@ def qwen2_5_vl_config(tokenizer: PreTrainedTokenizerFast) -> Qwen2_5_VLConfig:
 
 
 def qwen3_vl_config(tokenizer: PreTrainedTokenizerFast, patch_size: int = 14) -> Qwen3VLConfig:
-    """Released checkpoints have patches of 16 pixels; with 14, the built-in benchmark is shown as to Qwen2.5-VL."""
+    """Released checkpoints have patches of 16 pixels; with 14, the built-in benchmark is shown as to Qwen2.5-VL. Their
+    rope_theta is millions, for contexts of a hundred thousand tokens; ours are of hundreds.
+    """
     of_text, of_all = special_ids(tokenizer)
-    rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [6, 5, 5], "mrope_interleaved": True}
+    rope = {"rope_type": "default", "rope_theta": 1e3, "mrope_section": [6, 5, 5], "mrope_interleaved": True}
     tables = {"num_position_embeddings": 64, "deepstack_visual_indexes": [0, 1], "patch_size": patch_size}
     return Qwen3VLConfig(
         text_config=TEXT | of_text | {"rope_parameters": rope, "head_dim": 32},

@@ -12,6 +12,7 @@ from accelerate import Accelerator
 import config as configuration
 import prompts
 import sft
+from annotations.rows import Sample
 from config import Config, ConfigError
 from engine.loading import load
 from policy import Policy
@@ -47,12 +48,11 @@ def test_widened_spans_contain_the_evidence_and_stay_in_the_video():
 
 def test_perception_says_every_second_and_every_colour(samples):
     video = [sample for sample in samples if sample.video == samples[0].video]
-    located = lessons.locations(video)
     words = lessons.timeline_answer(video).removesuffix(lessons.END).split()
     assert len(words) == 20
-    for sample, text in zip(video, located, strict=True):
+    for sample in video:
         colour = lessons.asked_colour(sample)
-        assert text.startswith(f"{colour}<time>({sample.evidence[0][0]:.1f},")
+        assert lessons.location(sample).startswith(f"<time>({sample.evidence[0][0]:.1f},")
         seconds = {k for start, end in sample.evidence for k in range(int(start), int(end))}
         assert {k for k, word in enumerate(words) if word == colour} == seconds
 
@@ -60,7 +60,7 @@ def test_perception_says_every_second_and_every_colour(samples):
 def test_the_loss_is_the_mean_of_each_kind_of_answer(samples, vocabulary, config):
     model = tiny.build_model(vocabulary.tokenizer)
     scenes = lessons.load_lessons(samples, config, vocabulary, model.config)[:2]
-    batch = lessons.perception_batch(scenes, config, vocabulary, model.config)
+    batch = lessons.glance_batch(scenes, config, vocabulary, model.config, glimpses=False, seconds=True)
     torch.manual_seed(0)
     states = torch.randn(*batch.ids.shape, 128)
     weight = torch.randn(len(vocabulary.tokenizer), 128)
@@ -83,8 +83,9 @@ def test_what_a_glance_shows_counts_as_much_as_when(samples, vocabulary, config)
         for g, sample in enumerate(scene.samples):
             ids, weight = batch.ids[b, g][batch.mask[b, g]], batch.weight[b, g][batch.mask[b, g]]
             words = vocabulary.tokenizer.decode(ids)
-            assert words == f"{lessons.locations([sample])[0]} {lessons.glimpse(sample)}"
-            when = len(vocabulary.ids(lessons.locations([sample])[0]))
+            located = lessons.asked_colour(sample) + lessons.location(sample)
+            assert words == f"{located} {lessons.glimpse(sample)}"
+            when = len(vocabulary.ids(located))
             assert len(set(weight[:when].tolist())) == 1
             shown.append(weight[when:].sum())
     assert sum(shown) == pytest.approx(1.0) and batch.weight.sum() == pytest.approx(2.0)
@@ -94,6 +95,34 @@ def test_what_a_glance_shows_counts_as_much_as_when(samples, vocabulary, config)
         and glimpses["fine"] == "none"
         and glimpses["blink"] in benchmark.COLOURS
     )
+
+
+def test_after_a_question_only_its_colour_is_learned_and_counts_as_much_as_when_and_what(samples, vocabulary, config):
+    model = tiny.build_model(vocabulary.tokenizer)
+    scenes = lessons.load_lessons(samples, config, vocabulary, model.config)[:3]
+    batch = lessons.asked_batch(scenes, vocabulary, random.Random(0))
+    assert batch.weight.sum() == pytest.approx(3.0)
+    learned = 0.0
+    for b, scene in enumerate(scenes):
+        asked = next(k for k, prompt in enumerate(scene.prompts) if prompt is batch.prompts[b])
+        for g, sample in enumerate(scene.samples):
+            ids, weight = batch.ids[b, g][batch.mask[b, g]], batch.weight[b, g][batch.mask[b, g]]
+            colour = f"<think>{lessons.asked_colour(sample)}"
+            words = f"{colour}{lessons.location(sample)} {lessons.glimpse(sample)}"
+            assert vocabulary.tokenizer.decode(ids) == words
+            named = weight[: len(vocabulary.ids(colour))]
+            assert (named > 0).all() if g == asked else (named == 0).all()
+            assert (weight[len(named) :] > 0).all()
+            learned += float(named.sum())
+    assert learned == pytest.approx(1.0)
+
+
+def test_perception_with_glimpses_has_a_third_kind(samples, vocabulary, config):
+    model = tiny.build_model(vocabulary.tokenizer)
+    scenes = lessons.load_lessons(samples, config, vocabulary, model.config)[:2]
+    batch = lessons.glance_batch(scenes, config, vocabulary, model.config, seconds=True)
+    assert batch.weight.sum() == pytest.approx(3.0)
+    assert [len(scene.samples) + 1 for scene in scenes] == [int(mask.any(-1).sum()) for mask in batch.mask]
 
 
 def test_with_glimpses_only_letters_that_follow_are_taught_and_they_count_as_much_as_all_else(
@@ -125,32 +154,46 @@ def test_with_glimpses_only_letters_that_follow_are_taught_and_they_count_as_muc
 
 
 @pytest.mark.parametrize(
-    "lengths, model, expected",
+    "options, expected",
     [
-        ({"world_duration": 30}, "", [((0, 30), lessons.FINDING)]),
-        ({"world_duration": 30}, "known", [((0, 30), lessons.FINDING)]),
-        (
-            {"world_min_duration": 15, "world_duration": 60},
-            "",
-            [((0, 20), lessons.FINDING), ((15, 60), lessons.READING)],
-        ),
-        ({"world_min_duration": 15, "world_duration": 60}, "known", [((15, 60), lessons.READING)]),
+        ({}, lessons.FINDING),
+        ({"world_duration": 30}, lessons.FINDING),
+        ({"world_min_duration": 15, "world_duration": 60}, lessons.COURSE),
+        ({"family": "qwen3_vl"}, lessons.COURSE),
+        ({"family": "qwen3_vl", "template": "world_zoomer"}, lessons.GLANCES),
     ],
 )
-def test_where_lengths_vary_reading_follows_finding(lengths, model, expected, vocabulary, config, monkeypatch):
-    asked, taught = [], []
-    monkeypatch.setattr(lessons, "load_samples", lambda name, split, world: asked.append(world))
-    monkeypatch.setattr(lessons, "load_lessons", lambda samples, *rest: samples)
-    monkeypatch.setattr(lessons, "train_cycle", lambda *rest, phases, rng: taught.append((rest[2], phases)))
-    cycles = [cycle for _, found in expected for cycle in found]
-    shares = [sum(phase.share for phase in cycle.phases) for cycle in cycles]
-    chosen = replace(config, model=model, **lengths, steps=7 * sum(shares))
+def test_a_course_is_followed_and_its_tower_rests_where_it_says(options, expected, vocabulary, config, monkeypatch):
+    taught, kept = [], []
+
+    def train_cycle(policy, found, config, *rest, phases, rng):
+        learns = {weight.requires_grad for weight in policy.model.model.visual.parameters()}
+        taught.append((config, phases, learns, len(kept)))
+
+    monkeypatch.setattr(lessons, "load_samples", lambda name, split, world: [])
+    monkeypatch.setattr(lessons, "load_lessons", lambda *rest: [lessons.Lesson([], "coarse", [], ["zoom"])])
+    monkeypatch.setattr(lessons, "keep_tokens", lambda model, videos: kept.extend(videos))
+    monkeypatch.setattr(lessons, "train_cycle", train_cycle)
+    shares = [sum(phase.share for phase in cycle.phases) for cycle in expected]
+    chosen = replace(config, **options, steps=7 * sum(shares))
     policy = Policy(tiny.build_model(vocabulary.tokenizer))
     lessons.cold_start(policy, chosen, vocabulary, Accelerator())
-    assert [(world.world_min_duration, world.world_duration) for world in asked] == [where for where, _ in expected]
-    assert [len(phases) for _, phases in taught] == [7 * share for share in shares]
-    assert [paced.lr for paced, _ in taught] == [cycle.pace * config.lr for cycle in cycles]
-    assert [paced.zoom_batch for paced, _ in taught] == [round(cycle.zooms * config.zoom_batch) for cycle in cycles]
+    assert [len(phases) for _, phases, _, _ in taught] == [7 * share for share in shares]
+    assert [paced.lr for paced, *_ in taught] == [cycle.pace * config.lr for cycle in expected]
+    assert [paced.zoom_batch for paced, *_ in taught] == [round(cycle.zooms * config.zoom_batch) for cycle in expected]
+    assert [learns for _, _, learns, _ in taught] == [{cycle.tower} for cycle in expected]
+    assert all(bool(count) != cycle.tower for (*_, count), cycle in zip(taught, expected, strict=True))
+    assert all(weight.requires_grad for weight in policy.parameters())
+
+
+def test_where_lengths_vary_long_videos_are_drawn_as_often_as_they_are_long():
+    def lesson(seconds):
+        return lessons.Lesson([Sample("", "", "", (), "A", (), seconds)], None, [], [])
+
+    few = lessons.drawn([lesson(20.0), lesson(60.0)], 4000, random.Random(0))
+    assert sum(chosen.samples[0].duration for chosen in few) / 4000 == pytest.approx(0.25 * 20 + 0.75 * 60, abs=1)
+    alike = [lesson(20.0) for _ in range(5)]
+    assert sorted(map(id, lessons.drawn(alike, 5, random.Random(0)))) == sorted(map(id, alike))
 
 
 def test_short_videos_can_be_shown_first(samples, vocabulary, config, monkeypatch):
@@ -185,8 +228,9 @@ def test_a_step_of_each_kind_lowers_its_loss(samples, vocabulary, config):
     scenes = lessons.load_lessons(samples, config, vocabulary, model.config)
     rng = random.Random(0)
     for batch in (
-        lessons.perception_batch(scenes, config, vocabulary, model.config),
+        lessons.glance_batch(scenes, config, vocabulary, model.config, glimpses=False, seconds=True),
         lessons.glance_batch(scenes, config, vocabulary, model.config),
+        lessons.asked_batch(scenes, vocabulary, rng),
         lessons.demonstration_batch(scenes, vocabulary, 3.0, rng, glimpses=True),
         lessons.zoom_batch(scenes, config, vocabulary, model.config, rng),
     ):
