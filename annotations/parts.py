@@ -138,7 +138,8 @@ def in_processes(tasks: list[Callable[[], object]]) -> list:
                 sender.close()
         results: dict[Connection, object] = {}
         while missing := [receiver for receiver in workers if receiver not in results]:
-            results.update({receiver: receiver.recv() for receiver in wait(missing)})
+            ready = wait(missing, timeout=1)  # a signal just before it would be seen only after it
+            results.update({receiver: receiver.recv() for receiver in ready})
         return [results[receiver] for receiver in workers]
     except EOFError:  # a worker ended without a word
         return []

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 import warnings
 from dataclasses import fields
 from itertools import chain
@@ -295,6 +296,26 @@ def test_a_signal_between_two_forks_ends_all_workers(forked, monkeypatch, capfd,
         parts.in_processes([waits] * 3)
     through.set()
     assert len(forked) == 3 and capfd.readouterr().err == "stopped"
+
+
+@pytest.mark.usefixtures("stopped_by_sigterm")
+def test_a_signal_that_does_not_interrupt_waiting_ends_all_workers(forked, tmp_path, capfd):
+    """As one does that comes between the last look for signals and the system call; here another thread gets it."""
+
+    def finish():
+        time.sleep(15)
+        (tmp_path / "finished").touch()
+
+    def later():
+        while len(forked) < 2 or signal.getsignal(signal.SIGTERM).__name__ != "stop":
+            pass
+        time.sleep(0.2)  # until the first thread waits
+        signal.pthread_kill(threading.get_ident(), signal.SIGTERM)
+
+    threading.Thread(target=later).start()
+    with pytest.raises(Stopped):
+        parts.in_processes([finish] * 2)
+    assert capfd.readouterr().err == "stopped" and not (tmp_path / "finished").exists()
 
 
 def test_a_file_whose_worker_is_killed_is_read_by_one_process(loaded, tmp_path, monkeypatch, forked):
