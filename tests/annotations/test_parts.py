@@ -312,7 +312,7 @@ def test_a_signal_that_does_not_interrupt_waiting_ends_all_workers(forked, tmp_p
         time.sleep(0.2)  # until the first thread waits
         signal.pthread_kill(threading.get_ident(), signal.SIGTERM)
 
-    threading.Thread(target=later).start()
+    threading.Thread(target=later, daemon=True).start()  # which ends with pytest if there is no second fork
     with pytest.raises(Stopped):
         parts.in_processes([finish] * 2)
     assert capfd.readouterr().err == "stopped" and not (tmp_path / "finished").exists()
