@@ -3,13 +3,14 @@
     accelerate launch --config_file recipes/accelerate_fsdp2.yaml sft.py --config recipes/videozoomer_sft.yaml
     python sft.py --config recipes/cpu_world_agent_sft.yaml  # the built-in policy learns to ask for clips
     python sft.py --overwrite                                # makes checkpoints/tiny from nothing (world/lessons.py)
-    python sft.py --config recipes/cpu_longvtg_sft.yaml      # goes on with it on longer videos, for LongVTG-R1
+    ACCELERATE_USE_CPU=true torchrun --nproc_per_node 2 sft.py --overwrite    # the same in two processes
 
 `train_data` names a file of trajectories (annotations/trajectories.py, exemplars.py), or is `world` for
 world/lessons.py.
 
 Loss is the mean negative log-likelihood over the tokens that assistants wrote in the step's trajectories, all processes
 together. What stands between turns is only read. Everything else is as in train.py: signals, --resume, checkpoints.
+Lessons are resumed after the last cycle of their course that was done.
 """
 
 from __future__ import annotations
@@ -24,7 +25,6 @@ from dataclasses import replace
 from functools import partial
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor
 
 import config as configuration
@@ -128,12 +128,12 @@ def main(arguments: list[str] | None = None) -> None:
     config = configuration.parse(arguments, RECIPE, __doc__.splitlines()[0], "sft")
     if config.train_data == "world" and config.lora_rank:
         raise configuration.ConfigError("lessons of the built-in world train all weights: lora_rank needs trajectories")
-    if config.train_data == "world":
-        accelerator = Accelerator(mixed_precision=config.mixed_precision)
-        with claimed(config.out, accelerator, ("config.json", "metrics.jsonl"), config.overwrite):
-            lessons.teach(config)
-        return
     accelerator = training_accelerator(config)
+    if config.train_data == "world":
+        results = ("config.json", "metrics.jsonl", lessons.KEPT)
+        with claimed(config.out, accelerator, results, config.overwrite or config.resume):
+            lessons.teach(config, accelerator)
+        return
     rows = trajectories.load_trajectories(config.train_data, config.video_root)
     trajectories.check_files(rows)
     if config.epochs:

@@ -43,6 +43,7 @@ import video
 from annotations.rows import DataError
 from annotations.samples import load_training
 from config import Config
+from engine.families import family_of
 from episodes import ClipEnvironment, environments
 from harness.run import program, training_accelerator
 from harness.setup import Run, check_rewards, load_run
@@ -162,15 +163,19 @@ def show_frames(page: Page, group: Group, config: Config) -> None:
 
 
 def show_prompt(page: Page, group: Group, run: Run) -> None:
-    prompt, pad = group.prompt, run.model.config.video_token_id
+    prompt, pad, decode = group.prompt, run.model.config.video_token_id, run.vocabulary.tokenizer.decode
     page.head("4. The prompt", "<|video_pad|> becomes the visual tokens; each token has a time, a row and a column.")
     page.at(rollout.coarse_words, "", rollout.user_chat(rollout.coarse_words(group.view, run.config), run.config))
-    n = group.view.video.n_tokens
-    page.at(policy.build_prompt, "", f"{len(prompt)} tokens, {n} of them visual")
+    visual = (prompt.ids == pad).nonzero().flatten().tolist()
+    second = len(visual) // group.view.video.grid[0]  # the first token of the second pair of frames, among these
+    pairs = decode(prompt.ids[visual[0] - 9 : visual[2 * second - 1] + 1])
+    pairs = pairs.replace("<|video_pad|>" * second, f"[{second} visual]")
+    page.at(family_of(run.model.config).lay_out, "", f"... {pairs} ...")
+    page.at(policy.build_prompt, "", f"{len(prompt)} tokens, {len(visual)} of them visual")
     page.at(policy.mrope_positions, "time = torch.tensor(")
-    first = prompt.ids.tolist().index(pad)
-    picked = [first - 1, first, first + 1, first + n // group.view.video.grid[0], first + n - 1, first + n]
-    words = ["visual" if i == pad else run.vocabulary.tokenizer.decode([i]) for i in prompt.ids[picked].tolist()]
+    first, last = visual[0], visual[-1]
+    picked = [first - 1, first, first + 1, visual[second] - 1, visual[second], last, last + 1]
+    words = ["visual" if i == pad else decode([i]) for i in prompt.ids[picked].tolist()]
     rows = [[k, word, *prompt.positions[:, k].tolist()] for k, word in zip(picked, words, strict=True)]
     page.table(["token", "is", "time", "row", "column"], rows)
 

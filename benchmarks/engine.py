@@ -18,7 +18,7 @@ gradient checkpointing. Videos are noise of 224x224 pixels: 64 visual tokens per
 same length, so nothing is padded in the naive way, and it projects only response tokens. The zoom pass answers G
 different clips, each as long as the prompt's. An update ends with AdamW's step, at learning rate 0.
 
-The main job's step is measured with the architecture and the sizes of `recipes/cpu_world.yaml`: 8 prompts at once, 64
+The step of the policy before (docs/world.md) is measured with the sizes of its main job: 8 prompts at once, 64
 clips of the zoom pass in batches of 32, no checkpointing. And the vision tower alone: transformers' loop over the
 windows of its attention against ours, in which windows of equal length are one batch.
 
@@ -77,8 +77,8 @@ NAIVE_MOST = 20_000  # tokens of a problem that the naive way is still measured 
 LIMITS = {"H200": (790e12, 4.3e12), "A100": (312e12, 1.8e12)}
 
 
-# The main job's: 20 frames of 56x56 pixels, a short question, responses as long as the policy's, 11 zoomed frames of
-# 112x112 pixels (Eq. 3 with a budget of 176), and the batches of recipes/cpu_world.yaml.
+# The main job's of the policy before today's (docs/world.md): 20 frames of 56x56 pixels, a short question, responses as
+# long as that policy's, 11 zoomed frames of 112x112 pixels (Eq. 3 with a budget of 176), the batches of its recipe.
 MAIN_JOB = {"visual": 40, "group": 8, "length": 32, "batch": 8, "grid": (4, 4), "text": (22, 2)}
 MAIN_JOB |= {"zoom": (96, (8, 8)), "per_pass": 8, "zoom_batch": 32}
 

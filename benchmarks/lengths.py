@@ -1,12 +1,12 @@
-"""How a policy finds events in videos of other lengths than it was taught, and where it looks instead.
+"""How a policy finds events in videos of one length or another, and where it looks instead.
 
     python -m benchmarks.lengths                                      # the built-in policy
-    python -m benchmarks.lengths --model CHECKPOINT --durations 15 20 40 60
+    python -m benchmarks.lengths --model runs/cpu_world/checkpoint --durations 20 40
 
 Scores are of greedy responses about the validation split. "Late by" is the median, over questions about one event, of
 the middle of the first span that is written after `<think>COLOUR<time>` minus the middle of the evidence, in seconds:
-0 is right; 20 minus the duration means that times are read off as the distance from the video's end, by a policy that
-has only seen videos of 20 s. Writes benchmarks/results/lengths.md.
+0 is right. A policy that has only seen one length may read times off as the distance from the video's end: then it is
+that length minus the duration. Writes benchmarks/results/lengths.md.
 """
 
 import argparse
@@ -57,7 +57,7 @@ def late_by(model, vocabulary: Vocabulary, config: Config, samples: Sequence[Sam
 
 def line(model, vocabulary: Vocabulary, config: Config, duration: int) -> list[str]:
     """The cells of one duration."""
-    config = replace(config, world_duration=duration, eval_controls=False)
+    config = replace(config, world_duration=duration, world_min_duration=0, eval_controls=False)
     samples = load_samples("world", "val", config)
     late = late_by(model, vocabulary, config, samples)
     rows = evaluate.evaluate(model, samples, config, vocabulary, Accelerator(), "asked")
@@ -74,7 +74,7 @@ def line(model, vocabulary: Vocabulary, config: Config, duration: int) -> list[s
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default=str(configuration.BUILT_IN))
-    parser.add_argument("--durations", type=int, nargs="+", default=[16, 18, 20, 22, 24, 30])
+    parser.add_argument("--durations", type=int, nargs="+", default=[15, 20, 40, 60, 90])
     parser.add_argument("--videos", type=int, default=30, help="per duration")
     parser.add_argument("--cache", default="cache")
     options = parser.parse_args()

@@ -67,9 +67,9 @@ SHAPES = {
 
 
 def shape(name: str) -> Qwen2_5_VLConfig:
-    """The architecture of a name in SHAPES, of `tiny`, or of a checkpoint's folder."""
+    """The architecture of a name in SHAPES, of `tiny` (checkpoints/tiny-zoomer), or of a checkpoint's folder."""
     if name not in SHAPES:
-        return AutoConfig.from_pretrained(ROOT / "checkpoints" / "tiny" if name == "tiny" else name)
+        return AutoConfig.from_pretrained(ROOT / "checkpoints" / "tiny-zoomer" if name == "tiny" else name)
     text, vision, ids = (SHAPES[name][part] for part in ("text", "vision", "ids"))
     d = text["hidden_size"] // text["num_attention_heads"]
     rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [d // 8, d * 3 // 16, d * 3 // 16]}

@@ -93,7 +93,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--videos", type=int, nargs=2, default=[40, 20], help="to train and to test on")
-    parser.add_argument("--model", default=str(configuration.BUILT_IN), help="policy whose vision tower looks at shots")
+    parser.add_argument("--model", default=str(configuration.TOWER), help="policy whose vision tower looks at shots")
     parser.add_argument("--cache", default=str(ROOT / "cache"), help="folder of the videos and of features")
     parser.add_argument("--out", default=str(ROOT / "benchmarks" / "results" / "scenes.md"))
     given = parser.parse_args()

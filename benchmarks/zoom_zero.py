@@ -46,7 +46,7 @@ LEVEL = 0.6  # of R_IoU
 T = (math.nan, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 SCORES = ("mIoU", "R@0.5", "accuracy", "zoom_accuracy", "Acc@GQA", "format")
 COSTS = ("passes", "frames", "visual_tokens", "seconds")
-LONG = ("--world_duration", "60")
+LONG = ("--world_duration", "120", "--world_min_duration", "0")
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ ASKED = {
             *("--strategy", "divide-and-conquer"),
             *("--window", f"{window}", "--top", f"{top}"),
         )
-        for window, top in ((20, 4), (10, 4), (30, 4), (20, 1), (20, 2), (20, 6))
+        for window, top in ((60, 4), (20, 4), (30, 4), (60, 1), (60, 2), (60, 6))
     },
 }
 WAYS = {

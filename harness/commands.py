@@ -101,7 +101,7 @@ def curate(add: Add) -> None:
     add("--out", default="runs/scenetg", help="folder of the journals, the training file and its statistics")
     add("--shots", help='JSON lines with "video" and "shots", perhaps "scenes" [found by PySceneDetect]')
     add("--detector", help="scene detector, made by scenes.py --train [scenes are known]")
-    add("--tower", default=str(config.BUILT_IN), help="the checkpoint whose vision tower the detector was made with")
+    add("--tower", default=str(config.TOWER), help="the checkpoint whose vision tower the detector was made with")
     add("--endpoint", help=ENDPOINT)
     add("--judge_model", help="the model that the endpoint shall ask")
     add("--model", help="instead of an endpoint: a Qwen2.5-VL checkpoint")
@@ -116,7 +116,7 @@ def curate(add: Add) -> None:
 def scenes(add: Add) -> None:
     add("--train", action="store_true", help="train a detector, write and evaluate it")
     add("--evaluate", action="store_true", help="evaluate --detector")
-    add("--model", default=str(config.BUILT_IN), help="policy whose vision tower looks at shots [checkpoints/tiny]")
+    add("--model", default=str(config.TOWER), help="policy whose vision tower looks at shots [checkpoints/tiny-zoomer]")
     add("--train_data", default="world", help="JSON lines with shots and scenes [world: the built-in long videos]")
     add("--test_data", default="world", help="the same")
     add("--videos", type=int, nargs=2, default=(40, 20), help="built-in videos to train and to test on [40 20]")

@@ -552,7 +552,7 @@ def test_videos_that_give_nothing_are_counted(long_world, tmp_path, capsys):
 def test_pyscenedetect_is_asked_for_by_name(long_world, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "scenedetect", None)
     detector = tmp_path / "detector.safetensors"
-    tower = scenes.load_tower(str(configuration.BUILT_IN))
+    tower = scenes.load_tower(str(configuration.TOWER))
     random_detector(tower).save(detector)
     run_it = ["--videos", long_world.parent, "--model", configuration.BUILT_IN, "--detector", detector]
     with pytest.raises(SceneError, match="PySceneDetect, which is not installed: pip install"):

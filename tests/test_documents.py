@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from accelerate.commands.launch import launch_command_parser
+from torch.distributed.run import get_args_parser as torchrun_parser
 
 import config as configuration
 from harness import commands
@@ -187,7 +188,8 @@ def test_options_that_are_named_exist(name):
     sources = [path.read_text(encoding="utf-8") for path in (ROOT / "benchmarks").glob("*.py")]
     sources += [(ROOT / "report" / "curves.py").read_text(), (ROOT / "annotations" / "samples.py").read_text()]
     known |= {option for source in sources for option in re.findall(r'"--([\w-]+)"', source)}
-    known |= {option[2:] for action in launch_command_parser()._actions for option in action.option_strings}
+    launchers = [*launch_command_parser()._actions, *torchrun_parser()._actions]
+    known |= {option[2:] for action in launchers for option in action.option_strings}
     known |= {"check", "name", "dist"}  # of ruff, of a placeholder, and of pytest-xdist
     for code in re.findall(r"`([^`\n]+)`", plain(text_of(name))):
         for option in re.findall(r"(?<!\S)--([a-z][a-z_-]*)", code):

@@ -34,7 +34,7 @@ def long_world(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def tower():
-    return scenes.load_tower(str(scenes.configuration.BUILT_IN))
+    return scenes.load_tower(str(scenes.configuration.TOWER))
 
 
 @pytest.fixture(scope="module")
@@ -396,7 +396,7 @@ def test_the_program_trains_and_evaluates(tmp_path, capsys):
 
 
 def test_the_shipped_detector_belongs_to_the_shipped_policy_and_finds_scenes(long_world, tower):
-    detector = Detector.load(scenes.configuration.BUILT_IN.parent / "scenes.safetensors", tower)
+    detector = Detector.load(scenes.configuration.TOWER.parent / "scenes.safetensors", tower)
     videos = scenes.read_labelled(long_world)
     features = [scenes.shot_features(tower, video.video, video.shots, detector.tokens) for video in videos]
     found = scenes.boundary_scores(videos, list(map(detector, features)))

@@ -8,16 +8,15 @@ Examples are from the built-in world's training split, of five kinds:
 - asked: the same after a question, whose colour is found in it.
 - zoom: the answer letter for the frames of the true spans, at the zoom pass' resolution and rate.
 - demonstrations: whole responses in the format that is rewarded. Those at the end have spans that are too wide on
-  purpose, each end moved outwards at random: the format, the event and the reading of clips are learned here, precise
-  spans are left to reinforcement learning. After glances they also name in their thoughts what is seen, and the letter
-  follows from it: it is right for the patterns `LETTERED`. Elsewhere it is drawn anew each time: where the coarse pass
-  shows nothing no letter is better than another, and the other patterns' letters are left to reinforcement learning.
+  purpose, each end moved outwards at random: the format and the event are learned here, precise spans are left to
+  reinforcement learning. Thoughts name what is seen, and the letter follows from it: it is right for the patterns
+  `LETTERED`. Elsewhere it is drawn anew each time: where the coarse pass shows nothing no letter is better than others,
+  and the other patterns' letters are left to reinforcement learning.
 
-There are two courses (`course`). `FINDING`, perception and demonstrations, is enough for a Qwen2.5-VL and videos of one
-length, where times can be told by positions alone. `COURSE`, for a Qwen3-VL, and where lengths vary
-(world_min_duration), finds events first and reads the question last: when the vision tower has learned from
-perception, its tokens are computed once and for all; the language model goes on to glances, all of which have the same
-prompt, then to questions and responses. With the template world_zoomer it is glances alone. Zooms are in every step.
+The course (`COURSE`) finds events first and reads the question last. The vision tower learns from perception, on short
+videos; then its tokens are computed once and for all. The language model goes on to glances, all of which have the same
+prompt, on the short videos, and on those that are asked for as these grow longer; then to questions and responses. With
+the template world_zoomer it is glances alone. Zooms are in every step.
 Loss is on the answers only, averaged over the tokens of each kind.
 
 In single trials, the asked event was still picked almost by chance after 1,000 steps without the perception phase, and
@@ -28,12 +27,13 @@ learned where they counted no more than any other token.
 
 from __future__ import annotations
 
+import copy
 import itertools
+import json
 import math
-import os
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -41,9 +41,11 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_model, save_model
 from torch import Tensor
 from tqdm import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import evaluate
 import prompts
@@ -52,7 +54,8 @@ from annotations.samples import load_samples
 from config import Config, ConfigError
 from engine.loading import load
 from engine.qwen3_vl import time_stamps
-from harness.run import use_threads
+from harness.journal import save_whole
+from harness.run import TrainingError, main_does
 from policy import Policy, Prompt, Video, Vocabulary, build_prompt, keep_tokens
 from prompts import Span, Spans
 from report.tables import table
@@ -60,6 +63,7 @@ from rollout import coarse_prompt, user_chat, view_video, zoom_clips
 from world import benchmark, tiny
 
 END = "<|im_end|>"
+KEPT = "lessons.safetensors"  # in `out`: what stands after a cycle
 LETTERED = ("rows", "columns")  # the patterns whose letters are demonstrated
 
 
@@ -98,9 +102,9 @@ def demonstration(sample: Sample, spans: Spans, letter: str, seen: str = "") -> 
     return f"{think}<answer>", f"{letter}</answer><glue>[{times}]</glue>{END}"
 
 
-def overwide(spans: Sequence[Span], most: float, duration: float, rng: random.Random) -> Spans:
-    """Every end moved outwards by 0 to `most` seconds, in tenths, within the video."""
-    moved = [(s - rng.uniform(0, most), e + rng.uniform(0, most)) for s, e in spans]
+def overwide(spans: Sequence[Span], outwards: Callable[[], float], duration: float) -> Spans:
+    """Every end moved outwards by as many seconds as is drawn, to the tenth, within the video."""
+    moved = [(s - outwards(), e + outwards()) for s, e in spans]
     return [(round(max(0.0, s), 1), round(min(duration, e), 1)) for s, e in moved]
 
 
@@ -153,7 +157,11 @@ def load_lessons(samples: Sequence[Sample], config: Config, vocabulary: Vocabula
     grouped = [list(group) for _, group in itertools.groupby(samples, key=lambda sample: sample.video)]
     for group in tqdm(grouped, desc="decoding", unit="video", disable=None):
         view = view_video(group[0], config)
-        spans = [overwide(s.evidence, 1.0 if len(s.evidence) == 1 else 0.25, view.info.duration, rng) for s in group]
+        most = [1.0 if len(sample.evidence) == 1 else 0.25 for sample in group]
+        spans = [
+            overwide(sample.evidence, partial(rng.uniform, 0, seconds), view.info.duration)
+            for sample, seconds in zip(group, most, strict=True)
+        ]
         clips = zoom_clips(view, spans, config)
         views = [replace(view, sample=sample) for sample in group]
         lessons.append(
@@ -199,17 +207,22 @@ class Batch:
             weight[kind == k] = 1 / (kind == k).sum()
         return cls(prompt_list, ids, kind > -2, weight)
 
+    def share(self, accelerator: Accelerator) -> Batch:
+        """This process' part: every n-th prompt, by length; what each of its tokens counts stays."""
+        by_length = sorted(range(len(self.prompts)), key=lambda b: len(self.prompts[b]))
+        own = by_length[accelerator.process_index :: accelerator.num_processes]
+        return Batch([self.prompts[b] for b in own], self.ids[own], self.mask[own], self.weight[own])
+
 
 def glance_batch(
     lessons: Sequence[Lesson],
     config: Config,
     vocabulary: Vocabulary,
     model_config,
-    glimpses: bool = True,
     seconds: bool = False,
 ) -> Batch:
-    """When each colour of these videos is on, where a response to no question has its thoughts; with `glimpses` what
-    the coarse pass shows then, with `seconds` the colour of every second. Each of these counts as much.
+    """When each colour of these videos is on, where a response to no question has its thoughts, and what the coarse
+    pass shows then; with `seconds` the colour of every second too. Each of these counts as much.
     """
     ids = vocabulary.ids(user_chat("", config) + "<think>")
     prompt_list, answers, kinds = [], [], []
@@ -219,7 +232,7 @@ def glance_batch(
         kinds.append([])
         for sample in lesson.samples:
             when = vocabulary.ids(asked_colour(sample) + location(sample))
-            what = vocabulary.ids(f" {glimpse(sample)}") if glimpses else []
+            what = vocabulary.ids(f" {glimpse(sample)}")
             answers[-1].append(when + what)
             kinds[-1].append([0] * len(when) + [1] * len(what))
         if seconds:
@@ -246,23 +259,20 @@ def asked_batch(lessons: Sequence[Lesson], vocabulary: Vocabulary, rng: random.R
     return Batch.of(prompt_list, answers, kinds)
 
 
-def demonstration_batch(
-    lessons: Sequence[Lesson], vocabulary: Vocabulary, widen: float, rng: random.Random, glimpses: bool = False
-) -> Batch:
+def demonstration_batch(lessons: Sequence[Lesson], vocabulary: Vocabulary, widen: int, rng: random.Random) -> Batch:
     """A whole response to every question about these videos, with spans up to `widen` seconds too wide at each end.
 
-    With `glimpses` it names what the coarse pass shows, and letters that follow from it count as much as all else.
+    Letters that follow from what the coarse pass shows count as much as all else.
     """
     prompt_list, answers, kinds = [], [], []
     for lesson in lessons:
         for sample, prompt in zip(lesson.samples, lesson.prompts, strict=True):
-            spans = overwide(sample.evidence, widen, sample.duration, rng)
-            seen = glimpse(sample) if glimpses else ""
-            letter = sample.answer if lettered(sample) or not glimpses else rng.choice("ABCD")
-            before, after = map(vocabulary.ids, demonstration(sample, spans, letter, seen))
+            spans = overwide(sample.evidence, partial(rng.randint, 0, widen), sample.duration)
+            letter = sample.answer if lettered(sample) else rng.choice("ABCD")
+            before, after = map(vocabulary.ids, demonstration(sample, spans, letter, glimpse(sample)))
             prompt_list.append(prompt)
             answers.append([before + after])
-            kinds.append([[0] * len(before) + [int(glimpses and lettered(sample))] + [0] * (len(after) - 1)])
+            kinds.append([[0] * len(before) + [int(lettered(sample))] + [0] * (len(after) - 1)])
     return Batch.of(prompt_list, answers, kinds)
 
 
@@ -294,14 +304,12 @@ def cross_entropy(batch: Batch, hidden: Tensor, lm_head: Tensor) -> Tensor:
 class Phase:
     """A stretch of training: its share of all steps, what is shown, how many seconds too wide its spans are.
 
-    `glimpses`: perception and demonstrations name what the coarse pass shows. `shortest`: the share of the videos that
-    is shown, the shortest ones.
+    `shortest`: the share of the videos that is shown, the shortest ones.
     """
 
     share: int
     examples: str
-    widen: float = 0.0
-    glimpses: bool = False
+    widen: int = 0
     shortest: float = 1.0
 
 
@@ -310,31 +318,27 @@ class Cycle:
     """Phases with an optimiser of their own and a learning rate that falls to 0 as a cosine.
 
     `pace`: the share of the learning rate it begins with. `zooms`: the share of the zooms in a step, which take half of
-    its time and are soon learned. `tower`: whether the vision tower learns too.
+    its time and are soon learned. `tower`: whether the vision tower learns too. `short`: on videos of 12 s.
     """
 
     phases: tuple[Phase, ...]
     pace: float = 1.0
-    zooms: float = 1.0
-    tower: bool = True
+    zooms: float = 0.25
+    tower: bool = False
+    short: bool = False
 
 
-FINDING = (
-    Cycle((Phase(17, "perception"), Phase(5, "demonstrations", widen=3.0))),
-    Cycle((Phase(9, "demonstrations"), Phase(2, "demonstrations", widen=3.0))),
-)
+SHORT = {"world_duration": 12, "world_min_duration": 0, "world_events": 2}  # what is learned first, on 12 s
+GROWING = (0.1, 0.2, 0.35, 0.5, 0.7)
 COURSE = (
-    Cycle((Phase(9, "perception", glimpses=True, shortest=0.4),)),
-    Cycle((Phase(7, "glances", shortest=0.4), Phase(63, "glances")), zooms=0.25, tower=False),
-    Cycle((Phase(16, "asked"),), pace=0.75, zooms=0.25, tower=False),
-    Cycle(
-        (Phase(9, "demonstrations", glimpses=True), Phase(6, "demonstrations", widen=3.0, glimpses=True)),
-        pace=0.5,
-        zooms=0.25,
-        tower=False,
-    ),
+    Cycle((Phase(12, "perception", shortest=0.4),), zooms=1.0, tower=True, short=True),
+    Cycle((Phase(7, "glances", shortest=0.4), Phase(63, "glances")), short=True),
+    Cycle((*(Phase(5, "glances", shortest=part) for part in GROWING), Phase(25, "glances")), pace=0.75),
+    Cycle((Phase(30, "asked"),), pace=0.75),
+    Cycle((Phase(12, "demonstrations"),), pace=0.5),
+    Cycle((Phase(5, "demonstrations", widen=3),), pace=0.25),
 )
-GLANCES = (Cycle((Phase(1, "glances"),)),)
+GLANCES = (Cycle((Phase(1, "glances"),), zooms=1.0, tower=True),)
 
 
 def course(config: Config) -> tuple[Cycle, ...]:
@@ -343,25 +347,62 @@ def course(config: Config) -> tuple[Cycle, ...]:
         raise ConfigError(f"template = {config.template}: train_data = world has lessons for world, world_zoomer only")
     if config.template == "world_zoomer":
         return GLANCES
-    return FINDING if config.family == "qwen2_5_vl" and not config.world_min_duration else COURSE
+    return COURSE
 
 
 def cold_start(policy: torch.nn.Module, config: Config, vocabulary: Vocabulary, accelerator: Accelerator) -> None:
-    """Train the policy for `config.steps` through the cycles of its course, zooms in every step."""
+    """Train the policy for `config.steps` through the cycles of its course, zooms in every step.
+
+    What stands after a cycle is kept in `out`; --resume goes on from there, to the same weights.
+    """
     rng = random.Random(config.seed)
     model = accelerator.unwrap_model(policy).model
-    lessons = load_lessons(load_samples("world", "train", config), config, vocabulary, model.config)
-    shares = sum(phase.share for cycle in course(config) for phase in cycle.phases)
-    for cycle in course(config):
-        phases = [phase for phase in cycle.phases for _ in range(max(1, config.steps * phase.share // shares))]
-        model.model.visual.requires_grad_(cycle.tower)
-        if not cycle.tower:
-            videos = [video for lesson in lessons for video in (lesson.coarse, *lesson.zooms)]
-            for k in range(0, len(videos), config.zoom_batch):
-                keep_tokens(model, videos[k : k + config.zoom_batch])
-        paced = replace(config, lr=cycle.pace * config.lr, zoom_batch=max(1, round(cycle.zooms * config.zoom_batch)))
-        train_cycle(policy, lessons, paced, vocabulary, accelerator, phases=phases, rng=rng)
+    cycles = course(config)
+    done = resume(model, rng, config) if config.resume else 0
+    shares = sum(phase.share for cycle in cycles for phase in cycle.phases)
+    for short, stretch in itertools.groupby(range(done, len(cycles)), key=lambda k: cycles[k].short):
+        shown = replace(config, **SHORT) if short else config
+        with accelerator.main_process_first():
+            samples = load_samples("world", "train", shown)
+        lessons = load_lessons(samples, shown, vocabulary, model.config)
+        for k in stretch:
+            cycle = cycles[k]
+            phases = [phase for phase in cycle.phases for _ in range(max(1, config.steps * phase.share // shares))]
+            model.model.visual.requires_grad_(cycle.tower)
+            if not cycle.tower:
+                videos = [video for lesson in lessons for video in (lesson.coarse, *lesson.zooms)]
+                for first in range(0, len(videos), config.zoom_batch):
+                    keep_tokens(model, videos[first : first + config.zoom_batch])
+            paced = replace(
+                config, lr=cycle.pace * config.lr, zoom_batch=max(1, round(cycle.zooms * config.zoom_batch))
+            )
+            train_cycle(policy, lessons, paced, vocabulary, accelerator, phases=phases, rng=rng)
+            main_does(accelerator, partial(keep, model, rng, k + 1, config))
     model.requires_grad_(True)
+
+
+def keep(model: torch.nn.Module, rng: random.Random, done: int, config: Config) -> None:
+    """Write what stands after so many cycles, whole or not at all."""
+    _, numbers, gauss = rng.getstate()
+    progress = {"done": done, "steps": config.steps, "seed": config.seed, "rng": [list(numbers), gauss]}
+    save_whole(Path(config.out) / KEPT, lambda part: save_model(model, part, {"progress": json.dumps(progress)}))
+
+
+def resume(model: torch.nn.Module, rng: random.Random, config: Config) -> int:
+    """Take up what was kept; the number of cycles done. Raises TrainingError if there is nothing to go on with."""
+    path = Path(config.out) / KEPT
+    try:
+        with safe_open(path, "pt") as file:
+            progress = json.loads(file.metadata()["progress"])
+        load_model(model, path)
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise TrainingError(f"{path}: nothing to resume from ({error}); run without --resume to begin") from None
+    for name in ("steps", "seed"):
+        if progress[name] != getattr(config, name):
+            raise TrainingError(f"{path} is of {name} = {progress[name]}, not {getattr(config, name)}")
+    numbers, gauss = progress["rng"]
+    rng.setstate((3, tuple(numbers), gauss))
+    return progress["done"]
 
 
 def drawn(lessons: Sequence[Lesson], count: int, rng: random.Random) -> list[Lesson]:
@@ -386,9 +427,8 @@ def train_cycle(
     model_config = accelerator.unwrap_model(policy).model.config
     learned = [weight for weight in policy.parameters() if weight.requires_grad]
     optimizer = torch.optim.AdamW(learned, lr=config.lr, betas=(0.9, 0.98), weight_decay=config.weight_decay)
-    optimizer = accelerator.prepare(optimizer)
     by_length = sorted(lessons, key=lambda lesson: lesson.samples[0].duration)
-    bar = tqdm(phases, unit="step", disable=None)
+    bar = tqdm(phases, unit="step", disable=None if accelerator.is_main_process else True)
     smooth: dict[str, float] = {}
     for step, phase in enumerate(bar):
         factor = min(1.0, (step + 1) / config.warmup) * 0.5 * (1 + math.cos(math.pi * step / len(phases)))
@@ -400,62 +440,82 @@ def train_cycle(
         batches = {"zoom": zoom_batch(rng.sample(lessons, config.zoom_batch), config, vocabulary, model_config, rng)}
         if phase.examples == "demonstrations":  # one per question takes about twice the time
             half = chosen[: max(1, config.prompts_per_step // 2)]
-            batch = demonstration_batch(half, vocabulary, phase.widen, rng, phase.glimpses)
+            batch = demonstration_batch(half, vocabulary, phase.widen, rng)
         elif phase.examples == "asked":
             batch = asked_batch(chosen, vocabulary, rng)
         elif phase.examples == "glances":
             batch = glance_batch(chosen, config, vocabulary, model_config)
         else:
-            batch = glance_batch(chosen, config, vocabulary, model_config, phase.glimpses, seconds=True)
+            batch = glance_batch(chosen, config, vocabulary, model_config, seconds=True)
         batches[phase.examples] = batch
         for name, batch in batches.items():
-            loss = policy(batch.prompts, batch.ids, batch.mask, partial(cross_entropy, batch))
-            accelerator.backward(loss)
-            smooth[name] = 0.95 * smooth.get(name, loss.item()) + 0.05 * loss.item()
-        accelerator.clip_grad_norm_(learned, config.max_grad_norm)
+            loss = torch.zeros((), device=accelerator.device)
+            own = batch.share(accelerator)
+            if own.prompts:
+                loss = policy(own.prompts, own.ids, own.mask, partial(cross_entropy, own))
+                accelerator.backward(loss)
+            value = accelerator.reduce(loss.detach(), "sum").item()
+            smooth[name] = 0.95 * smooth.get(name, value) + 0.05 * value
+        add_gradients(learned, accelerator)
+        torch.nn.utils.clip_grad_norm_(learned, config.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()
         bar.set_postfix({name: f"{value:.3f}" for name, value in smooth.items()})
         if step % 100 == 99 and bar.disable:
-            print(f"step {step + 1}: " + ", ".join(f"{name} {value:.3f}" for name, value in smooth.items()), flush=True)
+            accelerator.print(
+                f"step {step + 1}: " + ", ".join(f"{name} {value:.3f}" for name, value in smooth.items()), flush=True
+            )
 
 
-def teach(config: Config) -> None:
+def add_gradients(weights: Sequence[torch.nn.Parameter], accelerator: Accelerator) -> None:
+    """Give every process the sum of the gradients of all."""
+    if accelerator.num_processes == 1:
+        return
+    gradients = [torch.zeros_like(weight) if weight.grad is None else weight.grad for weight in weights]
+    total = accelerator.reduce(torch.cat([gradient.flatten() for gradient in gradients]), "sum")
+    for weight, gradient in zip(weights, total.split([weight.numel() for weight in weights]), strict=True):
+        weight.grad = gradient.view_as(weight)
+
+
+def teach(config: Config, accelerator: Accelerator) -> None:
     """Make the built-in policy, or go on with `config.model`, and print how it does on the validation split, unless
-    there is no `config.test_data`. Raises ConfigError for a template without lessons, and in several processes.
+    there is no `config.test_data`. Raises ConfigError for a template without lessons.
     """
     course(config)
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise ConfigError("train_data = world: one process gives its lessons; start it with python sft.py")
     most = max(config.prompts_per_step, config.zoom_batch)
     if config.world_train_videos < most:
         raise ConfigError(
             f"world_train_videos = {config.world_train_videos}: a step of lessons draws {most} videos, for "
             f"prompts_per_step = {config.prompts_per_step} and zoom_batch = {config.zoom_batch}"
         )
-    use_threads(config)
     start = time.perf_counter()
-    accelerator = Accelerator(mixed_precision=config.mixed_precision)
-    set_seed(config.seed)
     if config.model:
         model, tokenizer = load(config.model)
     else:
         tokenizer = tiny.build_tokenizer(corpus(config.family))
         model = tiny.build_model(tokenizer, config.seed, config.family)
     vocabulary = Vocabulary.of(tokenizer, config.outer_tags)
-    policy = accelerator.prepare(Policy(model))
+    policy = accelerator.prepare_model(Policy(model), evaluation_mode=True)  # no DDP: gradients are added here
     cold_start(policy, config, vocabulary, accelerator)
+    for weight in model.parameters():
+        weight.data = weight.data.half().float()  # as they are written
+    main_does(accelerator, partial(publish, model, tokenizer, Path(config.out)))
+    parameters = sum(weight.numel() for weight in model.parameters())
+    accelerator.print(f"{config.out}: {parameters:,} parameters, {time.perf_counter() - start:.0f} s")
+    if not config.test_data:
+        return
+    with accelerator.main_process_first():
+        test = load_samples("world", "val", config)
+    rows = evaluate.evaluate(model.eval(), test, config, vocabulary, accelerator, "validation split")
+    accelerator.print(table({"cold start": rows}))
 
-    out = Path(config.out)
+
+def publish(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, out: Path) -> None:
+    """Write the policy, in half precision; what was kept of its cycles is no longer needed."""
     part = out / "checkpoint.part"
-    model.save_pretrained(part)
+    copy.deepcopy(model).half().save_pretrained(part)
     tokenizer.save_pretrained(part)
     for file in part.iterdir():  # each is complete before it replaces another
         file.replace(out / file.name)
     part.rmdir()
-    print(f"{out}: {sum(p.numel() for p in model.parameters()):,} parameters, {time.perf_counter() - start:.0f} s")
-    if not config.test_data:
-        return
-    test = load_samples("world", "val", config)
-    rows = evaluate.evaluate(model.eval(), test, config, vocabulary, accelerator, "validation split")
-    print(table({"cold start": rows}))
+    (out / KEPT).unlink()

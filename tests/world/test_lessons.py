@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
+from runs import in_two
+from safetensors.torch import load_file
 
 import config as configuration
 import prompts
@@ -15,6 +17,7 @@ import sft
 from annotations.rows import Sample
 from config import Config, ConfigError
 from engine.loading import load
+from harness.run import TrainingError
 from policy import Policy
 from world import benchmark, lessons, tiny
 
@@ -41,9 +44,10 @@ def test_widened_spans_contain_the_evidence_and_stay_in_the_video():
     rng = random.Random(0)
     for _ in range(200):
         spans = [(0.0, 2.0), (17.0, 20.0)]
-        for (start, end), (s, e) in zip(spans, lessons.overwide(spans, 3.0, 20.0, rng), strict=True):
+        for (start, end), (s, e) in zip(spans, lessons.overwide(spans, lambda: rng.randint(0, 3), 20.0), strict=True):
             assert 0 <= s <= start and end <= e <= 20
-            assert start - s <= 3.05 and e - end <= 3.05
+            assert start - s in (0, 1, 2, 3) and e - end in (0, 1, 2, 3)
+        assert lessons.overwide([(2.0, 3.0)], lambda: 0.26, 20.0) == [(1.7, 3.3)]
 
 
 def test_perception_says_every_second_and_every_colour(samples):
@@ -60,15 +64,16 @@ def test_perception_says_every_second_and_every_colour(samples):
 def test_the_loss_is_the_mean_of_each_kind_of_answer(samples, vocabulary, config):
     model = tiny.build_model(vocabulary.tokenizer)
     scenes = lessons.load_lessons(samples, config, vocabulary, model.config)[:2]
-    batch = lessons.glance_batch(scenes, config, vocabulary, model.config, glimpses=False, seconds=True)
+    batch = lessons.glance_batch(scenes, config, vocabulary, model.config, seconds=True)
     torch.manual_seed(0)
     states = torch.randn(*batch.ids.shape, 128)
     weight = torch.randn(len(vocabulary.tokenizer), 128)
-    losses = {"locations": [], "timeline": []}
+    losses = {"locations": [], "glimpses": [], "timeline": []}
     for b, scene in enumerate(scenes):
         for g in range(len(scene.samples) + 1):
-            kind = "timeline" if g == len(scene.samples) else "locations"
-            for t in range(int(batch.mask[b, g].sum())):
+            last = int(batch.mask[b, g].sum()) - 1  # a glimpse is one token
+            for t in range(last + 1):
+                kind = "timeline" if g == len(scene.samples) else "glimpses" if t == last else "locations"
                 losses[kind].append(-torch.log_softmax(weight @ states[b, g, t], 0)[batch.ids[b, g, t]])
     expected = sum(torch.stack(values).mean() for values in losses.values())
     assert torch.allclose(lessons.cross_entropy(batch, states[batch.mask], weight), expected, rtol=1e-5)
@@ -117,23 +122,13 @@ def test_after_a_question_only_its_colour_is_learned_and_counts_as_much_as_when_
     assert learned == pytest.approx(1.0)
 
 
-def test_perception_with_glimpses_has_a_third_kind(samples, vocabulary, config):
-    model = tiny.build_model(vocabulary.tokenizer)
-    scenes = lessons.load_lessons(samples, config, vocabulary, model.config)[:2]
-    batch = lessons.glance_batch(scenes, config, vocabulary, model.config, seconds=True)
-    assert batch.weight.sum() == pytest.approx(3.0)
-    assert [len(scene.samples) + 1 for scene in scenes] == [int(mask.any(-1).sum()) for mask in batch.mask]
-
-
-def test_with_glimpses_only_letters_that_follow_are_taught_and_they_count_as_much_as_all_else(
-    samples, vocabulary, config
-):
+def test_only_letters_that_follow_are_taught_and_they_count_as_much_as_all_else(samples, vocabulary, config):
     model = tiny.build_model(vocabulary.tokenizer)
     scenes = lessons.load_lessons(samples, config, vocabulary, model.config)
     asked = [sample for scene in scenes for sample in scene.samples]
     rng, drawn, counted = random.Random(0), set(), 0.0
     for _ in range(12):
-        batch = lessons.demonstration_batch(scenes, vocabulary, 0.0, rng, glimpses=True)
+        batch = lessons.demonstration_batch(scenes, vocabulary, 0, rng)
         rows = zip(batch.ids[:, 0], batch.mask[:, 0], batch.weight[:, 0], strict=True)
         for sample, (ids, mask, weight) in zip(asked, rows, strict=True):
             letter = prompts.parse_answer(vocabulary.tokenizer.decode(ids[mask]))
@@ -145,42 +140,37 @@ def test_with_glimpses_only_letters_that_follow_are_taught_and_they_count_as_muc
         assert batch.weight.sum() == pytest.approx(2.0)
     assert counted == pytest.approx(12.0)
     assert {letter for _, letter in drawn} == set("ABCD") and len(drawn) > 2 * len({name for name, _ in drawn})
-    plain = lessons.demonstration_batch(scenes, vocabulary, 0.0, rng)
-    words = [
-        vocabulary.tokenizer.decode(ids[mask]) for ids, mask in zip(plain.ids[:, 0], plain.mask[:, 0], strict=True)
-    ]
-    assert [prompts.parse_answer(text) for text in words] == [sample.answer for sample in asked]
-    assert all("</time></think>" in text for text in words) and plain.weight.sum() == pytest.approx(1.0)
 
 
 @pytest.mark.parametrize(
     "options, expected",
     [
-        ({}, lessons.FINDING),
-        ({"world_duration": 30}, lessons.FINDING),
-        ({"world_min_duration": 15, "world_duration": 60}, lessons.COURSE),
-        ({"family": "qwen3_vl"}, lessons.COURSE),
-        ({"family": "qwen3_vl", "template": "world_zoomer"}, lessons.GLANCES),
+        ({}, lessons.COURSE),
+        ({"family": "qwen2_5_vl", "world_min_duration": 0}, lessons.COURSE),
+        ({"template": "world_zoomer"}, lessons.GLANCES),
     ],
 )
-def test_a_course_is_followed_and_its_tower_rests_where_it_says(options, expected, vocabulary, config, monkeypatch):
-    taught, kept = [], []
+def test_a_course_is_followed_and_its_tower_rests_where_it_says(
+    options, expected, vocabulary, config, monkeypatch, tmp_path
+):
+    taught, kept, seconds = [], [], []
 
     def train_cycle(policy, found, config, *rest, phases, rng):
         learns = {weight.requires_grad for weight in policy.model.model.visual.parameters()}
         taught.append((config, phases, learns, len(kept)))
 
-    monkeypatch.setattr(lessons, "load_samples", lambda name, split, world: [])
+    monkeypatch.setattr(lessons, "load_samples", lambda name, split, world: seconds.append(world.world_duration) or [])
     monkeypatch.setattr(lessons, "load_lessons", lambda *rest: [lessons.Lesson([], "coarse", [], ["zoom"])])
     monkeypatch.setattr(lessons, "keep_tokens", lambda model, videos: kept.extend(videos))
     monkeypatch.setattr(lessons, "train_cycle", train_cycle)
     shares = [sum(phase.share for phase in cycle.phases) for cycle in expected]
-    chosen = replace(config, **options, steps=7 * sum(shares))
+    chosen = replace(config, **options, steps=7 * sum(shares), out=str(tmp_path))
     policy = Policy(tiny.build_model(vocabulary.tokenizer))
     lessons.cold_start(policy, chosen, vocabulary, Accelerator())
     assert [len(phases) for _, phases, _, _ in taught] == [7 * share for share in shares]
     assert [paced.lr for paced, *_ in taught] == [cycle.pace * config.lr for cycle in expected]
     assert [paced.zoom_batch for paced, *_ in taught] == [round(cycle.zooms * config.zoom_batch) for cycle in expected]
+    assert seconds == ([60] if expected is lessons.GLANCES else [12, 60])
     assert [learns for _, _, learns, _ in taught] == [{cycle.tower} for cycle in expected]
     assert all(bool(count) != cycle.tower for (*_, count), cycle in zip(taught, expected, strict=True))
     assert all(weight.requires_grad for weight in policy.parameters())
@@ -214,13 +204,7 @@ def test_short_videos_can_be_shown_first(samples, vocabulary, config, monkeypatc
 
 def test_templates_without_lessons_are_refused():
     with pytest.raises(ConfigError, match="template = zoom_zero: train_data = world has lessons for world, world_zoom"):
-        lessons.teach(Config(template="zoom_zero"))
-
-
-def test_several_processes_are_refused_where_one_gives_the_lessons(config, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ConfigError, match=r"one process gives its lessons; start it with python sft\.py"):
-        lessons.teach(config)
+        lessons.teach(Config(template="zoom_zero"), Accelerator())
 
 
 def test_a_step_of_each_kind_lowers_its_loss(samples, vocabulary, config):
@@ -228,10 +212,10 @@ def test_a_step_of_each_kind_lowers_its_loss(samples, vocabulary, config):
     scenes = lessons.load_lessons(samples, config, vocabulary, model.config)
     rng = random.Random(0)
     for batch in (
-        lessons.glance_batch(scenes, config, vocabulary, model.config, glimpses=False, seconds=True),
+        lessons.glance_batch(scenes, config, vocabulary, model.config, seconds=True),
         lessons.glance_batch(scenes, config, vocabulary, model.config),
         lessons.asked_batch(scenes, vocabulary, rng),
-        lessons.demonstration_batch(scenes, vocabulary, 3.0, rng, glimpses=True),
+        lessons.demonstration_batch(scenes, vocabulary, 3, rng),
         lessons.zoom_batch(scenes, config, vocabulary, model.config, rng),
     ):
         policy = Policy(tiny.build_model(vocabulary.tokenizer))
@@ -248,20 +232,66 @@ def test_a_step_of_each_kind_lowers_its_loss(samples, vocabulary, config):
         assert losses[-1] < losses[0] - 0.1
 
 
-def test_a_short_run_from_the_command_line_leaves_a_loadable_checkpoint(tmp_path, capsys):
-    options = {"steps": 4, "prompts_per_step": 2, "zoom_batch": 2, "warmup": 1}
-    options |= {"world_train_videos": 4, "world_test_videos": 2, "threads": 1}
-    options |= {"cache": tmp_path / "cache", "out": tmp_path / "tiny"}
-    sft.main([word for name, value in options.items() for word in (f"--{name}", str(value))])
+@pytest.fixture
+def short_course(tmp_path_factory):
+    """What the command line is told for a course of eight steps about few videos."""
+    options = {"steps": 8, "prompts_per_step": 2, "zoom_batch": 2, "warmup": 1, "threads": 1}
+    options |= {"world_duration": 20, "world_train_videos": 4, "world_test_videos": 2}
+    options |= {"cache": tmp_path_factory.getbasetemp() / "lessons"}
+    return [str(word) for name, value in options.items() for word in (f"--{name}", value)]
+
+
+def test_a_short_run_from_the_command_line_leaves_a_loadable_checkpoint(short_course, tmp_path, capsys):
+    sft.main([*short_course, "--out", str(tmp_path / "tiny")])
     assert "mIoU" in capsys.readouterr().out
     model, tokenizer = load(str(tmp_path / "tiny"))
     assert model.config.text_config.vocab_size == len(tokenizer)
-    assert json.loads((tmp_path / "tiny" / "config.json").read_text())["model_type"] == "qwen2_5_vl"
+    assert json.loads((tmp_path / "tiny" / "config.json").read_text())["model_type"] == "qwen3_vl"
+    weights = load_file(tmp_path / "tiny" / "model.safetensors")
+    assert {weight.dtype for weight in weights.values()} == {torch.float16}
+    assert not (tmp_path / "tiny" / lessons.KEPT).exists()
+
+
+def test_lessons_that_were_stopped_go_on_to_the_same_weights(short_course, tmp_path, monkeypatch):
+    short_course += ["--test_data", ""]
+    sft.main([*short_course, "--out", str(tmp_path / "whole")])
+    train_cycle, begun = lessons.train_cycle, []
+
+    def stopped(*arguments, **options):
+        begun.append(None)
+        if len(begun) == 4:
+            raise KeyboardInterrupt
+        train_cycle(*arguments, **options)
+
+    out = ["--out", str(tmp_path / "parts")]
+    with pytest.raises(TrainingError, match="nothing to resume from"):
+        sft.main([*short_course, *out, "--resume"])
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(lessons, "train_cycle", stopped)
+        sft.main([*short_course, *out])
+    with pytest.raises(TrainingError, match="--overwrite"):
+        sft.main([*short_course, *out])
+    with pytest.raises(TrainingError, match="is of seed = 0, not 1"):
+        sft.main([*short_course, *out, "--resume", "--seed", "1"])
+    sft.main([*short_course, *out, "--resume"])
+    whole, parts = (tmp_path / name / "model.safetensors" for name in ("whole", "parts"))
+    assert whole.read_bytes() == parts.read_bytes()
+
+
+@pytest.mark.processes
+def test_two_processes_learn_as_one_does(short_course, tmp_path):
+    short_course += ["--test_data", ""]
+    sft.main([*short_course, "--out", str(tmp_path / "one")])
+    in_two(tmp_path / "errors", *short_course, "--out", tmp_path / "two", script="sft.py")
+    one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
+    moved = torch.cat([(weight.float() - two[name].float()).abs().flatten() for name, weight in one.items()])
+    # Adam's steps are as large as the learning rate, 2e-3, also where a gradient is rounding alone: in few places.
+    assert (moved > 1e-3).float().mean() < 1e-4 and moved.mean() < 1e-5
 
 
 def test_too_few_videos_for_a_step_are_said_before_any_is_written(tmp_path):
     arguments = ["--world_train_videos", "12", "--cache", str(tmp_path / "cache"), "--out", str(tmp_path / "out")]
     config = configuration.parse(["--config", str(ROOT / "recipes" / "cpu_world_sft.yaml"), *arguments])
-    with pytest.raises(ConfigError, match=r"world_train_videos = 12: a step of lessons draws 24 videos"):
-        lessons.teach(config)
+    with pytest.raises(ConfigError, match=r"world_train_videos = 12: a step of lessons draws 16 videos"):
+        lessons.teach(config, Accelerator())
     assert not list(tmp_path.iterdir())
