@@ -151,7 +151,7 @@ def test_scores_of_fewer_steps_do_not_stay_beside_more(tmp_path):
 
 def test_lessons_do_not_write_over_a_checkpoint_unasked(tmp_path, monkeypatch):
     taught = []
-    monkeypatch.setattr(lessons, "teach", taught.append)
+    monkeypatch.setattr(lessons, "teach", lambda config, _: taught.append(config))
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(TrainingError, match=r"has config\.json: write over it with --overwrite"):
         sft.main(["--steps", "2", "--out", str(tmp_path)])

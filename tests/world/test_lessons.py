@@ -286,7 +286,7 @@ def test_two_processes_learn_as_one_does(short_course, tmp_path):
     one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
     moved = torch.cat([(weight.float() - two[name].float()).abs().flatten() for name, weight in one.items()])
     # Adam's steps are as large as the learning rate, 2e-3, also where a gradient is rounding alone: in few places.
-    assert (moved > 1e-3).float().mean() < 1e-4 and moved.mean() < 1e-5
+    assert (moved > 1e-3).float().mean() < 1e-3 and moved.mean() < 1e-5
 
 
 def test_too_few_videos_for_a_step_are_said_before_any_is_written(tmp_path):
