@@ -167,14 +167,14 @@ def show_prompt(page: Page, group: Group, run: Run) -> None:
     page.head("4. The prompt", "<|video_pad|> becomes the visual tokens; each token has a time, a row and a column.")
     page.at(rollout.coarse_words, "", rollout.user_chat(rollout.coarse_words(group.view, run.config), run.config))
     visual = (prompt.ids == pad).nonzero().flatten().tolist()
-    second = len(visual) // group.view.video.grid[0]  # the first token of the second pair of frames, among these
-    pairs = decode(prompt.ids[visual[0] - 9 : visual[2 * second - 1] + 1])
-    pairs = pairs.replace("<|video_pad|>" * second, f"[{second} visual]")
+    per_pair = len(visual) // group.view.video.grid[0]
+    first, last, second = visual[0], visual[-1], visual[per_pair : per_pair + 1]  # the second pair's, if there is one
+    pairs = decode(prompt.ids[max(0, first - 9) : visual[: 2 * per_pair][-1] + 1])
+    pairs = pairs.replace("<|video_pad|>" * per_pair, f"[{per_pair} visual]")
     page.at(family_of(run.model.config).lay_out, "", f"... {pairs} ...")
     page.at(policy.build_prompt, "", f"{len(prompt)} tokens, {len(visual)} of them visual")
     page.at(policy.mrope_positions, "time = torch.tensor(")
-    first, last = visual[0], visual[-1]
-    picked = [first - 1, first, first + 1, visual[second] - 1, visual[second], last, last + 1]
+    picked = [first - 1, first, first + 1, *(place for k in second for place in (k - 1, k)), last, last + 1]
     words = ["visual" if i == pad else decode([i]) for i in prompt.ids[picked].tolist()]
     rows = [[k, word, *prompt.positions[:, k].tolist()] for k, word in zip(picked, words, strict=True)]
     page.table(["token", "is", "time", "row", "column"], rows)

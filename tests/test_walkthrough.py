@@ -5,12 +5,16 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 import advantage
+import config as configuration
+import rollout
 import walkthrough
+from world import tiny
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = {"walkthrough.md": [], "walkthrough_agent.md": ["--agent"]}
@@ -92,6 +96,18 @@ def test_each_option_is_trained_with(printed):
     assert "kl = k3" in page
     tokens = table(page, "10", "t")
     np.testing.assert_array_equal(tokens["A paper*"], table(page, "12", "t")["A"])
+
+
+def test_a_clip_may_have_a_single_pair_of_frames(samples, vocabulary):
+    config = configuration.parse(["--max_frames", "2"])
+    model = tiny.build_model(vocabulary.tokenizer)
+    view = rollout.view_video(samples[0], config)
+    group = rollout.Group(view, rollout.coarse_prompt(view, config, vocabulary, model.config), [])
+    page = walkthrough.Page()
+    walkthrough.show_prompt(page, group, SimpleNamespace(model=model, config=config, vocabulary=vocabulary))
+    text = "\n".join(page.lines)
+    assert text.count("[4 visual]") == 1
+    assert list(table(text, "4", "token")["token"] - table(text, "4", "token")["token"][0]) == [0, 1, 2, 4, 5]
 
 
 def test_an_episode_is_shown_turn_by_turn(printed):
