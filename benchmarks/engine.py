@@ -77,8 +77,8 @@ NAIVE_MOST = 20_000  # tokens of a problem that the naive way is still measured 
 LIMITS = {"H200": (790e12, 4.3e12), "A100": (312e12, 1.8e12)}
 
 
-# The main job's of the policy before today's (docs/world.md): 20 frames of 56x56 pixels, a short question, responses as
-# long as that policy's, 11 zoomed frames of 112x112 pixels (Eq. 3 with a budget of 176), the batches of its recipe.
+# Those of the main job of the policy before (docs/world.md): 20 frames of 56x56 pixels, a short question, responses as
+# long as its own, 11 zoomed frames of 112x112 pixels (Eq. 3 with a budget of 176), and the batches of its recipe.
 MAIN_JOB = {"visual": 40, "group": 8, "length": 32, "batch": 8, "grid": (4, 4), "text": (22, 2)}
 MAIN_JOB |= {"zoom": (96, (8, 8)), "per_pass": 8, "zoom_batch": 32}
 

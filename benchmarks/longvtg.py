@@ -106,14 +106,9 @@ def make_late_start() -> None:
             for sample, prompt in zip(lesson.samples, lesson.prompts, strict=True):
                 shifts = [min(LATE, sample.duration - end) for _, end in sample.evidence]
                 late = [(start + s, end + s) for (start, end), s in zip(sample.evidence, shifts, strict=True)]
+                words = lessons.demonstration(sample, late, sample.answer, lessons.glimpse(sample))
                 prompts.append(prompt)
-                answers.append(
-                    [
-                        vocabulary.ids(
-                            "".join(lessons.demonstration(sample, late, sample.answer, lessons.glimpse(sample)))
-                        )
-                    ]
-                )
+                answers.append([vocabulary.ids("".join(words))])
         batch = lessons.Batch.of(prompts, answers)
         policy(batch.prompts, batch.ids, batch.mask, partial(lessons.cross_entropy, batch)).backward()
         torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)

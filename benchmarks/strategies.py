@@ -131,8 +131,8 @@ def main() -> None:
 
 def run(given: argparse.Namespace, duration: int, accelerator: Accelerator) -> dict[str, list[dict]]:
     """The rows of each line of the table about videos of this many seconds."""
-    wanted = {"model": given.model, "cache": given.cache, "world_test_videos": given.videos}
-    wanted |= {"world_duration": duration, "world_min_duration": 0}
+    wanted = {"model": given.model, "cache": given.cache}
+    wanted |= {"world_test_videos": given.videos, "world_duration": duration, "world_min_duration": 0}
     config = configuration.parse([w for k, v in wanted.items() for w in (f"--{k}", str(v))], recipe=RECIPE)
     with accelerator.main_process_first():
         samples = load_samples("world", "test", config)

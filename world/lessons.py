@@ -54,6 +54,7 @@ from annotations.samples import load_samples
 from config import Config, ConfigError
 from engine.loading import load
 from engine.qwen3_vl import time_stamps
+from harness.checkpoints import UNREADABLE
 from harness.journal import save_whole
 from harness.run import TrainingError, main_does
 from policy import Policy, Prompt, Video, Vocabulary, build_prompt, keep_tokens
@@ -328,8 +329,8 @@ class Cycle:
     short: bool = False
 
 
-SHORT = {"world_duration": 12, "world_min_duration": 0, "world_events": 2}  # what is learned first, on 12 s
-GROWING = (0.1, 0.2, 0.35, 0.5, 0.7)
+SHORT = {"world_duration": 12, "world_min_duration": 0, "world_events": 2}  # the videos of `short` cycles
+GROWING = (0.1, 0.2, 0.35, 0.5, 0.7)  # shares of the videos, the shortest ones, that are shown one after the other
 COURSE = (
     Cycle((Phase(12, "perception", shortest=0.4),), zooms=1.0, tower=True, short=True),
     Cycle((Phase(7, "glances", shortest=0.4), Phase(63, "glances")), short=True),
@@ -345,9 +346,7 @@ def course(config: Config) -> tuple[Cycle, ...]:
     """The cycles of a cold start. Raises ConfigError for a template without lessons."""
     if config.template not in ("world", "world_zoomer"):
         raise ConfigError(f"template = {config.template}: train_data = world has lessons for world, world_zoomer only")
-    if config.template == "world_zoomer":
-        return GLANCES
-    return COURSE
+    return GLANCES if config.template == "world_zoomer" else COURSE
 
 
 def cold_start(policy: torch.nn.Module, config: Config, vocabulary: Vocabulary, accelerator: Accelerator) -> None:
@@ -373,9 +372,8 @@ def cold_start(policy: torch.nn.Module, config: Config, vocabulary: Vocabulary, 
                 videos = [video for lesson in lessons for video in (lesson.coarse, *lesson.zooms)]
                 for first in range(0, len(videos), config.zoom_batch):
                     keep_tokens(model, videos[first : first + config.zoom_batch])
-            paced = replace(
-                config, lr=cycle.pace * config.lr, zoom_batch=max(1, round(cycle.zooms * config.zoom_batch))
-            )
+            zooms = max(1, round(cycle.zooms * config.zoom_batch))
+            paced = replace(config, lr=cycle.pace * config.lr, zoom_batch=zooms)
             train_cycle(policy, lessons, paced, vocabulary, accelerator, phases=phases, rng=rng)
             main_does(accelerator, partial(keep, model, rng, k + 1, config))
     model.requires_grad_(True)
@@ -395,7 +393,7 @@ def resume(model: torch.nn.Module, rng: random.Random, config: Config) -> int:
         with safe_open(path, "pt") as file:
             progress = json.loads(file.metadata()["progress"])
         load_model(model, path)
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
+    except (*UNREADABLE, SafetensorError, RuntimeError) as error:  # RuntimeError: the weights of another model
         raise TrainingError(f"{path}: nothing to resume from ({error}); run without --resume to begin") from None
     for name in ("steps", "seed"):
         if progress[name] != getattr(config, name):

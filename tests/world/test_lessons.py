@@ -122,6 +122,14 @@ def test_after_a_question_only_its_colour_is_learned_and_counts_as_much_as_when_
     assert learned == pytest.approx(1.0)
 
 
+def test_perception_has_a_third_kind(samples, vocabulary, config):
+    model = tiny.build_model(vocabulary.tokenizer)
+    scenes = lessons.load_lessons(samples, config, vocabulary, model.config)[:2]
+    batch = lessons.glance_batch(scenes, config, vocabulary, model.config, seconds=True)
+    assert batch.weight.sum() == pytest.approx(3.0)
+    assert [len(scene.samples) + 1 for scene in scenes] == [int(mask.any(-1).sum()) for mask in batch.mask]
+
+
 def test_only_letters_that_follow_are_taught_and_they_count_as_much_as_all_else(samples, vocabulary, config):
     model = tiny.build_model(vocabulary.tokenizer)
     scenes = lessons.load_lessons(samples, config, vocabulary, model.config)
