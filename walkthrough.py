@@ -249,9 +249,11 @@ def show_advantages(page: Page, group: Group, g: int, config: Config) -> None:
     paid = {name: torch.tensor(values) for name, values in group.rewards.items()}
     each = {name: advantage.group_advantages(values, config.std == "sample") for name, values in paid.items()}
     name = max(each, key=lambda name: float(each[name][g].abs()))
-    mean = statistics.fmean(group.rewards[name])
-    deviation = (statistics.stdev if config.std == "sample" else statistics.pstdev)(group.rewards[name])
-    quotient = f"({paid[name][g]:.4f} - {mean:.4f}) / {deviation:.4f} = {(float(paid[name][g]) - mean) / deviation:.4f}"
+    quotient = "no reward differs from its mean: 0"
+    if each[name][g]:
+        mean = statistics.fmean(group.rewards[name])
+        deviation = (statistics.stdev if config.std == "sample" else statistics.pstdev)(group.rewards[name])
+        quotient = f"({paid[name][g]:.4f} - {mean:.4f}) / {deviation:.4f} = {float(each[name][g]):.4f}"
     page.at(advantage.group_advantages, "Eq. 1, Eq. 4:", f"response {g}, {name}: {quotient}")
     page.table(["i", *each], [[i, *(float(row[i]) for row in each.values())] for i in range(len(group.responses))])
     page.say("", "A token is credited with the facets of its segment, with these weights:", "")

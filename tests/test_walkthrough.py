@@ -110,6 +110,19 @@ def test_a_clip_may_have_a_single_pair_of_frames(samples, vocabulary):
     assert list(table(text, "4", "token")["token"] - table(text, "4", "token")["token"][0]) == [0, 1, 2, 4, 5]
 
 
+@pytest.mark.parametrize("paid", ([1.0, 1.0], [0.5]))
+def test_rewards_that_do_not_vary_have_no_quotient(paid):
+    response = SimpleNamespace(text="no", offsets=[(0, 2)])
+    config = configuration.parse(["--std", "sample"])
+    group = SimpleNamespace(rewards={"format": paid}, responses=[response] * len(paid))
+    group.advantages = advantage.credit(group, config)
+    page = walkthrough.Page()
+    walkthrough.show_advantages(page, group, 0, config)
+    text = "\n".join(page.lines)
+    assert "response 0, format: no reward differs from its mean: 0" in text
+    assert (table(text, "9")["format"] == 0).all()
+
+
 def test_an_episode_is_shown_turn_by_turn(printed):
     page = printed("--agent")
     assert re.search(r"turn 1, \d+ tokens +<think>", page) and re.search(r"turn 2, \d+ tokens", page)
