@@ -10,8 +10,8 @@ Examples are from the built-in world's training split, of five kinds:
 - demonstrations: whole responses in the format that is rewarded. Those at the end have spans that are too wide on
   purpose, each end moved outwards at random: the format and the event are learned here, precise spans are left to
   reinforcement learning. Thoughts name what is seen, and the letter follows from it: it is right for the patterns
-  `LETTERED`. Elsewhere it is drawn anew each time: where the coarse pass shows nothing no letter is better than others,
-  and the other patterns' letters are left to reinforcement learning.
+  `LETTERED`, and drawn anew each time for the others, whose letters are left to reinforcement learning. Where the
+  coarse pass shows nothing no letter is better than others, and a colour always gets the same.
 
 The course (`COURSE`) finds events first and reads the question last. The vision tower learns from perception, on short
 videos; then its tokens are computed once and for all. The language model goes on to glances, all of which have the same
@@ -121,9 +121,18 @@ def glimpse(sample: Sample) -> str:
     return "none" if sample.kind == "fine" else asked_colour(sample)
 
 
-def lettered(sample: Sample) -> bool:
-    """Whether glances let one answer, and the letter is one of those that are demonstrated."""
-    return sample.kind == "coarse" and asked_pattern(sample) in LETTERED
+def guess(sample: Sample) -> str:
+    """The letter where the coarse pass shows nothing: always the same for a colour, so that the answers to a question
+    do not differ and their rewards, which are luck, move nothing.
+    """
+    return "ABCD"[list(benchmark.COLOURS).index(asked_colour(sample)) % 4]
+
+
+def demonstrated_letter(sample: Sample, rng: random.Random) -> str:
+    """The letter of a demonstration: right for the patterns `LETTERED`, drawn anew for the other coarse patterns."""
+    if sample.kind != "coarse":
+        return guess(sample)
+    return sample.answer if asked_pattern(sample) in LETTERED else rng.choice("ABCD")
 
 
 def timeline_answer(samples: Sequence[Sample]) -> str:
@@ -263,17 +272,17 @@ def asked_batch(lessons: Sequence[Lesson], vocabulary: Vocabulary, rng: random.R
 def demonstration_batch(lessons: Sequence[Lesson], vocabulary: Vocabulary, widen: int, rng: random.Random) -> Batch:
     """A whole response to every question about these videos, with spans up to `widen` seconds too wide at each end.
 
-    Letters that follow from what the coarse pass shows count as much as all else.
+    Letters count as much as all else.
     """
     prompt_list, answers, kinds = [], [], []
     for lesson in lessons:
         for sample, prompt in zip(lesson.samples, lesson.prompts, strict=True):
             spans = overwide(sample.evidence, partial(rng.randint, 0, widen), sample.duration)
-            letter = sample.answer if lettered(sample) else rng.choice("ABCD")
+            letter = demonstrated_letter(sample, rng)
             before, after = map(vocabulary.ids, demonstration(sample, spans, letter, glimpse(sample)))
             prompt_list.append(prompt)
             answers.append([before + after])
-            kinds.append([[0] * len(before) + [int(lettered(sample))] + [0] * (len(after) - 1)])
+            kinds.append([[0] * len(before) + [1] + [0] * (len(after) - 1)])
     return Batch.of(prompt_list, answers, kinds)
 
 

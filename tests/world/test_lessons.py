@@ -130,24 +130,26 @@ def test_perception_has_a_third_kind(samples, vocabulary, config):
     assert [len(scene.samples) + 1 for scene in scenes] == [int(mask.any(-1).sum()) for mask in batch.mask]
 
 
-def test_only_letters_that_follow_are_taught_and_they_count_as_much_as_all_else(samples, vocabulary, config):
+def test_letters_are_right_drawn_or_a_colours_own_and_count_as_much_as_all_else(samples, vocabulary, config):
     model = tiny.build_model(vocabulary.tokenizer)
     scenes = lessons.load_lessons(samples, config, vocabulary, model.config)
     asked = [sample for scene in scenes for sample in scene.samples]
-    rng, drawn, counted = random.Random(0), set(), 0.0
-    for _ in range(12):
+    rng, drawn, guessed = random.Random(0), {}, {}
+    for _ in range(16):
         batch = lessons.demonstration_batch(scenes, vocabulary, 0, rng)
         rows = zip(batch.ids[:, 0], batch.mask[:, 0], batch.weight[:, 0], strict=True)
         for sample, (ids, mask, weight) in zip(asked, rows, strict=True):
             letter = prompts.parse_answer(vocabulary.tokenizer.decode(ids[mask]))
-            if sample.kind == "coarse" and lessons.asked_pattern(sample) in ("rows", "columns"):
+            if sample.kind != "coarse":
+                guessed.setdefault(lessons.asked_colour(sample), set()).add(letter)
+            elif lessons.asked_pattern(sample) in lessons.LETTERED:
                 assert letter == sample.answer
-                counted += float(weight.max())  # of the letter; all other tokens count less
             else:
-                drawn.add((sample.id, letter))
+                drawn.setdefault(sample.id, set()).add(letter)
+            assert weight.max() == pytest.approx(1 / len(asked))  # of the letter; all other tokens count less
         assert batch.weight.sum() == pytest.approx(2.0)
-    assert counted == pytest.approx(12.0)
-    assert {letter for _, letter in drawn} == set("ABCD") and len(drawn) > 2 * len({name for name, _ in drawn})
+    assert drawn and all(len(letters) > 2 for letters in drawn.values())
+    assert {len(letters) for letters in guessed.values()} == {1} and set.union(*guessed.values()) == set("ABCD")
 
 
 @pytest.mark.parametrize(
