@@ -3,8 +3,8 @@
     python -m benchmarks.memory --model 7b [--gpus 8] [--fsdp] [--config recipes/zoom_zero_stage1.yaml] [--gib 139]
     python -m benchmarks.memory --table      # what fits into which machine, with which options (docs/training.md)
 
-`--model` is 7b, 3b, 20m (the scaled-down shape of `benchmarks/engine.py`), tiny (the built-in policy) or a checkpoint's
-folder. All other options are those of train.py: `--paired_frames true`, `--group_size 16`.
+`--model` is 7b, 3b, 20m (the scaled-down shape of `benchmarks/engine.py`), tiny (checkpoints/tiny-zoomer) or the folder
+of a checkpoint with Qwen2.5-VL's architecture. All other options are those of train.py: `--paired_frames true`.
 
 Everything is computed from the shape of the model and the recipe. Weights, gradients, optimiser state and caches are
 exact; what a layer needs while it computes (marked ~) is estimated, and so is the allowance for what torch does not
@@ -412,6 +412,8 @@ def main(arguments: list[str] | None = None) -> None:
     recipe = DEFAULT_RECIPE if given.model == "tiny" else ROOT / "recipes" / "zoom_zero_stage1.yaml"
     recipe = configuration.parse(options, recipe)
     model = shape(given.model)
+    if not isinstance(model, Qwen2_5_VLConfig):
+        parser.error(f"--model {given.model} is of {model.model_type}: only the parts of Qwen2.5-VL are known here")
     n = Parameters.of(model)
     found = parts(model, recipe, given.gpus, given.fsdp)
 

@@ -52,6 +52,12 @@ def test_cache_per_token():
     assert memory.cache_bytes_per_token(memory.shape("3b")) == 36 * 1024
 
 
+def test_memory_of_another_architecture_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        memory.main(["--model", str(memory.ROOT / "checkpoints" / "tiny")])
+    assert "is of qwen3_vl: only the parts of Qwen2.5-VL" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("paired", [False, True])
 def test_no_clip_has_more_visual_tokens(paired):
     recipe = Config(paired_frames=paired)
