@@ -228,6 +228,15 @@ class Config:
         "zero", "Without a usable span: R_zoom = 0, or zoom on the whole video (released code).", ("zero", "uniform")
     )
 
+    repeated_zoom: float = zoom(
+        0.0,
+        "Share of the steps, the last ones, in which each question is asked once more about what its first response "
+        "claims, widened, as close as a zoom (the paper's future work).",
+        least=0,
+        most=1,
+        used_by=("train",),
+    )
+
     # ---- rewards
     grounding: str = reward(
         "iou",
@@ -627,6 +636,11 @@ def check(config: Config) -> None:
         raise ConfigError(
             "reference_device = cpu copies all layers for every token that the reference decodes: with zoom_judge = "
             "reference it needs zoom_answer = letters"
+        )
+    if config.repeated_zoom and (config.multi_turn or config.max_redraws):
+        raise ConfigError(
+            f"repeated_zoom = {config.repeated_zoom} needs responses of a single turn and max_redraws = 0, not "
+            f"template = {config.template} and max_redraws = {config.max_redraws}"
         )
     if config.lora_rank and config.reference_device == "cpu":
         raise ConfigError("with lora_rank the policy is its own reference: it needs reference_device = same")

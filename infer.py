@@ -76,7 +76,6 @@ from harness.asking import (
     Agent,
     Request,
     Steps,
-    other_view,
     side_by_side,
     whole_video,
     zoomed,
@@ -92,9 +91,9 @@ from prompts import Spans
 from report import ReportError, tables
 from report.answer import answer_page, answer_record, answer_text, play_source
 from report.results import from_file, priced_row, read_results, to_file
-from rewards import interval_iou, merge
-from rollout import Group, View, visible_spans, zoom_clips
-from video import Budget, Clip, load_clips, plan_clip
+from rewards import interval_iou
+from rollout import Group, View, other_view, visible_spans, widened, zoom_clips
+from video import Budget, Clip, load_clips, plan_clip, to_video_time
 from world import benchmark
 
 log = logging.getLogger("zoomgrpo")
@@ -305,34 +304,6 @@ def window_requests(
 
     asked = coarse_request(agent, sample)
     return [replace(asked, show=lambda k=k: views()[k], alone=True) for k in range(len(parts))]
-
-
-def widened(spans: Spans, duration: float) -> Spans:
-    """Each span with half its length more at each end, within the video; overlapping ones are merged."""
-    halves = [((end - start) / 2, start, end) for start, end in spans]
-    return merge([(max(0.0, start - half), min(duration, end + half)) for half, start, end in halves])
-
-
-def to_video_time(spans: Spans | None, clip: Clip, duration: float) -> Spans | None:
-    """Spans in a clip's own time, where frame k is at k * step, as spans of the video, in seconds.
-
-    A span over a seam of the clip becomes two; what lies after the clip's end is cut off.
-    """
-    if spans is None:
-        return None
-    placed: Spans = []
-    for start, end in spans:
-        for k, frame_time in enumerate(clip.times):
-            low, high = max(start - k * clip.step, 0.0), min(end - k * clip.step, clip.step)
-            if low >= high:
-                continue
-            first, last = frame_time + low, min(frame_time + high, duration)
-            # The next frame continues this span unless there is a seam between them.
-            if placed and k > 0 and start < k * clip.step and frame_time - clip.times[k - 1] < 1.5 * clip.step:
-                placed[-1] = (placed[-1][0], last)
-            else:
-                placed.append((first, last))
-    return placed
 
 
 # ---------------------------------------------------------------- what is asked

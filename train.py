@@ -56,7 +56,7 @@ from kl import Reference
 from policy import ModelError, Observation, Prompt, group_hidden, keep_tokens
 from report import ReportError
 from rewards import facets, paid_facets
-from rollout import Group, roll_out, zoom_pass
+from rollout import Group, look_closer, roll_out, zoom_pass
 
 
 def train(run: Run, sets: Sequence[DataSet], test: Sequence[Sample] = ()) -> None:
@@ -89,6 +89,8 @@ def collect(run: Run, session: Session, step: int, drawn: Sequence[Drawn]) -> li
             if not config.train_vision:  # then rollout, reference and update see the same visual tokens
                 keep_tokens(run.model, [view.video for view in views])
             groups = roll_out(run.model, views, config, run.vocabulary, step, environments=environments(views, config))
+            if step >= (1 - config.repeated_zoom) * config.steps:
+                groups += look_closer(run.model, groups, config, run.vocabulary, step)
         session.stop.check()
         failed = clip_failures(groups)
         with session.phase("zoom"):

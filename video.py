@@ -35,7 +35,7 @@ from media.decode import probe as probe
 from media.file import CLOCK, VideoError
 from media.frames import FrameCache
 from media.source import Source
-from prompts import Span
+from prompts import Span, Spans
 
 PATCH = 14  # pixels along a side of a patch of Qwen2.5-VL; a visual token is 2 x 2 patches
 MAX_ASPECT = 200  # Qwen's limit for the longer side over the shorter one
@@ -398,6 +398,28 @@ def load_clip(plan: ClipPlan, path: str | Path, **options) -> Clip:
 
 
 # ---------------------------------------------------------------- patches
+
+
+def to_video_time(spans: Spans | None, clip: Clip, duration: float) -> Spans | None:
+    """Spans in a clip's own time, where frame k is at k * step, as spans of the video, in seconds.
+
+    A span over a seam of the clip becomes two; what lies after the clip's end is cut off.
+    """
+    if spans is None:
+        return None
+    placed: Spans = []
+    for start, end in spans:
+        for k, frame_time in enumerate(clip.times):
+            low, high = max(start - k * clip.step, 0.0), min(end - k * clip.step, clip.step)
+            if low >= high:
+                continue
+            first, last = frame_time + low, min(frame_time + high, duration)
+            # The next frame continues this span unless there is a seam between them.
+            if placed and k > 0 and start < k * clip.step and frame_time - clip.times[k - 1] < 1.5 * clip.step:
+                placed[-1] = (placed[-1][0], last)
+            else:
+                placed.append((first, last))
+    return placed
 
 
 def patchify_uint8(frames: Tensor, patch: int = PATCH) -> tuple[Tensor, tuple[int, int, int]]:

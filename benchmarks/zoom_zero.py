@@ -77,11 +77,15 @@ VARIANTS = {
     ),
     "noisy": variant("each end off by up to 3 s, both", "--tokenadv code --world_label_noise 3"),
     "unlabelled": variant("no span labels: R_zoom and R_acc", "--tokenadv code --grounding none"),
+    "repeated": variant("both, repeated zoom in the second half", "--tokenadv code --repeated_zoom 0.5"),
 }
 TABLES = {
     "TokenAdv and R_zoom (Table 5)": tuple(VARIANTS)[:8],
     "Responses per prompt (Table 9)": ("g2", "g4", "both-code"),
-    "Wrong labels and none (left as future work)": ("both-code", "noisy-grpo", "noisy", "unlabelled"),
+    "Wrong labels, none, repeated zoom (left as future work)": (
+        *("both-code", "noisy-grpo", "noisy"),
+        *("unlabelled", "repeated"),
+    ),
 }
 ASKED_OF = "both-code"  # the variant whose policies are asked
 ASKED = {
@@ -151,6 +155,7 @@ def train(ledger: Ledger, name: str, seed: int, extra: Sequence[str]) -> None:
     out = RUNS / f"{name}-{seed}"
     ledger.add(name, seed, "started")
     command = ["accelerate", "launch", "train.py", "--seed", f"{seed}", "--out", str(out), "--threads", "1"]
+    command += ["--eval_controls", "false"]
     begun = time.perf_counter()
     done = subprocess.run(
         [*command, "--overwrite", "--model", str(START), *extra, *options_of(name)], cwd=ROOT, stdout=subprocess.DEVNULL

@@ -31,10 +31,19 @@ from config import Config
 from episodes import environments
 from media.file import VideoError
 from media.frames import FrameCache
-from policy import Video, Vocabulary
+from policy import Vocabulary
 from prompts import Spans
-from rollout import Group, View, Zoom, answer_clips, roll_out_batch, view_video, zoom_clips
-from video import Clip
+from rollout import (
+    Group,
+    View,
+    Zoom,
+    answer_clips,
+    other_view,
+    roll_out_batch,
+    view_alone,
+    view_video,
+    zoom_clips,
+)
 
 FRAME_BYTES = 2**30  # frames and packet tables kept for further looks at a video
 
@@ -124,16 +133,6 @@ def zoomed(agent: Agent, whole: Request, spans: Spans, think: str | None = None)
         return other_view(whole.view, clip)
 
     return Request(agent, whole.sample, choose, show, think=think)
-
-
-def other_view(view: View, clip: Clip) -> View:
-    """The same question about other frames of the same video."""
-    return replace(view, clip=clip, video=Video.of(clip))
-
-
-def view_alone(view: View) -> View:
-    """The view as a video that has nothing but these frames."""
-    return replace(view, info=replace(view.info, duration=len(view.clip.times) * view.clip.step))
 
 
 # ---------------------------------------------------------------- side by side

@@ -75,7 +75,7 @@ def gathered(rows: Sequence[Sequence[float]], accelerator: Accelerator) -> Tenso
 def reward_figures(groups: Sequence[Group], config: Config, accelerator: Accelerator) -> dict[str, float]:
     """Of each facet: mean and deviation, share of samples that it applies to, share of groups without variance."""
     figures: dict[str, float] = {}
-    varied = torch.zeros(config.prompts_per_step, dtype=torch.bool, device=accelerator.device)
+    varied = torch.zeros((), dtype=torch.bool, device=accelerator.device)  # [B], of each group
     nothing = [math.nan] * config.group_size
     for name in paid_facets(config):
         values = gathered([group.rewards.get(name, nothing) for group in groups], accelerator)  # [B, G]
@@ -84,7 +84,7 @@ def reward_figures(groups: Sequence[Group], config: Config, accelerator: Acceler
         if not applies.any():
             continue
         differs = values.std(-1, unbiased=False) > 1e-6
-        varied |= differs
+        varied = varied | differs
         figures[f"reward/{name}_mean"] = values[applies].mean().item()
         figures[f"reward/{name}_std"] = values[applies].std(unbiased=False).item()
         figures[f"zero_variance/{name}"] = 1 - differs[applies].float().mean().item()

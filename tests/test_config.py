@@ -126,6 +126,10 @@ def test_the_command_line_takes_hyphens_for_underscores(recipe):
         (["--alpha", "1.2"], "alpha is a share, at most 1, not 1.2"),
         (["--updates_per_rollout", "7"], "updates_per_rollout = 7 must divide prompts_per_step = 64"),
         (
+            ["--repeated_zoom", "0.5", "--max_redraws", "2"],
+            "repeated_zoom = 0.5 needs .* max_redraws = 2",
+        ),
+        (
             ["--reference_device", "cpu", "--zoom_judge", "reference", "--zoom_answer", "decode"],
             "reference_device = cpu copies all layers for every token .* needs zoom_answer = letters",
         ),

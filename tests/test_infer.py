@@ -20,8 +20,6 @@ import pytest
 import torch
 from accelerate import Accelerator
 from conftest import drop_video_token, drop_weights, exit_codes, loud_model, page_in_browser, run_in_two_processes
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from pagetree import Tree
 from qwen import QWEN
 from runs import end_of
@@ -45,7 +43,7 @@ from harness import commands
 from harness.asking import FRAME_BYTES, Agent, side_by_side
 from harness.folder import claimed, claimed_file
 from harness.run import TrainingError
-from infer import RELEASED, STRATEGIES, Look, Settings, load_agent, to_video_time
+from infer import RELEASED, STRATEGIES, Look, Settings, load_agent
 from media.decode import VideoInfo
 from media.file import VideoError
 from media.frames import FrameCache
@@ -101,53 +99,6 @@ def clip_of(times: list[float], step: float) -> Clip:
 # ---------------------------------------------------------------- times
 
 
-@pytest.mark.parametrize(
-    ("times", "step", "span", "expected"),
-    [
-        ([10.0, 11.0, 12.0], 1.0, (0.5, 2.5), [(10.5, 12.5)]),  # a window
-        ([2.0, 2.5, 8.0, 8.5], 0.5, (0.5, 1.5), [(2.5, 3.0), (8.0, 8.5)]),  # over a seam
-        ([2.0, 2.5, 8.0, 8.5], 0.5, (1.0, 2.0), [(8.0, 9.0)]),  # at a seam
-        ([10.0, 11.0], 1.0, (1.0, 7.0), [(11.0, 12.0)]),  # over the end
-        ([10.0, 11.0], 1.0, (5.0, 7.0), []),  # after the end
-        ([18.0, 19.0], 1.0, (0.0, 2.0), [(18.0, 19.5)]),  # over the video's end, at 19.5
-        ([10.0, 11.001], 1.0, (0.0, 2.0), [(10.0, 12.001)]),  # a file's own clock
-    ],
-)
-def test_spans_of_a_clip_in_the_videos_time(times, step, span, expected):
-    found = to_video_time([span], clip_of(times, step), 19.5)
-    assert len(found) == len(expected)
-    assert [t for pair in found for t in pair] == pytest.approx([t for pair in expected for t in pair])
-
-
-def test_no_spans_stay_no_spans():
-    assert to_video_time(None, clip_of([0.0], 1.0), 1.0) is None
-    assert to_video_time([], clip_of([0.0], 1.0), 1.0) == []
-
-
-@settings(derandomize=True, deadline=None, max_examples=60)
-@given(
-    st.lists(st.integers(1, 5), min_size=1, max_size=4),
-    st.lists(st.integers(0, 40), min_size=2, max_size=6),
-)
-def test_time_is_neither_lost_nor_invented(pieces, edges):
-    """Seconds of a span inside the clip = seconds of its image; every image lies in what was shown."""
-    step, times, start = 0.5, [], 0.0
-    for n in pieces:
-        start += 3.0
-        times += [start + k * step for k in range(n)]
-        start = times[-1]
-    spans = [tuple(sorted(pair)) for pair in zip(edges[::2], edges[1::2], strict=False)]
-    spans = [(a / 4, b / 4) for a, b in spans]
-    clip, length = clip_of(times, step), len(times) * step
-    for span in spans:
-        images = to_video_time([span], clip, 1000.0)
-        inside = max(0.0, min(span[1], length) - min(span[0], length))
-        assert sum(end - start for start, end in images) == pytest.approx(inside)
-        for a, b in images:
-            middle = (a + b) / 2
-            assert any(t <= middle < t + step + 1e-9 for t in times)
-
-
 def test_windows_cover_the_video_once_with_the_coarse_passes_frames(agent, samples):
     settings, whole = Settings(window=8, window_budget=64), view_video(samples[0], agent.config)
     parts = infer.windows(whole.info, agent.config, settings)
@@ -199,11 +150,6 @@ def test_a_window_is_shown_as_a_video_of_its_own_length(agent, samples, monkeypa
         ["4.0"],
         ["20.0"],
     ]
-
-
-def test_widened_spans_stay_in_the_video_and_merge():
-    assert infer.widened([(0.0, 2.0), (4.0, 6.0)], 6.5) == [(0.0, 6.5)]
-    assert infer.widened([(4.0, 6.0)], 20.0) == [(3.0, 7.0)]
 
 
 # ---------------------------------------------------------------- probabilities

@@ -174,6 +174,20 @@ def gradients(run, groups, config) -> dict[str, torch.Tensor]:
     return kept
 
 
+def test_in_the_last_steps_each_question_is_asked_twice(recipe, tmp_path, monkeypatch):
+    groups, rolled = [], train.collect
+
+    def counted(*arguments):
+        groups.append(rolled(*arguments))
+        return groups[-1]
+
+    monkeypatch.setattr(train, "collect", counted)
+    main(["--config", str(recipe), "--steps", "3", "--prompts_per_step", "2", "--repeated_zoom", "0.4"])
+    assert [len(found) for found in groups] == [2, 2, 4]
+    assert [group.view.sample for group in groups[2][:2]] == [group.view.sample for group in groups[2][2:]]
+    assert all(set(group.rewards) == {"format", "accuracy", "iou", "zoom"} for group in groups[2])
+
+
 @pytest.mark.parametrize("normalise", ["sequence", "token", "fixed"])
 def test_gradients_do_not_depend_on_prompts_per_pass(parsed, samples, normalise):
     run, groups = rolled_out(parsed, samples, "--normalise", normalise, "--max_grad_norm", "1e9")
@@ -303,6 +317,7 @@ OPTIONS = [
     ["--grounding", "giou", "--tokenadv", "paper"],
     ["--grounding", "tg", "--template", "longvtg_r1"],
     ["--grounding", "none", "--tokenadv", "time"],
+    ["--repeated_zoom", "1", "--train_vision", "false"],
     ["--train_vision", "false", "--gradient_checkpointing", "--mixed_precision", "bf16"],
     ["--gradient_checkpointing", "--system_prompt", "You see a video.", "--temperature", "0.7"],
 ]

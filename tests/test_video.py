@@ -19,6 +19,7 @@ from media.prefetch import prefetch
 from tests.numbered import HEIGHT, WIDTH, X264, get, read_number, sequential, write_video
 from video import (
     Budget,
+    Clip,
     decode,
     frame_budget,
     frame_size,
@@ -30,6 +31,7 @@ from video import (
     plan_clip,
     resize,
     sample_times,
+    to_video_time,
 )
 
 FIXED = settings(derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
@@ -327,3 +329,57 @@ def test_cache_under_several_threads(plain):
         for k, frame in enumerate(results):
             assert torch.equal(frame, whole[k % 60])
     assert cache.n_bytes <= 60_000
+
+
+# ---------------------------------------------------------------- a clip's own time
+
+
+def clip_of(times: list[float], step: float) -> Clip:
+    return Clip(torch.zeros(len(times), 3, 28, 28, dtype=torch.uint8), times, step)
+
+
+@pytest.mark.parametrize(
+    ("times", "step", "span", "expected"),
+    [
+        ([10.0, 11.0, 12.0], 1.0, (0.5, 2.5), [(10.5, 12.5)]),  # a window
+        ([2.0, 2.5, 8.0, 8.5], 0.5, (0.5, 1.5), [(2.5, 3.0), (8.0, 8.5)]),  # over a seam
+        ([2.0, 2.5, 8.0, 8.5], 0.5, (1.0, 2.0), [(8.0, 9.0)]),  # at a seam
+        ([10.0, 11.0], 1.0, (1.0, 7.0), [(11.0, 12.0)]),  # over the end
+        ([10.0, 11.0], 1.0, (5.0, 7.0), []),  # after the end
+        ([18.0, 19.0], 1.0, (0.0, 2.0), [(18.0, 19.5)]),  # over the video's end, at 19.5
+        ([10.0, 11.001], 1.0, (0.0, 2.0), [(10.0, 12.001)]),  # a file's own clock
+    ],
+)
+def test_spans_of_a_clip_in_the_videos_time(times, step, span, expected):
+    found = to_video_time([span], clip_of(times, step), 19.5)
+    assert len(found) == len(expected)
+    assert [t for pair in found for t in pair] == pytest.approx([t for pair in expected for t in pair])
+
+
+def test_no_spans_stay_no_spans():
+    assert to_video_time(None, clip_of([0.0], 1.0), 1.0) is None
+    assert to_video_time([], clip_of([0.0], 1.0), 1.0) == []
+
+
+@settings(derandomize=True, deadline=None, max_examples=60)
+@given(
+    st.lists(st.integers(1, 5), min_size=1, max_size=4),
+    st.lists(st.integers(0, 40), min_size=2, max_size=6),
+)
+def test_time_is_neither_lost_nor_invented(pieces, edges):
+    """Seconds of a span inside the clip = seconds of its image; every image lies in what was shown."""
+    step, times, start = 0.5, [], 0.0
+    for n in pieces:
+        start += 3.0
+        times += [start + k * step for k in range(n)]
+        start = times[-1]
+    spans = [tuple(sorted(pair)) for pair in zip(edges[::2], edges[1::2], strict=False)]
+    spans = [(a / 4, b / 4) for a, b in spans]
+    clip, length = clip_of(times, step), len(times) * step
+    for span in spans:
+        images = to_video_time([span], clip, 1000.0)
+        inside = max(0.0, min(span[1], length) - min(span[0], length))
+        assert sum(end - start for start, end in images) == pytest.approx(inside)
+        for a, b in images:
+            middle = (a + b) / 2
+            assert any(t <= middle < t + step + 1e-9 for t in times)

@@ -9,9 +9,9 @@ Examples are from the built-in world's training split, of five kinds:
 - zoom: the answer letter for the frames of the true spans, at the zoom pass' resolution and rate.
 - demonstrations: whole responses in the format that is rewarded. Those at the end have spans that are too wide on
   purpose, each end moved outwards at random: the format and the event are learned here, precise spans are left to
-  reinforcement learning. Thoughts name what is seen, and the letter follows from it: it is right for the patterns
-  `LETTERED`, and drawn anew each time for the others, whose letters are left to reinforcement learning. Where the
-  coarse pass shows nothing no letter is better than others, and a colour always gets the same.
+  reinforcement learning. Thoughts name what is seen, and the letter follows from it, but the patterns
+  `MISTAKEN` get the wrong one more often than not: which is right is left to reinforcement learning. Where the coarse
+  pass shows nothing no letter is better than others, and a colour always gets the same.
 
 The course (`COURSE`) finds events first and reads the question last. The vision tower learns from perception, on short
 videos; then its tokens are computed once and for all. The language model goes on to glances, all of which have the same
@@ -65,7 +65,8 @@ from world import benchmark, tiny
 
 END = "<|im_end|>"
 KEPT = "lessons.safetensors"  # in `out`: what stands after a cycle
-LETTERED = ("rows", "columns")  # the patterns whose letters are demonstrated
+MISTAKEN = ("checks", "dots")  # the patterns that demonstrations take for the first one, WRONG of the time
+WRONG = 0.6
 
 
 @dataclass
@@ -129,10 +130,10 @@ def guess(sample: Sample) -> str:
 
 
 def demonstrated_letter(sample: Sample, rng: random.Random) -> str:
-    """The letter of a demonstration: right for the patterns `LETTERED`, drawn anew for the other coarse patterns."""
+    """The letter of a demonstration: a guess where the coarse pass shows nothing, and some patterns are mistaken."""
     if sample.kind != "coarse":
         return guess(sample)
-    return sample.answer if asked_pattern(sample) in LETTERED else rng.choice("ABCD")
+    return "A" if asked_pattern(sample) in MISTAKEN and rng.random() < WRONG else sample.answer
 
 
 def timeline_answer(samples: Sequence[Sample]) -> str:
