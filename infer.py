@@ -80,6 +80,7 @@ from harness.asking import (
     whole_video,
     zoomed,
 )
+from harness.closer import other_view, widened
 from harness.commands import Settings
 from harness.folder import claimed, claimed_file
 from harness.run import patient_accelerator, program, share, use_threads
@@ -92,7 +93,7 @@ from report import ReportError, tables
 from report.answer import answer_page, answer_record, answer_text, play_source
 from report.results import from_file, priced_row, read_results, to_file
 from rewards import interval_iou
-from rollout import Group, View, other_view, visible_spans, widened, zoom_clips
+from rollout import Group, View, visible_spans, zoom_clips
 from video import Budget, Clip, load_clips, plan_clip, to_video_time
 from world import benchmark
 

@@ -11,11 +11,10 @@ Everything here runs without gradients. Times are seconds, spans are lists of (s
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Protocol
 
@@ -34,20 +33,7 @@ from engine.sampling import Sampler, generate, stops_at
 from media.prefetch import prefetch
 from policy import Observation, Prompt, Video, Vocabulary, build_prompt, keep_tokens, last_hidden
 from prompts import Spans, ToolCall
-from rewards import merge
-from video import (
-    Budget,
-    Clip,
-    ClipPlan,
-    FrameCache,
-    VideoError,
-    VideoInfo,
-    load_clip,
-    load_clips,
-    plan_clip,
-    probe,
-    to_video_time,
-)
+from video import Budget, Clip, ClipPlan, FrameCache, VideoError, VideoInfo, load_clip, load_clips, plan_clip, probe
 
 
 @dataclass
@@ -245,16 +231,6 @@ def view_video(sample: Sample, config: Config, cache: FrameCache | None = None) 
     warn_of_misfit(sample, info.duration)
     clip = load_clip(coarse_plan(info, config), sample.video, cache=cache)
     return View(sample, info, clip, Video.of(clip))
-
-
-def other_view(view: View, clip: Clip) -> View:
-    """The same question about other frames of the same video."""
-    return replace(view, clip=clip, video=Video.of(clip))
-
-
-def view_alone(view: View) -> View:
-    """The view as a video that has nothing but these frames."""
-    return replace(view, info=replace(view.info, duration=len(view.clip.times) * view.clip.step))
 
 
 def coarse_plan(info: VideoInfo, config: Config) -> ClipPlan:
@@ -477,39 +453,3 @@ def answer_clips(
             shares = dict(zip(prompts.LETTERS, row.softmax(-1)[letters].tolist(), strict=False))
             zooms.append(Zoom(clip, best, shares, best, len(prompt), 1))
     return zooms
-
-
-# ---------------------------------------------------------------- repeated zoom
-
-
-def widened(spans: Spans, duration: float) -> Spans:
-    """Each span with half its length more at each end, within the video; overlapping ones are merged."""
-    halves = [((end - start) / 2, start, end) for start, end in spans]
-    return merge([(max(0.0, start - half), min(duration, end + half)) for half, start, end in halves])
-
-
-def look_closer(
-    model, groups: Sequence[Group], config: Config, vocabulary: Vocabulary, step: int | None
-) -> list[Group]:
-    """A group more for each question, about what its first response claims, widened, as if that were the whole video.
-
-    It is shown as close as a zoom; without a usable span, or if its frames cannot be decoded, the coarse pass' frames
-    are shown again. What is claimed there is put back into the video's time, so that it is paid and zoomed into like
-    any other claim. Source: Zoom-Zero, Appendix E (future work).
-    """
-    views = []
-    for group in groups:
-        view, draw = group.view, (*group.view.draw, 1)  # new responses
-        if spans := visible_spans(group.responses[0].spans, view.info.duration):
-            with contextlib.suppress(VideoError):
-                [clip] = zoom_clips(view, [widened(spans, view.info.duration)], config)
-                view = other_view(view, clip)
-        views.append(replace(view, draw=draw))
-    if not config.train_vision:
-        keep_tokens(model, [view.video for view in views])
-    again = roll_out(model, list(map(view_alone, views)), config, vocabulary, step)
-    for group, view in zip(again, views, strict=True):
-        group.view = view
-        for turn in (turn for response in group.responses for turn in response.turns):
-            turn.spans = to_video_time(turn.spans, view.clip, view.info.duration)
-    return again

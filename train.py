@@ -47,6 +47,7 @@ from episodes import clip_failures, environments
 from grpo import loss_count, objective
 from harness.batches import SPARE, Drawn, generator, view_batches
 from harness.checkpoints import claim_folder
+from harness.closer import look_closer
 from harness.log import start_tracker, step_figures
 from harness.run import TrainingError, finish, main_reads, program, training_accelerator
 from harness.session import Session
@@ -56,7 +57,7 @@ from kl import Reference
 from policy import ModelError, Observation, Prompt, group_hidden, keep_tokens
 from report import ReportError
 from rewards import facets, paid_facets
-from rollout import Group, look_closer, roll_out, zoom_pass
+from rollout import Group, roll_out, zoom_pass
 
 
 def train(run: Run, sets: Sequence[DataSet], test: Sequence[Sample] = ()) -> None:

@@ -29,21 +29,12 @@ import torch
 from annotations.rows import Sample
 from config import Config
 from episodes import environments
+from harness.closer import other_view, view_alone
 from media.file import VideoError
 from media.frames import FrameCache
 from policy import Vocabulary
 from prompts import Spans
-from rollout import (
-    Group,
-    View,
-    Zoom,
-    answer_clips,
-    other_view,
-    roll_out_batch,
-    view_alone,
-    view_video,
-    zoom_clips,
-)
+from rollout import Group, View, Zoom, answer_clips, roll_out_batch, view_video, zoom_clips
 
 FRAME_BYTES = 2**30  # frames and packet tables kept for further looks at a video
 

@@ -10,6 +10,7 @@ import torch
 from conftest import loud_model
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from written import group_of, response_with
 
 import config as configuration
 import prompts
@@ -19,24 +20,19 @@ from annotations.samples import check_samples
 from engine.loading import load
 from media.decode import VideoInfo
 from rollout import (
-    Group,
-    Response,
     Zoom,
     answer_clips,
     coarse_plan,
     coarse_prompt,
-    look_closer,
     read_turn,
     response_seed,
     roll_out,
     view_video,
     visible_spans,
-    widened,
     zoom_clips,
     zoom_pass,
 )
 from video import VideoError
-from world import lessons
 
 
 @pytest.fixture
@@ -47,16 +43,6 @@ def config(recipe):
 @pytest.fixture(scope="module")
 def model(tokenizer):
     return loud_model(tokenizer)
-
-
-def group_of(texts: list[str], view, vocabulary, config, model) -> Group:
-    """A group with these responses."""
-    responses = [Response([read_turn(torch.tensor(vocabulary.ids(text)), vocabulary)]) for text in texts]
-    return Group(view, coarse_prompt(view, config, vocabulary, model.config), responses)
-
-
-def response_with(spans: str) -> str:
-    return f"<think>red<time>{spans}</time></think><answer>B</answer><glue>[{spans}]</glue>{lessons.END}"
 
 
 # ---------------------------------------------------------------- the coarse pass
@@ -306,48 +292,3 @@ def test_a_zoom_shows_more_than_the_coarse_pass_and_nothing_less(recipe_name, du
         assert tokens(zoom) > tokens(coarse)
     elif len(zoom.times) >= len(coarse.times) and share * duration < duration - coarse.step:
         assert rates[0] > rates[1]
-
-
-# ---------------------------------------------------------------- repeated zoom
-
-
-def test_widened_spans_stay_in_the_video_and_merge():
-    assert widened([(0.0, 2.0), (4.0, 6.0)], 6.5) == [(0.0, 6.5)]
-    assert widened([(4.0, 6.0)], 20.0) == [(3.0, 7.0)]
-
-
-def test_looking_closer_is_a_group_whose_claims_are_in_the_videos_time(samples, config, vocabulary, model, monkeypatch):
-    views = [view_video(sample, config) for sample in samples[:2]]
-    groups = [
-        group_of([response_with("(6.0,8.0)"), response_with("(1.0,2.0)")], views[0], vocabulary, config, model),
-        group_of([response_with("")], views[1], vocabulary, config, model),
-    ]
-    shown = []
-
-    def claims(model, views, config, vocabulary, step):
-        shown.extend(views)
-        return [group_of([response_with("(0.5,2.5)"), "nothing"], view, vocabulary, config, model) for view in views]
-
-    monkeypatch.setattr(rollout, "roll_out", claims)
-    closer, whole = look_closer(model, groups, config, vocabulary, 3)
-    # The first response's 2 s and half as much at each end, at the zoom pass' rate and size.
-    assert closer.view.clip.times == [5.0 + 0.5 * k for k in range(8)]
-    assert closer.view.clip.frames.shape[2] > views[0].clip.frames.shape[2]
-    assert (shown[0].info.duration, closer.view.info.duration) == (4.0, 20.0)
-    assert [response.spans for response in closer.responses] == [[(5.5, 7.5)], None]
-    assert closer.view.sample == samples[0] and closer.view.draw != views[0].draw
-    assert whole.view.clip is views[1].clip and whole.responses[0].spans == [(0.5, 2.5)]
-    assert zoom_pass(model, [closer], config, vocabulary) == {}
-    assert closer.responses[0].zoom.clip.times[0] == 5.5
-
-
-def test_a_video_that_fails_when_looked_at_closer_is_shown_as_before(samples, config, vocabulary, model, monkeypatch):
-    view = view_video(samples[0], config)
-    group = group_of([response_with("(6.0,8.0)")], view, vocabulary, config, model)
-
-    def broken(*_):
-        raise VideoError("a.mp4", "damaged", "")
-
-    monkeypatch.setattr(rollout, "zoom_clips", broken)
-    [again] = look_closer(model, [group], config, vocabulary, 0)
-    assert again.view.clip is view.clip and len(again.responses) == config.group_size

@@ -1,0 +1,60 @@
+"""Repeated zoom: a question is asked again about what was claimed, as if that were the whole video.
+
+`infer.py` does it until the spans stay, training (`--repeated_zoom`) once. Source: Zoom-Zero, Appendix E (future work).
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from dataclasses import replace
+
+from config import Config
+from policy import Video, Vocabulary, keep_tokens
+from prompts import Spans
+from rewards import merge
+from rollout import Group, View, roll_out, visible_spans, zoom_clips
+from video import Clip, VideoError, to_video_time
+
+
+def widened(spans: Spans, duration: float) -> Spans:
+    """Each span with half its length more at each end, within the video; overlapping ones are merged."""
+    halves = [((end - start) / 2, start, end) for start, end in spans]
+    return merge([(max(0.0, start - half), min(duration, end + half)) for half, start, end in halves])
+
+
+def other_view(view: View, clip: Clip) -> View:
+    """The same question about other frames of the same video."""
+    return replace(view, clip=clip, video=Video.of(clip))
+
+
+def view_alone(view: View) -> View:
+    """The view as a video that has nothing but these frames."""
+    return replace(view, info=replace(view.info, duration=len(view.clip.times) * view.clip.step))
+
+
+def look_closer(
+    model, groups: Sequence[Group], config: Config, vocabulary: Vocabulary, step: int | None
+) -> list[Group]:
+    """A group more for each question, about what its first response claims, widened, as if that were the whole video.
+
+    It is shown as close as a zoom; without a usable span, or if its frames cannot be decoded, the coarse pass' frames
+    are shown again. What is claimed there is put back into the video's time, so that it is paid and zoomed into like
+    any other claim.
+    """
+    views = []
+    for group in groups:
+        view, draw = group.view, (*group.view.draw, 1)  # new responses
+        if spans := visible_spans(group.responses[0].spans, view.info.duration):
+            with contextlib.suppress(VideoError):
+                [clip] = zoom_clips(view, [widened(spans, view.info.duration)], config)
+                view = other_view(view, clip)
+        views.append(replace(view, draw=draw))
+    if not config.train_vision:
+        keep_tokens(model, [view.video for view in views])
+    again = roll_out(model, list(map(view_alone, views)), config, vocabulary, step)
+    for group, view in zip(again, views, strict=True):
+        group.view = view
+        for turn in (turn for response in group.responses for turn in response.turns):
+            turn.spans = to_video_time(turn.spans, view.clip, view.info.duration)
+    return again
