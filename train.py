@@ -100,7 +100,7 @@ def collect(run: Run, session: Session, step: int, drawn: Sequence[Drawn]) -> li
                     failed |= zoom_pass(judge, groups, config, run.vocabulary)
     session.stop.check()
     unreadable = [pair for d in drawn for pair in d.failed]
-    unreadable += [(group.view.sample, failed[id]) for group in groups if (id := group.view.sample.id) in failed]
+    unreadable += [(d.view.sample, failed[id]) for d in drawn if (id := d.view.sample.id) in failed]
     session.reading.note(len(drawn) + sum(len(d.failed) for d in drawn), unreadable, config, run.accelerator)
     return groups
 
