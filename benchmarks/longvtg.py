@@ -195,6 +195,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=list(range(5)))
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, each with one thread")
     given = parser.parse_args()
+    recipe = configuration.parse(RECIPE)
     RUNS.mkdir(parents=True, exist_ok=True)
     with ThreadPoolExecutor(given.jobs) as pool:
         make_late_start()
@@ -210,7 +211,8 @@ def main() -> None:
         [
             "# LongVTG-R1's ablations on the built-in world",
             f"`{' '.join(['python -m benchmarks.longvtg', *sys.argv[1:]])}`: seeds {given.seeds}, mean ± standard "
-            "deviation; videos of 60 s, three events of 2 to 4 s; 100 steps of 8 prompts x 8 responses.",
+            f"deviation; videos of {recipe.world_duration} s, {recipe.world_events} events of 2 to 4 s; {recipe.steps} "
+            f"steps of {recipe.prompts_per_step} prompts x {recipe.group_size} responses.",
             "## Rewards and KL (Table 4)",
             table_4({name: results[name] for name in ABLATIONS}, elsewhere[START]),
             f"The same from a start whose spans are {LATE:g} s late, where most responses miss the evidence",
