@@ -163,13 +163,18 @@ def train(ledger: Ledger, name: str, seed: int, extra: Sequence[str]) -> None:
     if done.returncode:
         ledger.add(name, seed, "failed", code=done.returncode)
         return
+    note_end(ledger, name, seed, out, time.perf_counter() - begun)
+
+
+def note_end(ledger: Ledger, name: str, seed: int, out: Path, seconds: float) -> None:
+    """A line with the scores and curves of a run that ended."""
     scores = json.loads((out / "evaluation.json").read_text())
     kept = ("all", "by_kind", "by_duration", "by_clue_length", "by_clue_portion")
     found = {when: {part: scores[when][part] for part in kept} for when in ("before", "after")}
     rows = read_metrics(out / "metrics.jsonl")
     paid = [key for key in rows[0] if key.startswith("reward/") and key.endswith("_mean")]
     curves = {key: blocks([row[key] for row in rows]) for key in paid}
-    ledger.add(name, seed, "ended", **found, curves=curves, seconds=round(time.perf_counter() - begun))
+    ledger.add(name, seed, "ended", **found, curves=curves, seconds=round(seconds))
 
 
 def ask(ledger: Ledger, name: str, seed: int, extra: Sequence[str]) -> None:
