@@ -55,7 +55,7 @@ ROOT = Path(__file__).resolve().parent
 RECIPES = {False: ROOT / "recipes" / "cpu_world.yaml", True: ROOT / "recipes" / "cpu_world_agent.yaml"}
 # Without warm-up the one step that is taken has the whole learning rate, so that its effect is seen.
 DEFAULTS = ("--world_train_videos", "6", "--warmup", "0", "--tracker", "none")
-QUESTIONS = 4  # that are rolled out; the one whose rewards vary most is looked at
+QUESTIONS = 12  # that are rolled out; the one whose rewards vary most is looked at
 RELEASED_CLIP = (0.2, 0.28)  # shown beside the unclipped objective, unless --clip names others
 LEFT = 40  # width of the column that says where a line is
 
@@ -369,7 +369,7 @@ def show_again(page: Page, group: Group, g: int, run: Run, *, old: Tensor, new: 
 
 
 def roll_out_one(run: Run) -> Group:
-    """Of the first questions' groups, the one of which most rewards vary, and so teach something."""
+    """Of the first questions' groups, the one whose rewards vary most, and so teach most."""
     [data] = load_training(run.config)
     views = [rollout.view_video(sample, run.config) for sample in itertools.islice(data.samples, QUESTIONS)]
     scenes = environments(views, run.config)
@@ -380,7 +380,7 @@ def roll_out_one(run: Run) -> Group:
     for group in groups:
         group.rewards = rewards.facets(group, run.config)
         group.advantages = advantage.credit(group, run.config)
-    return max(groups, key=lambda group: sum(len(set(values)) > 1 for values in group.rewards.values()))
+    return max(groups, key=lambda group: sum(map(statistics.pvariance, group.rewards.values())))
 
 
 def telling(group: Group) -> int:
