@@ -10,7 +10,7 @@ Examples are from the built-in world's training split, of five kinds:
 - demonstrations: whole responses in the format that is rewarded. Those at the end have spans that are too wide on
   purpose, each end moved outwards at random: the format and the event are learned here, precise spans are left to
   reinforcement learning. Thoughts name what is seen, and the letter follows from it, but the patterns
-  `MISTAKEN` get the wrong one more often than not: which is right is left to reinforcement learning. Where the coarse
+  `MISTAKEN` get a wrong one more often than not: which is right is left to reinforcement learning. Where the coarse
   pass shows nothing no letter is better than others, and a colour always gets the same.
 
 The course (`COURSE`) finds events first and reads the question last. The vision tower learns from perception, on short
@@ -65,8 +65,7 @@ from world import benchmark, tiny
 
 END = "<|im_end|>"
 KEPT = "lessons.safetensors"  # in `out`: what stands after a cycle
-MISTAKEN = ("checks", "dots")  # the patterns that demonstrations take for the first one, WRONG of the time
-WRONG = 0.6
+MISTAKEN, SHARE = ("checks", "dots"), 0.6  # patterns that demonstrations take for the first one, and how often
 
 
 @dataclass
@@ -133,7 +132,7 @@ def demonstrated_letter(sample: Sample, rng: random.Random) -> str:
     """The letter of a demonstration: a guess where the coarse pass shows nothing, and some patterns are mistaken."""
     if sample.kind != "coarse":
         return guess(sample)
-    return "A" if asked_pattern(sample) in MISTAKEN and rng.random() < WRONG else sample.answer
+    return "A" if asked_pattern(sample) in MISTAKEN and rng.random() < SHARE else sample.answer
 
 
 def timeline_answer(samples: Sequence[Sample]) -> str:
