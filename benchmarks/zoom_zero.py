@@ -98,6 +98,13 @@ ASKED = {
         )
         for window, top in ((60, 4), (20, 4), (30, 4), (60, 1), (60, 2), (60, 6))
     },
+    **{
+        f"divide-and-conquer, windows of {window}, top 4, ranked by answer and spans": (
+            *("--strategy", "divide-and-conquer", "--rank", "answer_and_spans"),
+            *("--window", f"{window}", "--top", "4"),
+        )
+        for window in (60, 20)
+    },
 }
 WAYS = {
     "One-stage, coarse-to-fine, divide-and-conquer (Tables 6, 12, 13)": tuple(ASKED)[:3],
