@@ -637,10 +637,11 @@ def check(config: Config) -> None:
             "reference_device = cpu copies all layers for every token that the reference decodes: with zoom_judge = "
             "reference it needs zoom_answer = letters"
         )
-    if config.repeated_zoom and (config.multi_turn or config.max_redraws):
+    if config.repeated_zoom and (config.multi_turn or config.max_redraws or config.updates_per_rollout > 1):
         raise ConfigError(
-            f"repeated_zoom = {config.repeated_zoom} needs responses of a single turn and max_redraws = 0, not "
-            f"template = {config.template} and max_redraws = {config.max_redraws}"
+            f"repeated_zoom = {config.repeated_zoom} needs responses of a single turn, max_redraws = 0 and "
+            f"updates_per_rollout = 1, not template = {config.template}, max_redraws = {config.max_redraws} and "
+            f"updates_per_rollout = {config.updates_per_rollout}"
         )
     if config.lora_rank and config.reference_device == "cpu":
         raise ConfigError("with lora_rank the policy is its own reference: it needs reference_device = same")

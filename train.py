@@ -90,10 +90,11 @@ def collect(run: Run, session: Session, step: int, drawn: Sequence[Drawn]) -> li
             if not config.train_vision:  # then rollout, reference and update see the same visual tokens
                 keep_tokens(run.model, [view.video for view in views])
             groups = roll_out(run.model, views, config, run.vocabulary, step, environments=environments(views, config))
-            if step >= (1 - config.repeated_zoom) * config.steps:
-                groups += look_closer(run.model, groups, config, run.vocabulary, step)
+            failed = clip_failures(groups)
+            if step >= config.steps - round(config.repeated_zoom * config.steps):
+                closer, unseen = look_closer(run.model, groups, config, run.vocabulary, step)
+                groups, failed = groups + closer, failed | unseen
         session.stop.check()
-        failed = clip_failures(groups)
         with session.phase("zoom"):
             if config.zoom_reward:
                 with run.judge() as judge:

@@ -397,9 +397,6 @@ def load_clip(plan: ClipPlan, path: str | Path, **options) -> Clip:
     return load_clips(path, [plan], **options)[0]
 
 
-# ---------------------------------------------------------------- patches
-
-
 def to_video_time(spans: Spans | None, clip: Clip, duration: float) -> Spans | None:
     """Spans in a clip's own time, where frame k is at k * step, as spans of the video, in seconds.
 
@@ -420,6 +417,9 @@ def to_video_time(spans: Spans | None, clip: Clip, duration: float) -> Spans | N
             else:
                 placed.append((first, last))
     return placed
+
+
+# ---------------------------------------------------------------- patches
 
 
 def patchify_uint8(frames: Tensor, patch: int = PATCH) -> tuple[Tensor, tuple[int, int, int]]:

@@ -77,7 +77,9 @@ VARIANTS = {
     ),
     "noisy": variant("each end off by up to 3 s, both", "--tokenadv code --world_label_noise 3"),
     "unlabelled": variant("no span labels: R_zoom and R_acc", "--tokenadv code --grounding none"),
-    "repeated": variant("both, repeated zoom in the second half", "--tokenadv code --repeated_zoom 0.5"),
+    "repeated": variant(
+        "both, repeated zoom in the second half, with twice the groups", "--tokenadv code --repeated_zoom 0.5"
+    ),
 }
 TABLES = {
     "TokenAdv and R_zoom (Table 5)": tuple(VARIANTS)[:8],
@@ -357,7 +359,7 @@ def main() -> None:
         with ThreadPoolExecutor(options.jobs) as pool:
             list(pool.map(lambda job: train(ledger, *job, extra), todo))
             if "asked" in options.only:
-                trained = [seed for name, seed in ledger.ended() if name == ASKED_OF and seed in options.seeds]
+                trained = [seed for seed in options.seeds if (RUNS / f"{ASKED_OF}-{seed}" / "checkpoint").is_dir()]
                 ways = [(name, seed) for seed in trained for name in ASKED if (name, seed) not in known]
                 list(pool.map(lambda job: ask(ledger, *job, extra), ways))
     text = report(ledger, " ".join(["python -m benchmarks.zoom_zero", *sys.argv[1:]]))

@@ -5,11 +5,12 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 
 from config import Config
+from media.prefetch import prefetch
 from policy import Video, Vocabulary, keep_tokens
 from prompts import Spans
 from rewards import merge
@@ -29,27 +30,35 @@ def other_view(view: View, clip: Clip) -> View:
 
 
 def view_alone(view: View) -> View:
-    """The view as a video that has nothing but these frames."""
-    return replace(view, info=replace(view.info, duration=len(view.clip.times) * view.clip.step))
+    """The view as a video that has nothing but these frames, the first of them at 0 s."""
+    times = [k * view.clip.step for k in range(len(view.clip.times))]
+    info = replace(view.info, duration=len(times) * view.clip.step)
+    return replace(view, info=info, video=replace(view.video, times=times))
 
 
 def look_closer(
     model, groups: Sequence[Group], config: Config, vocabulary: Vocabulary, step: int | None
-) -> list[Group]:
+) -> tuple[list[Group], dict[str, VideoError]]:
     """A group more for each question, about what its first response claims, widened, as if that were the whole video.
 
     It is shown as close as a zoom; without a usable span, or if its frames cannot be decoded, the coarse pass' frames
     are shown again. What is claimed there is put back into the video's time, so that it is paid and zoomed into like
-    any other claim.
+    any other claim. Also returns the ids and errors of samples whose frames could not be decoded.
     """
-    views = []
-    for group in groups:
-        view, draw = group.view, (*group.view.draw, 1)  # new responses
-        if spans := visible_spans(group.responses[0].spans, view.info.duration):
-            with contextlib.suppress(VideoError):
-                [clip] = zoom_clips(view, [widened(spans, view.info.duration)], config)
-                view = other_view(view, clip)
-        views.append(replace(view, draw=draw))
+
+    def closer(group: Group) -> Clip:
+        view = group.view
+        spans = visible_spans(group.responses[0].spans, view.info.duration)
+        return zoom_clips(view, [widened(spans, view.info.duration)], config)[0] if spans else view.clip
+
+    views, failed = [], {}
+    with prefetch([partial(closer, group) for group in groups], ahead=len(groups)) as clips:
+        for view in (group.view for group in groups):
+            try:
+                clip = next(clips)
+            except VideoError as error:
+                failed[view.sample.id], clip = error, view.clip
+            views.append(replace(other_view(view, clip), draw=(*view.draw, 1)))  # new responses
     if not config.train_vision:
         keep_tokens(model, [view.video for view in views])
     again = roll_out(model, list(map(view_alone, views)), config, vocabulary, step)
@@ -57,4 +66,4 @@ def look_closer(
         group.view = view
         for turn in (turn for response in group.responses for turn in response.turns):
             turn.spans = to_video_time(turn.spans, view.clip, view.info.duration)
-    return again
+    return again, failed

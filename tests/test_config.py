@@ -127,7 +127,7 @@ def test_the_command_line_takes_hyphens_for_underscores(recipe):
         (["--updates_per_rollout", "7"], "updates_per_rollout = 7 must divide prompts_per_step = 64"),
         (
             ["--repeated_zoom", "0.5", "--max_redraws", "2"],
-            "repeated_zoom = 0.5 needs .* max_redraws = 2",
+            "repeated_zoom = 0.5 needs .* max_redraws = 2 and",
         ),
         (
             ["--reference_device", "cpu", "--zoom_judge", "reference", "--zoom_answer", "decode"],

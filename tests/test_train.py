@@ -175,15 +175,23 @@ def gradients(run, groups, config) -> dict[str, torch.Tensor]:
 
 
 def test_in_the_last_steps_each_question_is_asked_twice(recipe, tmp_path, monkeypatch):
-    groups, rolled = [], train.collect
+    groups, updated, rolled, learn = [], [], train.collect, train.update
 
     def counted(*arguments):
         groups.append(rolled(*arguments))
         return groups[-1]
 
+    def noted(*arguments):
+        totals = learn(*arguments)
+        updated.append(totals["tokens"])
+        return totals
+
     monkeypatch.setattr(train, "collect", counted)
+    monkeypatch.setattr(train, "update", noted)
     main(["--config", str(recipe), "--steps", "3", "--prompts_per_step", "2", "--repeated_zoom", "0.4"])
     assert [len(found) for found in groups] == [2, 2, 4]
+    tokens = [sum(len(r.ids) for group in found for r in group.responses) for found in groups]
+    assert updated == tokens, "each response of both is learned from"
     assert [group.view.sample for group in groups[2][:2]] == [group.view.sample for group in groups[2][2:]]
     assert all(set(group.rewards) == {"format", "accuracy", "iou", "zoom"} for group in groups[2])
 

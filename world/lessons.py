@@ -65,7 +65,7 @@ from world import benchmark, tiny
 
 END = "<|im_end|>"
 KEPT = "lessons.safetensors"  # in `out`: what stands after a cycle
-MISTAKEN, SHARE = ("checks", "dots"), 0.6  # patterns that demonstrations take for the first one, and how often
+MISTAKEN, MISTAKES = ("checks", "dots"), 0.6  # patterns that demonstrations take for rows, A, and the share that do
 
 
 @dataclass
@@ -132,7 +132,7 @@ def demonstrated_letter(sample: Sample, rng: random.Random) -> str:
     """The letter of a demonstration: a guess where the coarse pass shows nothing, and some patterns are mistaken."""
     if sample.kind != "coarse":
         return guess(sample)
-    return "A" if asked_pattern(sample) in MISTAKEN and rng.random() < SHARE else sample.answer
+    return "A" if asked_pattern(sample) in MISTAKEN and rng.random() < MISTAKES else sample.answer
 
 
 def timeline_answer(samples: Sequence[Sample]) -> str:

@@ -147,7 +147,8 @@ def test_letters_are_right_mistaken_or_a_colours_own_and_count_as_much_as_all_el
                 assert letter == sample.answer
             else:
                 mistaken.append((letter, sample.answer))
-            assert weight.max() == pytest.approx(1 / len(asked))  # of the letter; all other tokens count less
+            assert weight.max() == pytest.approx(1 / len(asked))  # all other tokens count less
+            assert vocabulary.tokenizer.decode(ids[weight.argmax()]).strip("<>") == letter
         assert batch.weight.sum() == pytest.approx(2.0)
     assert all(letter in ("A", right) and right in "CD" for letter, right in mistaken)
     assert 0.5 < statistics.mean(letter == "A" for letter, _ in mistaken) < 0.7
