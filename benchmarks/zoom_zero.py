@@ -84,26 +84,26 @@ VARIANTS = {
 TABLES = {
     "TokenAdv and R_zoom (Table 5)": tuple(VARIANTS)[:8],
     "Responses per prompt (Table 9)": ("g2", "g4", "both-code"),
-    "Wrong labels, none, repeated zoom (left as future work)": (
-        *("both-code", "noisy-grpo", "noisy"),
-        *("unlabelled", "repeated"),
-    ),
+    "Wrong labels, none, repeated zoom (future work)": ("both-code", "noisy-grpo", "noisy", "unlabelled", "repeated"),
 }
+
+
+def in_windows(window: int, top: int, *more: str) -> tuple[str, ...]:
+    """The options of divide-and-conquer in windows of so many frames."""
+    return ("--strategy", "divide-and-conquer", *more, "--window", f"{window}", "--top", f"{top}")
+
+
 ASKED_OF = "both-code"  # the variant whose policies are asked
 ASKED = {
     "one-stage": ("--strategy", "one-stage"),
     "coarse-to-fine": ("--strategy", "coarse-to-fine"),
     **{
-        f"divide-and-conquer, windows of {window}, top {top}": (
-            *("--strategy", "divide-and-conquer"),
-            *("--window", f"{window}", "--top", f"{top}"),
-        )
+        f"divide-and-conquer, windows of {window}, top {top}": in_windows(window, top)
         for window, top in ((60, 4), (20, 4), (30, 4), (60, 1), (60, 2), (60, 6))
     },
     **{
-        f"divide-and-conquer, windows of {window}, top 4, ranked by answer and spans": (
-            *("--strategy", "divide-and-conquer", "--rank", "answer_and_spans"),
-            *("--window", f"{window}", "--top", "4"),
+        f"divide-and-conquer, windows of {window}, top 4, ranked by answer and spans": in_windows(
+            window, 4, "--rank", "answer_and_spans"
         )
         for window in (60, 20)
     },
@@ -332,7 +332,8 @@ def report(ledger: Ledger, command: str) -> str:
     parts = [
         "# Zoom-Zero's tables on the built-in world",
         f"`{command}`\n\nRuns started {events.count('started')}, ended {events.count('ended')}, failed "
-        f"{events.count('failed')}; the rest was interrupted. From the policy whose weights begin {ledger.start}.",
+        f"{events.count('failed')}; the rest was interrupted. From the policy whose weights begin {ledger.start}. "
+        "± 0.000 beside one seed is no interval.",
     ]
     for title, names in TABLES.items():
         parts += [f"## {title}", training_table(found, names)]
