@@ -227,7 +227,6 @@ class Config:
     invalid_span: str = zoom(
         "zero", "Without a usable span: R_zoom = 0, or zoom on the whole video (released code).", ("zero", "uniform")
     )
-
     repeated_zoom: float = zoom(
         0.0,
         "Share of the steps, the last ones, in which each question is asked once more about what its first response "

@@ -71,16 +71,8 @@ from engine.confidence import letter_probabilities, span_probability
 from engine.flops import forward_flops, patch_grids
 from engine.loading import patch_side
 from harness import journal
-from harness.asking import (
-    FRAME_BYTES,
-    Agent,
-    Request,
-    Steps,
-    side_by_side,
-    whole_video,
-    zoomed,
-)
-from harness.closer import other_view, widened
+from harness.asking import FRAME_BYTES, Agent, Request, Steps, side_by_side, whole_video, zoomed
+from harness.closer import closer_view, widened
 from harness.commands import Settings
 from harness.folder import claimed, claimed_file
 from harness.run import patient_accelerator, program, share, use_threads
@@ -93,7 +85,7 @@ from report import ReportError, tables
 from report.answer import answer_page, answer_record, answer_text, play_source
 from report.results import from_file, priced_row, read_results, to_file
 from rewards import interval_iou
-from rollout import Group, View, visible_spans, zoom_clips
+from rollout import Group, View, visible_spans
 from video import Budget, Clip, load_clips, plan_clip, to_video_time
 from world import benchmark
 
@@ -274,8 +266,7 @@ def part_request(agent: Agent, whole: Request, part: Spans) -> Request:
     """A part of the video as if it were a video of its own, as close as a zoom."""
 
     def show() -> View:
-        [clip] = zoom_clips(whole.view, [part], agent.config, agent.frames)
-        return other_view(whole.view, clip)
+        return closer_view(whole.view, part, agent.config, agent.frames)
 
     return replace(coarse_request(agent, whole.sample), show=show, alone=True)
 

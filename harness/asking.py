@@ -29,12 +29,12 @@ import torch
 from annotations.rows import Sample
 from config import Config
 from episodes import environments
-from harness.closer import other_view, view_alone
+from harness.closer import closer_view, view_alone
 from media.file import VideoError
 from media.frames import FrameCache
 from policy import Vocabulary
 from prompts import Spans
-from rollout import Group, View, Zoom, answer_clips, roll_out_batch, view_video, zoom_clips
+from rollout import Group, View, Zoom, answer_clips, roll_out_batch, view_video
 
 FRAME_BYTES = 2**30  # frames and packet tables kept for further looks at a video
 
@@ -120,8 +120,7 @@ def zoomed(agent: Agent, whole: Request, spans: Spans, think: str | None = None)
     """The letter again, from these spans alone (none: the whole video), closer and at a higher frame rate."""
 
     def show() -> View:
-        [clip] = zoom_clips(whole.view, [spans], agent.config, agent.frames)
-        return other_view(whole.view, clip)
+        return closer_view(whole.view, spans, agent.config, agent.frames)
 
     return Request(agent, whole.sample, choose, show, think=think)
 

@@ -15,7 +15,7 @@ from policy import Video, Vocabulary, keep_tokens
 from prompts import Spans
 from rewards import merge
 from rollout import Group, View, roll_out, visible_spans, zoom_clips
-from video import Clip, VideoError, to_video_time
+from video import FrameCache, VideoError, to_video_time
 
 
 def widened(spans: Spans, duration: float) -> Spans:
@@ -24,8 +24,9 @@ def widened(spans: Spans, duration: float) -> Spans:
     return merge([(max(0.0, start - half), min(duration, end + half)) for half, start, end in halves])
 
 
-def other_view(view: View, clip: Clip) -> View:
-    """The same question about other frames of the same video."""
+def closer_view(view: View, spans: Spans, config: Config, cache: FrameCache | None = None) -> View:
+    """The same question about these spans alone (none: the whole video), as close as a zoom. Raises VideoError."""
+    [clip] = zoom_clips(view, [spans], config, cache)
     return replace(view, clip=clip, video=Video.of(clip))
 
 
@@ -46,19 +47,19 @@ def look_closer(
     any other claim. Also returns the ids and errors of samples whose frames could not be decoded.
     """
 
-    def closer(group: Group) -> Clip:
-        view = group.view
-        spans = visible_spans(group.responses[0].spans, view.info.duration)
-        return zoom_clips(view, [widened(spans, view.info.duration)], config)[0] if spans else view.clip
+    def closer(view: View, claimed: Spans | None) -> View:
+        spans = visible_spans(claimed, view.info.duration)
+        return closer_view(view, widened(spans, view.info.duration), config) if spans else view
 
+    jobs = [partial(closer, group.view, group.responses[0].spans) for group in groups]
     views, failed = [], {}
-    with prefetch([partial(closer, group) for group in groups], ahead=len(groups)) as clips:
+    with prefetch(jobs, ahead=len(jobs)) as decoded:
         for view in (group.view for group in groups):
             try:
-                clip = next(clips)
+                shown = next(decoded)
             except VideoError as error:
-                failed[view.sample.id], clip = error, view.clip
-            views.append(replace(other_view(view, clip), draw=(*view.draw, 1)))  # new responses
+                failed[view.sample.id], shown = error, view
+            views.append(replace(shown, draw=(*view.draw, 1)))  # new responses
     if not config.train_vision:
         keep_tokens(model, [view.video for view in views])
     again = roll_out(model, list(map(view_alone, views)), config, vocabulary, step)

@@ -75,7 +75,7 @@ def gathered(rows: Sequence[Sequence[float]], accelerator: Accelerator) -> Tenso
 def reward_figures(groups: Sequence[Group], config: Config, accelerator: Accelerator) -> dict[str, float]:
     """Of each facet: mean and deviation, share of samples that it applies to, share of groups without variance."""
     figures: dict[str, float] = {}
-    varied = torch.zeros((), dtype=torch.bool, device=accelerator.device)  # [B], of each group
+    varied = torch.zeros((), dtype=torch.bool, device=accelerator.device)  # becomes [B]: of each group
     nothing = [math.nan] * config.group_size
     for name in paid_facets(config):
         values = gathered([group.rewards.get(name, nothing) for group in groups], accelerator)  # [B, G]

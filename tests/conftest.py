@@ -204,6 +204,12 @@ def loud_model(tokenizer, seed: int = 0, family: str = "qwen2_5_vl", **options):
     return model.eval()
 
 
+@pytest.fixture(scope="module")
+def model(tokenizer):
+    """A tiny policy whose choices are clear."""
+    return loud_model(tokenizer)
+
+
 @pytest.fixture(scope="session")
 def model64(tokenizer):
     return loud_model(tokenizer).double()
@@ -270,6 +276,12 @@ def recipe(tmp_path, talker, small_world) -> Path:
     values["root"] = small_world["train"].parent
     path.write_text(RECIPE.format(**values))
     return path
+
+
+@pytest.fixture
+def config(recipe):
+    """What `recipe` says; modules that want more have a fixture of this name."""
+    return configuration.parse(["--config", str(recipe)])
 
 
 def roll_out_episodes(model, views, config, vocabulary, step: int | None) -> list[Group]:

@@ -12,7 +12,6 @@ import torch
 from conftest import pay, run_in_two_processes
 from runs import end_of
 
-import config as configuration
 import filters
 from annotations.rows import DataError
 from annotations.samples import read_samples, write_samples
@@ -26,11 +25,6 @@ from rollout import answer_clips, zoom_clips
 
 ROOT = Path(__file__).resolve().parents[1]
 SHORT = ROOT / "tests" / "facts" / "qvhighlights_short.json"
-
-
-@pytest.fixture
-def config(recipe):
-    return configuration.parse(["--config", str(recipe)])
 
 
 @pytest.fixture

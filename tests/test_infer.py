@@ -60,11 +60,6 @@ ROOT = Path(__file__).resolve().parents[1]
 DEFAULT = Settings()
 
 
-@pytest.fixture
-def config(recipe):
-    return configuration.parse(["--config", str(recipe)])
-
-
 @pytest.fixture(scope="module")
 def policy(talker):
     """The talker with its vocabulary."""

@@ -34,17 +34,6 @@ from rollout import (
 )
 from video import VideoError
 
-
-@pytest.fixture
-def config(recipe):
-    return configuration.parse(["--config", str(recipe)])
-
-
-@pytest.fixture(scope="module")
-def model(tokenizer):
-    return loud_model(tokenizer)
-
-
 # ---------------------------------------------------------------- the coarse pass
 
 

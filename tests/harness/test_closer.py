@@ -5,26 +5,14 @@ from __future__ import annotations
 import re
 
 import pytest
-from conftest import loud_model
 from written import group_of, response_with
 
-import config as configuration
 from harness import closer
 from harness.closer import look_closer, widened
 from policy import Vocabulary
 from rollout import view_video, zoom_pass
 from video import VideoError
 from world import lessons, tiny
-
-
-@pytest.fixture
-def config(recipe):
-    return configuration.parse(["--config", str(recipe)])
-
-
-@pytest.fixture(scope="module")
-def model(tokenizer):
-    return loud_model(tokenizer)
 
 
 def test_widened_spans_stay_in_the_video_and_merge():
