@@ -16,6 +16,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from math import floor, prod
 
 import torch
@@ -88,14 +89,12 @@ class Vocabulary:
         return cls(tokenizer, eos, banned, outer_tags)
 
     def ids(self, text: str) -> list[int]:
-        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return list(tokenised(self.tokenizer, text))
 
     def forced_letter(self, text: str, n_options: int) -> tuple[list[int], list[int]]:
-        """Prompt ids that end where the letter of `{text}<answer>A` is decided, and the token that decides for each of
-        the letters.
+        """Prompt ids that end where the letter of `{text}<answer>A` is decided, and the token that decides for each.
 
-        Tokenizers may fuse the letter with the tag (`>A`), so the shared beginning of all n continuations is found, not
-        assumed.
+        Tokenizers may fuse the letter with the tag (`>A`): the continuations' shared beginning is found, not assumed.
         """
         continued = [self.ids(f"{text}<answer>{letter}") for letter in LETTERS[:n_options]]
         shared = len(continued[0]) - 1
@@ -104,11 +103,15 @@ class Vocabulary:
         return continued[0][:shared], [ids[shared] for ids in continued]
 
 
+@lru_cache(maxsize=4096)
+def tokenised(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[int, ...]:
+    """A text's ids, remembered: the times of a video's frames and its questions come again and again."""
+    return tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
 @dataclass
 class Prompt:
-    """A tokenised prompt: `ids` int64 [P], `positions` int64 [3, P], its clips, and the position at which the response
-    starts.
-    """
+    """A tokenised prompt: `ids` int64 [P], `positions` int64 [3, P], its clips, and the position of what follows."""
 
     ids: Tensor
     positions: Tensor
@@ -143,13 +146,17 @@ def mrope_positions(
             parts.append(torch.arange(p, p + segment).expand(3, -1))
             p += segment
             continue
-        t, h, w, seconds = segment
-        # The sampling interval is exact, its product may fall short of a whole number by a rounding error: so 1e-6.
-        time = torch.tensor([floor(k * tokens_per_second * seconds + 1e-6) for k in range(t)])
-        grid = torch.stack(torch.meshgrid(time, torch.arange(h), torch.arange(w), indexing="ij")).reshape(3, -1) + p
-        parts.append(grid)
-        p = int(grid.max()) + 1
+        parts.append(grid_positions(*segment[:3], tokens_per_second * segment[3]) + p)
+        p = int(parts[-1].max()) + 1
     return torch.cat(parts, dim=1) if parts else torch.zeros(3, 0, dtype=torch.long), p
+
+
+@lru_cache(maxsize=256)
+def grid_positions(t: int, h: int, w: int, step: float) -> Tensor:
+    """Positions of a grid of visual tokens that starts at 0, `step` apart in time: int64 [3, t * h * w]."""
+    # The sampling interval is exact, its product may fall short of a whole number by a rounding error: so 1e-6.
+    time = torch.tensor([floor(k * step + 1e-6) for k in range(t)])
+    return torch.stack(torch.meshgrid(time, torch.arange(h), torch.arange(w), indexing="ij")).reshape(3, -1)
 
 
 def build_prompt(
@@ -163,7 +170,9 @@ def build_prompt(
         raise ValueError(f"the prompt has {ids.count(pad)} <|video_pad|> for {len(videos)} clips")
     items = family_of(config).lay_out(ids, videos, config, vocabulary)
     full = [token for item in items for token in ([item] if isinstance(item, int) else [pad] * prod(item[:3]))]
-    positions, end = mrope_positions([1 if isinstance(item, int) else item for item in items], 1, start)
+    runs = itertools.groupby(items, type)  # of text tokens, and of grids
+    segments = [segment for kind, run in runs for segment in ([len(list(run))] if kind is int else run)]
+    positions, end = mrope_positions(segments, 1, start)
     return Prompt(torch.tensor(full, dtype=torch.long), positions, list(videos), end)
 
 

@@ -128,6 +128,7 @@ def training_accelerator(config: Config) -> Accelerator:
         raise ConfigError(f"there is no tracker {config.tracker!r}; there are none, {known}")
     use_threads(config)
     accelerator = Accelerator(
+        cpu=not torch.accelerator.is_available(),  # else accelerate takes torchrun's processes for so many single ones
         mixed_precision=config.mixed_precision,
         log_with=None if config.tracker == "none" else config.tracker,
         project_dir=config.out,
@@ -147,7 +148,8 @@ def patient_accelerator(config: Config) -> Accelerator:
     minutes.
     """
     patience = InitProcessGroupKwargs(timeout=timedelta(weeks=4))
-    return Accelerator(mixed_precision=config.mixed_precision, kwargs_handlers=[patience])
+    on_cpu = not torch.accelerator.is_available()
+    return Accelerator(cpu=on_cpu, mixed_precision=config.mixed_precision, kwargs_handlers=[patience])
 
 
 def share(tasks: Sequence[Any], accelerator: Accelerator) -> list[int]:

@@ -26,7 +26,7 @@ import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -69,7 +69,7 @@ class Event:
 
 
 class Backdrop(Protocol):
-    """What a video shows during [start, end) seconds instead of grey, where there is no event."""
+    """What a video shows during [start, end) seconds instead of grey, where there is no event. Hashable."""
 
     start: int
     end: int
@@ -163,16 +163,15 @@ def pattern_pixels(name: str, size: int, line: int) -> np.ndarray:
     }[name]
 
 
-def draw_frame(events: Sequence[Event], time: float, duration: int, backdrops: Sequence[Backdrop] = ()) -> np.ndarray:
-    """The frame shown at `time` seconds: planar YUV 4:2:0, uint8 [SIZE * 3 / 2, SIZE]."""
+@lru_cache(maxsize=16)
+def draw_still(event: Event | None, light_out: bool, backdrop: Backdrop | None) -> tuple[np.ndarray, np.ndarray]:
+    """What is seen for a while, without the bar: luma [SIZE, SIZE] and chroma [2, SIZE / 2, SIZE / 2], uint8."""
     luma = np.full((SIZE, SIZE), float(GREY))
     chroma = np.full((2, SIZE // 2, SIZE // 2), 128)
-    backdrop = next((backdrop for backdrop in backdrops if backdrop.start <= time < backdrop.end), None)
     if backdrop is not None:
         backdrop.paint(luma, chroma)
     half, quarter = SIZE // 2, SIZE // 4
     middle = slice(quarter, quarter + half)
-    event = next((event for event in events if event.start <= time < event.end), None)
     if event is not None:
         y, u, v = COLOURS[event.colour]
         luma[:] = y
@@ -180,8 +179,7 @@ def draw_frame(events: Sequence[Event], time: float, duration: int, backdrops: S
         chroma[:, quarter // 2 : (quarter + half) // 2, quarter // 2 : (quarter + half) // 2] = 128
         luma[middle, middle] = GREY
         if event.show == "blink":
-            out = any(second + 0.25 <= time < second + 0.75 for second in event.blinks)
-            luma[middle, middle] = LIGHT_OFF if out else LIGHT_ON
+            luma[middle, middle] = LIGHT_OFF if light_out else LIGHT_ON
         elif event.show == "coarse":
             luma[middle, middle] += CONTRAST * pattern_pixels(event.pattern, half, line=quarter // 2)
         else:
@@ -189,10 +187,20 @@ def draw_frame(events: Sequence[Event], time: float, duration: int, backdrops: S
             # the smooth window.
             window = np.sin(np.pi * (np.arange(half) + 0.5) / half) ** 2
             luma[middle, middle] += CONTRAST * np.outer(window, window) * pattern_pixels(event.pattern, half, line=1)
+    return np.rint(luma).astype(np.uint8), chroma.astype(np.uint8)
+
+
+def draw_frame(events: Sequence[Event], time: float, duration: int, backdrops: Sequence[Backdrop] = ()) -> np.ndarray:
+    """The frame shown at `time` seconds: planar YUV 4:2:0, uint8 [SIZE * 3 / 2, SIZE]."""
+    event = next((event for event in events if event.start <= time < event.end), None)
+    backdrop = next((backdrop for backdrop in backdrops if backdrop.start <= time < backdrop.end), None)
+    light_out = event is not None and any(second + 0.25 <= time < second + 0.75 for second in event.blinks)
+    luma, chroma = draw_still(event, light_out, backdrop)
+    frame = np.concatenate([luma.ravel(), chroma.ravel()]).reshape(-1, SIZE)
     # A bar along the bottom grows with time, as players draw it.
-    luma[-4:] = 16
-    luma[-4:, : round(SIZE * time / duration)] = 235
-    return np.concatenate([np.rint(luma).astype(np.uint8).ravel(), chroma.astype(np.uint8).ravel()]).reshape(-1, SIZE)
+    frame[SIZE - 4 : SIZE] = 16
+    frame[SIZE - 4 : SIZE, : round(SIZE * time / duration)] = 235
+    return frame
 
 
 def write_video(events: Sequence[Event], path: Path, duration: int, backdrops: Sequence[Backdrop] = ()) -> None:
