@@ -7,7 +7,8 @@
 A run is `train.py` from the main job's recipe with a variant's options, on one thread. A line is written to
 benchmarks/results/zoom_zero.jsonl when it starts and one when it ends, with its scores and its curves, so that what is
 there is not repeated, a later session goes on with the rest, and a run that was started and is not reported can be
-seen. Lines of another start (the hash of its weights) or of other options do not count.
+seen. Lines of another start, another recipe (their hashes) or other options do not count. TokenAdv as released with
+R_zoom is the main job itself: its runs are those of benchmarks/main_job.py.
 
 In the tables: mean over seeds with the 95% interval of Student's t; the difference to the first line, paired by seed,
 with its interval and the two-sided p-value of the exact test that flips its signs, which cannot be below 2 / 2^seeds.
@@ -31,6 +32,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+import yaml
+
+from benchmarks import main_job
 from report.curves import read_metrics
 from report.drawing import add_legend, line_look, new_figure, save_figure, tidy
 from report.results import stored_rows
@@ -40,6 +44,7 @@ ROOT = Path(__file__).resolve().parents[1]
 RUNS = ROOT / "runs" / "zoom_zero"
 RESULTS = ROOT / "benchmarks" / "results"
 START = ROOT / "checkpoints" / "tiny"
+RECIPE = ROOT / "recipes" / "cpu_world.yaml"
 TEN = 10  # steps that a point of a curve is the mean of
 LEVEL = 0.6  # of R_IoU
 # Student's t, 97.5%, by degrees of freedom.
@@ -93,7 +98,7 @@ def in_windows(window: int, top: int, *more: str) -> tuple[str, ...]:
     return ("--strategy", "divide-and-conquer", *more, "--window", f"{window}", "--top", f"{top}")
 
 
-ASKED_OF = "both-code"  # the variant whose policies are asked
+MAIN_JOB = "both-code"  # the variant that is the main job; its policies are asked
 ASKED = {
     "one-stage": ("--strategy", "one-stage"),
     "coarse-to-fine": ("--strategy", "coarse-to-fine"),
@@ -117,9 +122,11 @@ WAYS = {
 # ---------------------------------------------------------------- runs
 
 
-def weights_name(checkpoint: Path) -> str:
-    """The beginning of the hash of a checkpoint's weights."""
-    return hashlib.sha256((checkpoint / "model.safetensors").read_bytes()).hexdigest()[:12]
+def beginning(checkpoint: Path, recipe: Path) -> str:
+    """What training begins with: the first digits of the hashes of a checkpoint's weights and of a recipe's options."""
+    options = json.dumps(yaml.safe_load(recipe.read_text()), sort_keys=True).encode()
+    weights = (checkpoint / "model.safetensors").read_bytes()
+    return "-".join(hashlib.sha256(content).hexdigest()[:12] for content in (weights, options))
 
 
 @dataclass
@@ -127,7 +134,7 @@ class Ledger:
     """The file of what was started and what came out; lines are added by several threads."""
 
     path: Path
-    start: str  # `weights_name` of the policy that training starts from
+    start: str  # see `beginning`
 
     def __post_init__(self) -> None:
         self.lock = threading.Lock()
@@ -159,10 +166,23 @@ def blocks(values: Sequence[float]) -> list[float]:
     return [round(statistics.mean(values[k : k + TEN]), 4) for k in range(0, len(values) - TEN + 1, TEN)]
 
 
+def folder(name: str, seed: int) -> Path:
+    """Where a variant's run is."""
+    return main_job.RUNS / f"default-{seed}" if name == MAIN_JOB else RUNS / f"{name}-{seed}"
+
+
 def train(ledger: Ledger, name: str, seed: int, extra: Sequence[str]) -> None:
     """One run of a variant, noted when it starts and when it ends; "failed" with its exit code otherwise."""
-    out = RUNS / f"{name}-{seed}"
+    out = folder(name, seed)
     ledger.add(name, seed, "started")
+    if name == MAIN_JOB:  # with the controls that the other runs go without
+        try:
+            done = main_job.finished_run(out, seed, ["--threads", "1", *extra])
+        except subprocess.CalledProcessError as error:
+            ledger.add(name, seed, "failed", code=error.returncode)
+            return
+        note_end(ledger, name, seed, out, done["seconds"])
+        return
     command = ["accelerate", "launch", "train.py", "--seed", f"{seed}", "--out", str(out), "--threads", "1"]
     command += ["--eval_controls", "false"]
     begun = time.perf_counter()
@@ -187,21 +207,14 @@ def note_end(ledger: Ledger, name: str, seed: int, out: Path, seconds: float) ->
 
 
 def ask(ledger: Ledger, name: str, seed: int, extra: Sequence[str]) -> None:
-    """Long videos' questions, asked in one way of the policy that `ASKED_OF` trained with this seed."""
-    model = RUNS / f"{ASKED_OF}-{seed}" / "checkpoint"
+    """Long videos' questions, asked in one way of the policy that the main job has trained with this seed."""
+    run = folder(MAIN_JOB, seed)
     out = RUNS / f"asked-{seed}" / f"{name.replace(', ', '-').replace(' ', '-')}.jsonl"
     out.parent.mkdir(parents=True, exist_ok=True)
     ledger.add(name, seed, "started")
-    command = [
-        sys.executable,
-        "infer.py",
-        "--config",
-        str(RUNS / f"{ASKED_OF}-{seed}" / "config.yaml"),
-        "--threads",
-        "1",
-    ]
-    words = [*command, "--model", str(model), "--out", str(out), *extra, *LONG, *options_of(name)]
-    done = subprocess.run(words, cwd=ROOT, stdout=subprocess.DEVNULL)
+    command = [sys.executable, "infer.py", "--config", str(run / "config.yaml"), "--threads", "1"]
+    command += ["--model", str(run / "checkpoint"), "--out", str(out), *extra, *LONG, *options_of(name)]
+    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.DEVNULL)
     if done.returncode:
         ledger.add(name, seed, "failed", code=done.returncode)
         return
@@ -332,12 +345,12 @@ def report(ledger: Ledger, command: str) -> str:
     parts = [
         "# Zoom-Zero's tables on the built-in world",
         f"`{command}`\n\nRuns started {events.count('started')}, ended {events.count('ended')}, failed "
-        f"{events.count('failed')}; the rest was interrupted. From the policy whose weights begin {ledger.start}. "
+        f"{events.count('failed')}; the rest was interrupted. Hashes of weights and recipe: {ledger.start}. "
         "± 0.000 beside one seed is no interval.",
     ]
     for title, names in TABLES.items():
         parts += [f"## {title}", training_table(found, names)]
-    parts += ["## mIoU by evidence (Table 2, Figure 3)", evidence_table(found, ("grpo", ASKED_OF))]
+    parts += ["## mIoU by evidence (Table 2, Figure 3)", evidence_table(found, ("grpo", MAIN_JOB))]
     for title, names in WAYS.items():
         parts += [f"## {title}", f"Videos of {LONG[1]} s.", ways_table(found, names)]
     return "\n\n".join(parts) + "\n"
@@ -351,7 +364,7 @@ def main() -> None:
     parser.add_argument("--rows", type=Path, default=RESULTS / "zoom_zero.jsonl", help="what came out, a line a run")
     parser.add_argument("--cache", default="cache", help="folder of the built-in world's videos")
     options = parser.parse_args()
-    ledger, extra = Ledger(options.rows, weights_name(START)), ("--cache", options.cache)
+    ledger, extra = Ledger(options.rows, beginning(START, RECIPE)), ("--cache", options.cache)
     RUNS.mkdir(parents=True, exist_ok=True)
     known = ledger.ended()
     variants = [name for name in options.only if name != "asked"]
@@ -360,7 +373,7 @@ def main() -> None:
         with ThreadPoolExecutor(options.jobs) as pool:
             list(pool.map(lambda job: train(ledger, *job, extra), todo))
             if "asked" in options.only:
-                trained = [seed for seed in options.seeds if (RUNS / f"{ASKED_OF}-{seed}" / "checkpoint").is_dir()]
+                trained = [seed for seed in options.seeds if (folder(MAIN_JOB, seed) / "checkpoint").is_dir()]
                 ways = [(name, seed) for seed in trained for name in ASKED if (name, seed) not in known]
                 list(pool.map(lambda job: ask(ledger, *job, extra), ways))
     text = report(ledger, " ".join(["python -m benchmarks.zoom_zero", *sys.argv[1:]]))

@@ -100,3 +100,36 @@ def test_a_run_is_noted_when_it_starts_and_when_it_ends(code, tmp_path, monkeypa
     if not code:
         assert last["curves"] == {"reward/iou_mean": [0.45, 1.45]} and last["after"]["all"] == {"mIoU": 0.5}
         assert [row["step"] for row in read_metrics(tmp_path / "grpo-3" / "metrics.jsonl")] == list(range(20))
+
+
+def test_runs_of_the_main_job_are_its_benchmarks_own(tmp_path, monkeypatch):
+    monkeypatch.setattr(zoom_zero.main_job, "RUNS", tmp_path / "main_job")
+    out, asked = tmp_path / "main_job" / "default-3", []
+    monkeypatch.setattr(
+        zoom_zero, "note_end", lambda ledger, name, seed, at, seconds: asked.append((name, at, seconds))
+    )
+    monkeypatch.setattr(zoom_zero.subprocess, "run", lambda command, **_: asked.append(command))
+    out.mkdir(parents=True)
+    (out / "evaluation.json").write_text("{}")
+    (out / "seconds.json").write_text("7")
+    train(Ledger(tmp_path / "rows.jsonl", "mine"), zoom_zero.MAIN_JOB, 3, ())
+    assert asked == [(zoom_zero.MAIN_JOB, out, 7)]  # it was there
+    (out / "seconds.json").unlink()
+    train(Ledger(tmp_path / "rows.jsonl", "mine"), zoom_zero.MAIN_JOB, 3, ("--cache", "elsewhere"))
+    assert (
+        " ".join(asked[1]).endswith(f"--seed 3 --out {out} --threads 1 --cache elsewhere")
+        and asked[2][:2] == asked[0][:2]
+    )
+
+
+def test_another_recipe_or_other_weights_are_another_beginning(tmp_path):
+    weights, recipe = tmp_path / "model.safetensors", tmp_path / "recipe.yaml"
+    weights.write_bytes(b"w")
+    recipe.write_text("# a comment\nlr: 1\nsteps: 2\n")
+    first = zoom_zero.beginning(tmp_path, recipe)
+    recipe.write_text("steps: 2\nlr: 1\n")
+    assert zoom_zero.beginning(tmp_path, recipe) == first
+    recipe.write_text("steps: 2\nlr: 3\n")
+    other = zoom_zero.beginning(tmp_path, recipe)
+    weights.write_bytes(b"x")
+    assert len({first, other, zoom_zero.beginning(tmp_path, recipe)}) == 3
