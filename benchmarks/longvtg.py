@@ -35,7 +35,7 @@ from policy import Policy, Vocabulary
 from world import lessons
 
 ROOT = Path(__file__).resolve().parents[1]
-RECIPE = ["--config", "recipes/cpu_longvtg.yaml"]
+RECIPE = ["--config", "recipes/cpu_longvtg.yaml", "--world_test_videos", "40"]
 START = ROOT / "checkpoints" / "tiny"
 RUNS = ROOT / "runs" / "longvtg"
 LATE_START = RUNS / "late-start"

@@ -1,9 +1,10 @@
 """VideoZoomer on the built-in world: its ablations, and accuracy against the frames that are used.
 
-    python -m benchmarks.zoomer --start CHECKPOINT [--exemplars CHECKPOINT] [--coarse CHECKPOINT] [--seeds 0 1 2]
+    python -m benchmarks.zoomer --start CHECKPOINT [--exemplars CHECKPOINT] [--coarse CHECKPOINT] [--seeds 0 1]
 
 Ablations: runs of recipes/cpu_world_agent.yaml from the same cold start, with R_tool's weight 0.5 (as released), 0,
-0.25 and 1; from `--exemplars`, a cold start without reflection data; and from checkpoints/tiny, which has never made a
+0.25 and 1; with glances of 5 to 20 frames, drawn anew for each prompt (ParaVT, arXiv 2605.20342); with frames for one
+call alone; from `--exemplars`, a cold start without reflection data; and from checkpoints/tiny, which has never made a
 call. Accuracy and calls are those of greedy episodes about the test questions; sampled calls are those of training.
 
 Accuracy against frames: agents trained with R_tool, as they are and with one call allowed; agents trained without it,
@@ -58,6 +59,9 @@ def variants(start: Path, exemplars: Path | None) -> dict[str, tuple[str, list[s
     if exemplars:
         lines["exemplars"] = ("R_tool 0.5, without reflection data", ["--model", str(exemplars)])
     lines["cold"] = ("R_tool 0.5, without cold start", ["--model", str(NEVER_CALLED)])
+    start_with = ["--model", str(start)]
+    lines["random"] = ("R_tool 0.5, glances of 5 to 20 frames", [*start_with, "--least_frames", "5"])
+    lines["tight"] = ("R_tool 0.5, frames for one call", [*start_with, "--total_frames", "30"])
     return lines | {"tool-0.25": weighted("0.25"), "tool-1": weighted("1")}
 
 
@@ -176,7 +180,7 @@ def main() -> None:
     parser.add_argument("--start", type=Path, default=ROOT / "checkpoints" / "tiny-zoomer", help="the cold start")
     parser.add_argument("--exemplars", type=Path, help="a cold start without reflection data")
     parser.add_argument("--coarse", type=Path, default=ROOT / "runs" / "cpu_world" / "checkpoint")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--report", action="store_true", help="run nothing; the tables are about what is finished")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, each with one thread")

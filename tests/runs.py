@@ -35,8 +35,10 @@ SHARDED += ["tests/fsdp2_on_cpu.py"]
 NODES = ["--config_file", "recipes/accelerate_multinode.yaml", "--main_process_ip", "127.0.0.1", *SHARDED[2:]]
 
 
-def environment() -> dict[str, str]:
-    return os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
+def environment(shards: bool = False) -> dict[str, str]:
+    """On CPUs: torchrun's processes find that out themselves, accelerate must be told before it shards."""
+    told = {"ACCELERATE_USE_CPU": "true"} if shards else {}
+    return os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""} | told
 
 
 @functools.cache
@@ -85,7 +87,7 @@ def sharding(nodes: int) -> dict[str, str]:
     """
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(ROOT)
-        for name, value in environment().items():
+        for name, value in environment(shards=True).items():
             patch.setenv(name, value)
         arguments, _, _ = launch._validate_launch_command(
             launch.launch_command_parser().parse_args(NODES if nodes > 1 else SHARDED)
@@ -106,7 +108,7 @@ def in_two(errors: Path, *arguments: object, script: str = "train.py", shards: b
 def launched(*arguments: object) -> None:
     """The same with shards, by `accelerate launch` itself."""
     command = [sys.executable, "-m", "accelerate.commands.launch", *SHARDED, *map(str, arguments)]
-    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=600)
+    done = subprocess.run(command, cwd=ROOT, env=environment(shards=True), capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
 
 

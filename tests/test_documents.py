@@ -19,7 +19,7 @@ from harness import commands
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 NAMES = [str(path.relative_to(ROOT)) for path in DOCUMENTS]
-PROGRAM = re.compile(r"(?:^|&& )((?:\w+=\S+ )*(?:python|accelerate launch|pytest|bash|wc|ruff|\.ci/run)\b.*)")
+PROGRAM = re.compile(r"(?:^|&& )((?:\w+=\S+ )*(?:python|accelerate launch|torchrun|pytest|bash|wc|ruff|\.ci/run)\b.*)")
 OURS = ("recipes/", "benchmarks/", "docs/", "tests/", "checkpoints/", ".ci/", ".github/")
 MADE = ("checkpoints/tiny-",)  # beside those that are committed, recipes name some that they make
 
@@ -89,7 +89,7 @@ def check_command(command: str) -> None:
             check_program(launched.training_script, launched.training_script_args)
         case ["python", "-m", "venv", _]:
             pass
-        case ["python", "-m", "torch.distributed.run", *rest]:
+        case ["torchrun", *rest] | ["python", "-m", "torch.distributed.run", *rest]:
             script = next(k for k, word in enumerate(rest) if word.endswith(".py"))
             check_program(rest[script], [word for word in rest[script + 1 :] if word != "..."])
         case ["python", "-m", module, *rest]:
@@ -153,6 +153,7 @@ def test_the_readme_has_a_command_of_each_kind():
     [
         "python infer.py --vidoe a.mp4",
         "accelerate launch --num_proceses 4 train.py",
+        "torchrun --nproc_per_node 2 train.py --stesp 3",
         "accelerate launch train.py --config recipes/gone.yaml",
         "python train.py --steps many",
         "python walkthrough.py --world_traine_videos 3",
