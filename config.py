@@ -337,6 +337,12 @@ class Config:
         free=True,
         used_by=LOOPS,
     )
+    eval_before: str = scoring(
+        "",
+        "results-before.jsonl of another run from the same model, which is then not evaluated again; empty: it is.",
+        free=True,
+        used_by=LOOPS,
+    )
     eval_batch: int = scoring(8, "Looks of different questions in one pass on one device.", above=0, used_by=TESTING)
 
     # ---- machine

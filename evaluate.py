@@ -226,7 +226,7 @@ def save_and_print(
 @contextlib.contextmanager
 def before_and_after(run: Any, test: Sequence[Sample]) -> Iterator[None]:
     """Evaluate a `setup.Run`'s policy before and after what happens within, print and save both; nothing without
-    samples. A resumed run finds the rows before training in its folder.
+    samples. A resumed run finds the rows before training in its folder, another one where `eval_before` says.
     """
     if not test:
         yield
@@ -240,7 +240,8 @@ def before_and_after(run: Any, test: Sequence[Sample]) -> Iterator[None]:
     path = out / "results-before.jsonl"
     before = stored_before(path, test) if run.config.resume else None
     if before is None:  # of the model that training starts from: its state is loaded later
-        before = rows("before training")
+        known = run.config.eval_before
+        before = rows_about(Path(known), test) if known else rows("before training")
         if accelerator.is_main_process:
             save_whole(path, partial(write_results, rows=before))
     yield
@@ -256,13 +257,17 @@ def before_and_after(run: Any, test: Sequence[Sample]) -> Iterator[None]:
 def stored_before(path: Path, test: Sequence[Sample]) -> list[dict] | None:
     """The rows before training that a run has left; None, and why, if they are not whole or about other questions."""
     try:
-        rows = stored_rows(path)
+        return rows_about(path, test)
     except DataError as error:
         log.warning("%s; the model before training is evaluated anew", error)
         return None
+
+
+def rows_about(path: Path, test: Sequence[Sample]) -> list[dict]:
+    """The rows of a result file. Raises DataError if they are not whole or about other questions."""
+    rows = stored_rows(path)
     if [row["id"] for row in rows] != [sample.id for sample in test]:
-        log.warning("%s is not about these questions; the model before training is evaluated anew", path)
-        return None
+        raise DataError(f"{path} is not about these questions")
     return rows
 
 
@@ -300,11 +305,15 @@ def score_of_best(figures: Mapping[str, float], config: Config) -> float | None:
 
 
 def check_evaluations(samples: Sequence[Sample], config: Config) -> None:
-    """What training evaluates: as `check_test_samples`. Raises ConfigError for evaluations that are not made."""
+    """What training evaluates: as `check_test_samples`. Raises ConfigError for evaluations that are not made, DataError
+    for rows before training that are about other questions.
+    """
     if config.keep_best and not (config.eval_every and samples):
         needs = "it needs eval_every and test_data"
         raise configuration.ConfigError(f"keep_best = {config.keep_best} compares evaluations on the way: {needs}")
     check_test_samples(samples, config)
+    if config.eval_before and samples:
+        rows_about(Path(config.eval_before), samples)
 
 
 def check_test_samples(samples: Sequence[Sample], config: Config) -> None:

@@ -22,6 +22,7 @@ import hashlib
 import itertools
 import json
 import math
+import shutil
 import statistics
 import subprocess
 import sys
@@ -185,6 +186,9 @@ def train(ledger: Ledger, name: str, seed: int, extra: Sequence[str]) -> None:
         return
     command = ["accelerate", "launch", "train.py", "--seed", f"{seed}", "--out", str(out), "--threads", "1"]
     command += ["--eval_controls", "false"]
+    start = RUNS / f"before-{ledger.start}.jsonl"  # what the start answers is the same for all
+    if start.exists():
+        command += ["--eval_before", str(start)]
     begun = time.perf_counter()
     done = subprocess.run(
         [*command, "--overwrite", "--model", str(START), *extra, *options_of(name)], cwd=ROOT, stdout=subprocess.DEVNULL
@@ -192,6 +196,8 @@ def train(ledger: Ledger, name: str, seed: int, extra: Sequence[str]) -> None:
     if done.returncode:
         ledger.add(name, seed, "failed", code=done.returncode)
         return
+    if not start.exists():
+        shutil.copy(out / "results-before.jsonl", start)
     note_end(ledger, name, seed, out, time.perf_counter() - begun)
 
 

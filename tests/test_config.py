@@ -322,7 +322,7 @@ def test_the_options_that_decide_an_answer_keep_their_names():
 
 def test_a_resumed_run_may_change_what_leaves_its_numbers_alone():
     names = "out resume overwrite tracker save_every n_episodes threads max_failed_videos "
-    names += "log_every eval_every keep_best keep_checkpoints"
+    names += "log_every eval_every eval_before keep_best keep_checkpoints"
     assert {name for name, about in OPTIONS.items() if about["free"]} == set(names.split())
 
 

@@ -30,6 +30,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 
 import config as configuration
+import evaluate
 import grpo
 import harness.setup
 import rewards
@@ -88,6 +89,17 @@ def test_what_a_run_leaves_behind(finished):
     assert not list(out.glob("*.part")) and not list(out.glob("*.old"))
     before = [json.loads(line) for line in (out / "results-before.jsonl").read_text().splitlines()]
     assert len(before) == table["before"]["all"]["questions"]
+
+
+def test_the_start_is_not_evaluated_again_where_another_run_has_done_it(finished, tmp_path, monkeypatch):
+    before, asked, real = finished / "run" / "results-before.jsonl", [], evaluate.evaluate
+    monkeypatch.setattr(evaluate, "evaluate", lambda *given: asked.append(given[-1]) or real(*given))
+    words = ["--config", str(finished / "recipe.yaml"), "--steps", "1", "--out", str(tmp_path / "run"), "--overwrite"]
+    main([*words, "--eval_before", str(before)])
+    assert asked == ["after training"] and (tmp_path / "run" / before.name).read_text() == before.read_text()
+    (tmp_path / before.name).write_text("".join(before.read_text().splitlines(keepends=True)[1:]))
+    with pytest.raises(DataError, match="is not about these questions"):
+        main([*words, "--eval_before", str(tmp_path / before.name)])
 
 
 def test_the_checkpoint_loads_silently_and_is_the_trained_policy(finished, talker, caplog):
@@ -250,9 +262,12 @@ def test_whatever_waits_for_the_group_s_threads_with_the_interpreter_s_lock_is_g
 
 
 @pytest.mark.processes
-def test_two_processes_train_like_one(recipe, tmp_path):
-    """The same metrics and weights after two steps of two updates each, up to float noise."""
-    common = ["--config", recipe, "--updates_per_rollout", "2", "--beta", "0.05", "--train_vision", "false"]
+@pytest.mark.parametrize("more", [["--updates_per_rollout", "2"], ["--repeated_zoom", "0.5"]], ids=" ".join)
+def test_two_processes_train_like_one(recipe, tmp_path, more):
+    """The same metrics and weights after two steps, of two updates each or the second with a closer look, up to float
+    noise.
+    """
+    common = ["--config", recipe, *more, "--beta", "0.05", "--train_vision", "false"]
     main([*map(str, common), "--out", str(tmp_path / "one")])
     in_two(tmp_path / "errors", *common, "--out", tmp_path / "two")
     assert len(list((tmp_path / "two" / "state").glob("shard-*"))) == 2  # each process has written its part

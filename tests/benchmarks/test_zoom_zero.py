@@ -1,6 +1,7 @@
 """Zoom-Zero's tables: what is kept of runs, what is run again, statistics over seeds."""
 
 import json
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -88,18 +89,29 @@ def test_a_run_is_noted_when_it_starts_and_when_it_ends(code, tmp_path, monkeypa
         (out / "evaluation.json").write_text(json.dumps({"before": parts, "after": parts}))
         steps = [{"step": k, "reward/iou_mean": k / 10, "kl/text": 0.0} for k in range(20)]
         (out / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in steps))
+        (out / "results-before.jsonl").write_text("rows")
         return SimpleNamespace(returncode=code)
 
     monkeypatch.setattr(zoom_zero.subprocess, "run", run)
     ledger = Ledger(tmp_path / "rows.jsonl", "mine")
     train(ledger, "grpo", 3, ("--cache", "elsewhere"))
     [(command, before)] = seen
+    assert "--eval_before" not in command
     assert [line["event"] for line in before] == ["started"] and "--cache elsewhere --tokenadv off" in " ".join(command)
     last = ledger.lines()[-1]
     assert last["event"] == ("failed" if code else "ended")
     if not code:
         assert last["curves"] == {"reward/iou_mean": [0.45, 1.45]} and last["after"]["all"] == {"mIoU": 0.5}
         assert [row["step"] for row in read_metrics(tmp_path / "grpo-3" / "metrics.jsonl")] == list(range(20))
+        shutil.rmtree(tmp_path / "grpo-3")
+        train(ledger, "grpo", 3, ())
+        known = tmp_path / "before-mine.jsonl"  # the start is not asked again
+        assert (
+            " ".join(seen[1][0]).endswith(
+                f"--eval_before {known} --overwrite --model {zoom_zero.START} --tokenadv off --zoom_reward false"
+            )
+            and known.read_text() == "rows"
+        )
 
 
 def test_runs_of_the_main_job_are_its_benchmarks_own(tmp_path, monkeypatch):
