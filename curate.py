@@ -60,7 +60,7 @@ from engine.loading import patch_side
 from harness import chat, journal
 from harness.chat import Cached, Chat, ChatError, Local, Message, Reply, RequestError, Shown, Usage, one_line
 from harness.folder import claimed
-from harness.run import patient_accelerator, program, share, use_threads
+from harness.run import patient_accelerator, program, share
 from media.decode import probe
 from media.file import VideoError
 from media.frames import FrameCache
@@ -618,7 +618,6 @@ def parse_curate(arguments: list[str] | None = None) -> tuple[argparse.Namespace
 
 def main(arguments: list[str] | None = None) -> None:
     options, config = parse_curate(arguments)
-    use_threads(config)
     accelerator = patient_accelerator(config)
     with claimed(options.out, accelerator):
         curate(options, config, accelerator)

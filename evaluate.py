@@ -52,7 +52,7 @@ from harness.checkpoints import SCORES, keep_best
 from harness.folder import claimed, delete
 from harness.journal import save_whole
 from harness.publish import write_card
-from harness.run import finish, main_does, patient_accelerator, program, share, use_threads
+from harness.run import finish, main_does, main_reads, patient_accelerator, program, share
 from media.file import VideoError
 from policy import ModelError, Vocabulary
 from prompts import TEMPLATES
@@ -224,9 +224,9 @@ def save_and_print(
 
 
 @contextlib.contextmanager
-def before_and_after(run: Any, test: Sequence[Sample]) -> Iterator[None]:
+def before_and_after(run: Any, test: Sequence[Sample], known: list[dict] | None = None) -> Iterator[None]:
     """Evaluate a `setup.Run`'s policy before and after what happens within, print and save both; nothing without
-    samples. A resumed run finds the rows before training in its folder, another one where `eval_before` says.
+    samples. The rows before are not made again where they are `known`, or where a resumed run has left them.
     """
     if not test:
         yield
@@ -240,8 +240,7 @@ def before_and_after(run: Any, test: Sequence[Sample]) -> Iterator[None]:
     path = out / "results-before.jsonl"
     before = stored_before(path, test) if run.config.resume else None
     if before is None:  # of the model that training starts from: its state is loaded later
-        known = run.config.eval_before
-        before = rows_about(Path(known), test) if known else rows("before training")
+        before = known or rows("before training")
         if accelerator.is_main_process:
             save_whole(path, partial(write_results, rows=before))
     yield
@@ -257,17 +256,29 @@ def before_and_after(run: Any, test: Sequence[Sample]) -> Iterator[None]:
 def stored_before(path: Path, test: Sequence[Sample]) -> list[dict] | None:
     """The rows before training that a run has left; None, and why, if they are not whole or about other questions."""
     try:
-        return rows_about(path, test)
+        rows = stored_rows(path)
     except DataError as error:
         log.warning("%s; the model before training is evaluated anew", error)
         return None
-
-
-def rows_about(path: Path, test: Sequence[Sample]) -> list[dict]:
-    """The rows of a result file. Raises DataError if they are not whole or about other questions."""
-    rows = stored_rows(path)
     if [row["id"] for row in rows] != [sample.id for sample in test]:
-        raise DataError(f"{path} is not about these questions")
+        log.warning("%s is not about these questions; the model before training is evaluated anew", path)
+        return None
+    return rows
+
+
+def known_before(test: Sequence[Sample], config: Config, accelerator: Accelerator) -> list[dict] | None:
+    """The rows of `eval_before`, read before the run's folder is emptied, where they may be; None for a resumed run,
+    which has its own. Raises DataError if they are about other questions, or lack what this run evaluates.
+    """
+    if not config.eval_before or config.resume or not test:
+        return None
+    rows = main_reads(accelerator, partial(stored_rows, config.eval_before), DataError)
+    asked = ("id", "video", "answer", "evidence")
+    if [[row.get(k) for k in asked] for row in rows] != [[row_of(s, None, None)[k] for k in asked] for s in test]:
+        raise DataError(f"eval_before = {config.eval_before} is not about these questions")
+    for name in ("format", *(["true_zoom_answer"] if config.eval_controls else [])):
+        if name not in rows[0]:
+            raise DataError(f"eval_before = {config.eval_before} has no {name}")
     return rows
 
 
@@ -305,15 +316,11 @@ def score_of_best(figures: Mapping[str, float], config: Config) -> float | None:
 
 
 def check_evaluations(samples: Sequence[Sample], config: Config) -> None:
-    """What training evaluates: as `check_test_samples`. Raises ConfigError for evaluations that are not made, DataError
-    for rows before training that are about other questions.
-    """
+    """What training evaluates: as `check_test_samples`. Raises ConfigError for evaluations that are not made."""
     if config.keep_best and not (config.eval_every and samples):
         needs = "it needs eval_every and test_data"
         raise configuration.ConfigError(f"keep_best = {config.keep_best} compares evaluations on the way: {needs}")
     check_test_samples(samples, config)
-    if config.eval_before and samples:
-        rows_about(Path(config.eval_before), samples)
 
 
 def check_test_samples(samples: Sequence[Sample], config: Config) -> None:
@@ -325,7 +332,6 @@ def check_test_samples(samples: Sequence[Sample], config: Config) -> None:
 def main(arguments: list[str] | None = None) -> None:
     options, config = configuration.parse_for_model(commands.extra("evaluate", __doc__), arguments, program="evaluate")
     out = options.out or "runs/evaluate"  # not the recipe's: a run may be there
-    use_threads(config)
     if not config.test_data:
         raise configuration.ConfigError("nothing to evaluate on: give --test_data")
     accelerator = patient_accelerator(config)

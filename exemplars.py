@@ -60,7 +60,7 @@ from harness.asking import Agent
 from harness.batches import view_all
 from harness.chat import Cached, Chat, ChatError, Message, RequestError, Shown, connect
 from harness.folder import claimed
-from harness.run import patient_accelerator, program, share, use_threads
+from harness.run import patient_accelerator, program, share
 from infer import load_agent
 from policy import ModelError
 from prompts import CALL_END
@@ -334,7 +334,6 @@ def main(arguments: list[str] | None = None) -> None:
     if (options.what == "reflect") != bool(options.exemplars):
         raise ConfigError("reflect, and only it, needs --exemplars, the train.jsonl that play has left")
     disable_progress_bar()  # of loading weights
-    use_threads(config)
     options.out = options.out or f"runs/{options.what}"
     accelerator = patient_accelerator(config)
     with claimed(options.out, accelerator):

@@ -59,7 +59,7 @@ from harness.asking import Agent
 from harness.batches import view_all
 from harness.chat import Cached, Chat, ChatError, Message, RequestError, Shown, connect
 from harness.folder import claimed
-from harness.run import patient_accelerator, program, use_threads
+from harness.run import patient_accelerator, program
 from infer import load_agent
 from media.decode import probe
 from media.file import VideoError
@@ -394,7 +394,6 @@ def main(arguments: list[str] | None = None) -> None:
     if (options.endpoint or options.judge_model) and not (options.filter == "plm_video" and options.judge_model):
         raise ConfigError("--judge_model, at an --endpoint, is for plm_video; an endpoint needs a model's name")
     disable_progress_bar()  # of loading weights
-    use_threads(config)
     options.out = options.out or f"runs/filters/{options.filter}"
     accelerator = patient_accelerator(config)
     with claimed(options.out, accelerator):

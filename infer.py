@@ -35,8 +35,7 @@ The questions of a data set are asked side by side, `eval_batch` looks in a pass
 decoded; no answer depends on the others. Each finished question is one line of the result file, and running again does
 only the rest. Questions about one video are answered by one process, which keeps decoded frames for the next question.
 A question's seconds are those of decoding what it was shown, and its share of the passes. Processes are those of
-`accelerate launch`, on a CPU of `ACCELERATE_USE_CPU=true python -m torch.distributed.run --nproc_per_node 2 infer.py
-...`.
+`accelerate launch`, on a CPU of `torchrun --nproc_per_node 2 infer.py ...`.
 """
 
 from __future__ import annotations

@@ -103,7 +103,7 @@ class Vocabulary:
         return continued[0][:shared], [ids[shared] for ids in continued]
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=1024)
 def tokenised(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[int, ...]:
     """A text's ids, remembered: the times of a video's frames and its questions come again and again."""
     return tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
@@ -153,7 +153,7 @@ def mrope_positions(
 
 @lru_cache(maxsize=256)
 def grid_positions(t: int, h: int, w: int, step: float) -> Tensor:
-    """Positions of a grid of visual tokens that starts at 0, `step` apart in time: int64 [3, t * h * w]."""
+    """Positions of a grid of visual tokens that starts at 0, `step` apart in time: int64 [3, t * h * w]; shared."""
     # The sampling interval is exact, its product may fall short of a whole number by a rounding error: so 1e-6.
     time = torch.tensor([floor(k * step + 1e-6) for k in range(t)])
     return torch.stack(torch.meshgrid(time, torch.arange(h), torch.arange(w), indexing="ij")).reshape(3, -1)

@@ -3,7 +3,7 @@
     accelerate launch --config_file recipes/accelerate_fsdp2.yaml sft.py --config recipes/videozoomer_sft.yaml
     python sft.py --config recipes/cpu_world_agent_sft.yaml  # the built-in policy learns to ask for clips
     python sft.py --overwrite                                # makes checkpoints/tiny from nothing (world/lessons.py)
-    ACCELERATE_USE_CPU=true torchrun --nproc_per_node 2 sft.py --overwrite    # the same in two processes
+    torchrun --nproc_per_node 2 sft.py --overwrite    # the same in two processes
 
 `train_data` names a file of trajectories (annotations/trajectories.py, exemplars.py), or is `world` for
 world/lessons.py.
@@ -141,10 +141,11 @@ def main(arguments: list[str] | None = None) -> None:
     with accelerator.main_process_first():
         test = load_test(config)
     evaluate.check_evaluations(test, config)
+    known = evaluate.known_before(test, config, accelerator)
     with claim_folder(config, accelerator):
         start_tracker(config, accelerator)
         run = load_run(replace(config, kl="none", zoom_judge="policy"), accelerator)  # there is no reference
-        with evaluate.before_and_after(run, test):
+        with evaluate.before_and_after(run, test, known):
             train(run, rows, test)
         accelerator.print(f"{config.out}/: config.yaml, metrics.jsonl, checkpoint/")
         finish(accelerator, run.policy)

@@ -291,10 +291,11 @@ def main(arguments: list[str] | None = None) -> None:
     accelerator = training_accelerator(config)
     sets, test = main_reads(accelerator, lambda: (load_training(config), load_test(config)), DataError)
     evaluate.check_evaluations(test, config)
+    known = evaluate.known_before(test, config, accelerator)
     with claim_folder(config, accelerator):
         start_tracker(config, accelerator)
         run = load_run(config, accelerator)
-        with evaluate.before_and_after(run, test):
+        with evaluate.before_and_after(run, test, known):
             train(run, sets, test)
         accelerator.print(f"{config.out}/: config.yaml, metrics.jsonl, curves.png, episodes.html, checkpoint/")
         finish(accelerator, run.policy)

@@ -19,7 +19,6 @@ from report import tables
 from report.results import stored_rows
 
 ROOT = Path(__file__).resolve().parents[1]
-RUNS = ROOT / "runs" / "main_job"
 SCORES = ("mIoU", "mIoP", "mIoG", "R@0.3", "R@0.5", "accuracy", "zoom_accuracy", "Acc@GQA", "format")
 CONTROLS = ("true_zoom_accuracy", "shuffled mIoU", "chance mIoU")
 # What is also told apart, and which scores of it.
@@ -79,7 +78,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--label", default="default", help="name of the runs and of the result file")
     given = parser.parse_args(arguments)
-    folders = [RUNS / f"{given.label}-{seed}" for seed in given.seeds]
+    folders = [ROOT / "runs" / "main_job" / f"{given.label}-{seed}" for seed in given.seeds]
     runs = [finished_run(out, seed, options) for out, seed in zip(folders, given.seeds, strict=True)]
     minutes = [run["seconds"] / 60 for run in runs]
     command = "python -m benchmarks.main_job" + "".join(f" {word}" for word in sys.argv[1:])

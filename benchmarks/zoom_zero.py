@@ -7,8 +7,7 @@
 A run is `train.py` from the main job's recipe with a variant's options, on one thread. A line is written to
 benchmarks/results/zoom_zero.jsonl when it starts and one when it ends, with its scores and its curves, so that what is
 there is not repeated, a later session goes on with the rest, and a run that was started and is not reported can be
-seen. Lines of another start, another recipe (their hashes) or other options do not count. TokenAdv as released with
-R_zoom is the main job itself: its runs are those of benchmarks/main_job.py.
+seen. Lines of another start, another recipe (their hashes) or other options do not count.
 
 In the tables: mean over seeds with the 95% interval of Student's t; the difference to the first line, paired by seed,
 with its interval and the two-sided p-value of the exact test that flips its signs, which cannot be below 2 / 2^seeds.
@@ -35,7 +34,6 @@ from pathlib import Path
 
 import yaml
 
-from benchmarks import main_job
 from report.curves import read_metrics
 from report.drawing import add_legend, line_look, new_figure, save_figure, tidy
 from report.results import stored_rows
@@ -167,23 +165,10 @@ def blocks(values: Sequence[float]) -> list[float]:
     return [round(statistics.mean(values[k : k + TEN]), 4) for k in range(0, len(values) - TEN + 1, TEN)]
 
 
-def folder(name: str, seed: int) -> Path:
-    """Where a variant's run is."""
-    return main_job.RUNS / f"default-{seed}" if name == MAIN_JOB else RUNS / f"{name}-{seed}"
-
-
 def train(ledger: Ledger, name: str, seed: int, extra: Sequence[str]) -> None:
     """One run of a variant, noted when it starts and when it ends; "failed" with its exit code otherwise."""
-    out = folder(name, seed)
+    out = RUNS / f"{name}-{seed}"
     ledger.add(name, seed, "started")
-    if name == MAIN_JOB:  # with the controls that the other runs go without
-        try:
-            done = main_job.finished_run(out, seed, ["--threads", "1", *extra])
-        except subprocess.CalledProcessError as error:
-            ledger.add(name, seed, "failed", code=error.returncode)
-            return
-        note_end(ledger, name, seed, out, done["seconds"])
-        return
     command = ["accelerate", "launch", "train.py", "--seed", f"{seed}", "--out", str(out), "--threads", "1"]
     command += ["--eval_controls", "false"]
     start = RUNS / f"before-{ledger.start}.jsonl"  # what the start answers is the same for all
@@ -214,7 +199,7 @@ def note_end(ledger: Ledger, name: str, seed: int, out: Path, seconds: float) ->
 
 def ask(ledger: Ledger, name: str, seed: int, extra: Sequence[str]) -> None:
     """Long videos' questions, asked in one way of the policy that the main job has trained with this seed."""
-    run = folder(MAIN_JOB, seed)
+    run = RUNS / f"{MAIN_JOB}-{seed}"
     out = RUNS / f"asked-{seed}" / f"{name.replace(', ', '-').replace(' ', '-')}.jsonl"
     out.parent.mkdir(parents=True, exist_ok=True)
     ledger.add(name, seed, "started")
@@ -379,7 +364,8 @@ def main() -> None:
         with ThreadPoolExecutor(options.jobs) as pool:
             list(pool.map(lambda job: train(ledger, *job, extra), todo))
             if "asked" in options.only:
-                trained = [seed for seed in options.seeds if (folder(MAIN_JOB, seed) / "checkpoint").is_dir()]
+                ended = ledger.ended()
+                trained = [s for s in options.seeds if (MAIN_JOB, s) in ended and (RUNS / f"{MAIN_JOB}-{s}").is_dir()]
                 ways = [(name, seed) for seed in trained for name in ASKED if (name, seed) not in known]
                 list(pool.map(lambda job: ask(ledger, *job, extra), ways))
     text = report(ledger, " ".join(["python -m benchmarks.zoom_zero", *sys.argv[1:]]))

@@ -1,6 +1,6 @@
 """VideoZoomer on the built-in world: its ablations, and accuracy against the frames that are used.
 
-    python -m benchmarks.zoomer --start CHECKPOINT [--exemplars CHECKPOINT] [--coarse CHECKPOINT] [--seeds 0 1]
+    python -m benchmarks.zoomer --start CHECKPOINT [--exemplars CHECKPOINT] [--coarse CHECKPOINT] [--seeds 0 1 2 3 4]
 
 Ablations: runs of recipes/cpu_world_agent.yaml from the same cold start, with R_tool's weight 0.5 (as released), 0,
 0.25 and 1; with glances of 5 to 20 frames, drawn anew for each prompt (ParaVT, arXiv 2605.20342); with frames for one

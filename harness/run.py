@@ -126,10 +126,8 @@ def training_accelerator(config: Config) -> Accelerator:
     if config.tracker not in ("none", *map(str, LoggerType)):
         known = ", ".join(map(str, LoggerType))
         raise ConfigError(f"there is no tracker {config.tracker!r}; there are none, {known}")
-    use_threads(config)
-    accelerator = Accelerator(
-        cpu=not torch.accelerator.is_available(),  # else accelerate takes torchrun's processes for so many single ones
-        mixed_precision=config.mixed_precision,
+    accelerator = new_accelerator(
+        config,
         log_with=None if config.tracker == "none" else config.tracker,
         project_dir=config.out,
         kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
@@ -147,9 +145,22 @@ def patient_accelerator(config: Config) -> Accelerator:
     """This process among those of a program whose processes wait for the slowest one as long as it takes, not ten
     minutes.
     """
-    patience = InitProcessGroupKwargs(timeout=timedelta(weeks=4))
+    return new_accelerator(config, kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(weeks=4))])
+
+
+def new_accelerator(config: Config, **options: Any) -> Accelerator:
+    """Accelerate's view of this process, and its threads. On a CPU accelerate must be told that it is one: it takes
+    torchrun's processes for so many single ones otherwise. Raises ConfigError where it does so all the same.
+    """
     on_cpu = not torch.accelerator.is_available()
-    return Accelerator(cpu=on_cpu, mixed_precision=config.mixed_precision, kwargs_handlers=[patience])
+    accelerator = Accelerator(cpu=on_cpu, mixed_precision=config.mixed_precision, **options)
+    use_threads(config)  # accelerate has chosen too
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if accelerator.num_processes != started:
+        raise ConfigError(
+            f"{started} processes were started, but accelerate cannot share work out on this machine: start one"
+        )
+    return accelerator
 
 
 def share(tasks: Sequence[Any], accelerator: Accelerator) -> list[int]:

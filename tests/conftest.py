@@ -357,7 +357,7 @@ def run_in_two_processes(script: str, function: str, arguments: list[str], folde
 
     def work(rank: int) -> None:
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-        os.environ |= {**place, "ACCELERATE_USE_CPU": "true"}
+        os.environ |= place
 
         def noted(*arguments, **options):
             passed = [one for a in arguments for one in (a if isinstance(a, list) else [a]) if hasattr(one, "id")]

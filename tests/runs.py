@@ -35,10 +35,8 @@ SHARDED += ["tests/fsdp2_on_cpu.py"]
 NODES = ["--config_file", "recipes/accelerate_multinode.yaml", "--main_process_ip", "127.0.0.1", *SHARDED[2:]]
 
 
-def environment(shards: bool = False) -> dict[str, str]:
-    """On CPUs: torchrun's processes find that out themselves, accelerate must be told before it shards."""
-    told = {"ACCELERATE_USE_CPU": "true"} if shards else {}
-    return os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""} | told
+def environment() -> dict[str, str]:
+    return os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
 
 
 @functools.cache
@@ -87,7 +85,7 @@ def sharding(nodes: int) -> dict[str, str]:
     """
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(ROOT)
-        for name, value in environment(shards=True).items():
+        for name, value in environment().items():
             patch.setenv(name, value)
         arguments, _, _ = launch._validate_launch_command(
             launch.launch_command_parser().parse_args(NODES if nodes > 1 else SHARDED)
@@ -95,9 +93,20 @@ def sharding(nodes: int) -> dict[str, str]:
         return prepare_multi_gpu_env(arguments)
 
 
-def in_two(errors: Path, *arguments: object, script: str = "train.py", shards: bool = False, nodes: int = 1) -> None:
-    """Run a program in two processes, each with the whole model or with a shard of it; they must end well."""
+def in_two(
+    errors: Path,
+    *arguments: object,
+    script: str = "train.py",
+    shards: bool = False,
+    nodes: int = 1,
+    told: bool = True,
+) -> None:
+    """Run a program in two processes, each with the whole model or with a shard of it; they must end well. `told`: in
+    their environment is that they are on a CPU.
+    """
     script, given = ("tests/fsdp2_on_cpu.py", sharding(nodes)) if shards else (script, environment())
+    if not told:
+        given = {name: value for name, value in given.items() if name != "ACCELERATE_USE_CPU"}
     with meeting_place() as place:
         told = ranks(given | place, nodes)
         processes = [start(errors, *arguments, script=script, given=one) for one in told]
@@ -108,7 +117,7 @@ def in_two(errors: Path, *arguments: object, script: str = "train.py", shards: b
 def launched(*arguments: object) -> None:
     """The same with shards, by `accelerate launch` itself."""
     command = [sys.executable, "-m", "accelerate.commands.launch", *SHARDED, *map(str, arguments)]
-    done = subprocess.run(command, cwd=ROOT, env=environment(shards=True), capture_output=True, text=True, timeout=600)
+    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
 
 

@@ -90,8 +90,8 @@ def check_command(command: str) -> None:
         case ["python", "-m", "venv", _]:
             pass
         case ["torchrun", *rest] | ["python", "-m", "torch.distributed.run", *rest]:
-            script = next(k for k, word in enumerate(rest) if word.endswith(".py"))
-            check_program(rest[script], [word for word in rest[script + 1 :] if word != "..."])
+            launched = torchrun_parser().parse_args(rest)
+            check_program(launched.training_script, [w for w in launched.training_script_args if w != "..."])
         case ["python", "-m", module, *rest]:
             check_module(module, rest)
         case ["python", script, *rest] if script != "NAME":
@@ -154,6 +154,8 @@ def test_the_readme_has_a_command_of_each_kind():
         "python infer.py --vidoe a.mp4",
         "accelerate launch --num_proceses 4 train.py",
         "torchrun --nproc_per_node 2 train.py --stesp 3",
+        "torchrun --nproc_per_nod 2 train.py",
+        "torchrun --nproces 2 train.py",
         "accelerate launch train.py --config recipes/gone.yaml",
         "python train.py --steps many",
         "python walkthrough.py --world_traine_videos 3",

@@ -96,10 +96,20 @@ def test_the_start_is_not_evaluated_again_where_another_run_has_done_it(finished
     monkeypatch.setattr(evaluate, "evaluate", lambda *given: asked.append(given[-1]) or real(*given))
     words = ["--config", str(finished / "recipe.yaml"), "--steps", "1", "--out", str(tmp_path / "run"), "--overwrite"]
     main([*words, "--eval_before", str(before)])
-    assert asked == ["after training"] and (tmp_path / "run" / before.name).read_text() == before.read_text()
-    (tmp_path / before.name).write_text("".join(before.read_text().splitlines(keepends=True)[1:]))
-    with pytest.raises(DataError, match="is not about these questions"):
-        main([*words, "--eval_before", str(tmp_path / before.name)])
+    own = tmp_path / "run" / before.name
+    assert asked == ["after training"] and own.read_text() == before.read_text()
+    main([*words, "--eval_before", str(own)])  # read before the folder is emptied
+    assert asked == 2 * ["after training"] and own.read_text() == before.read_text()
+    rows = [json.loads(line) for line in before.read_text().splitlines()]
+    for other, says in ((rows[1:], "is not about"), ([{**rows[0], "answer": "Z"}, *rows[1:]], "is not about")):
+        own.write_text("".join(json.dumps(row) + "\n" for row in other))
+        with pytest.raises(DataError, match=says):
+            main([*words, "--eval_before", str(own)])
+    own.write_text(
+        "".join(json.dumps({k: v for k, v in row.items() if k != "true_zoom_answer"}) + "\n" for row in rows)
+    )
+    with pytest.raises(DataError, match="has no true_zoom_answer"):
+        main([*words, "--eval_controls", "--eval_before", str(own)])
 
 
 def test_the_checkpoint_loads_silently_and_is_the_trained_policy(finished, talker, caplog):
@@ -264,12 +274,12 @@ def test_whatever_waits_for_the_group_s_threads_with_the_interpreter_s_lock_is_g
 @pytest.mark.processes
 @pytest.mark.parametrize("more", [["--updates_per_rollout", "2"], ["--repeated_zoom", "0.5"]], ids=" ".join)
 def test_two_processes_train_like_one(recipe, tmp_path, more):
-    """The same metrics and weights after two steps, of two updates each or the second with a closer look, up to float
-    noise.
+    """The same metrics and weights after two steps, of two updates each, or the second with a closer look and started
+    as `torchrun` alone does, up to float noise.
     """
     common = ["--config", recipe, *more, "--beta", "0.05", "--train_vision", "false"]
     main([*map(str, common), "--out", str(tmp_path / "one")])
-    in_two(tmp_path / "errors", *common, "--out", tmp_path / "two")
+    in_two(tmp_path / "errors", *common, "--out", tmp_path / "two", told="--repeated_zoom" not in more)
     assert len(list((tmp_path / "two" / "state").glob("shard-*"))) == 2  # each process has written its part
     assert_same_run(tmp_path / "one", tmp_path / "two", tolerance=2e-4)
     start, after = weights_of_vision(recipe), weights(tmp_path / "one")

@@ -187,7 +187,10 @@ def draw_still(event: Event | None, light_out: bool, backdrop: Backdrop | None) 
             # the smooth window.
             window = np.sin(np.pi * (np.arange(half) + 0.5) / half) ** 2
             luma[middle, middle] += CONTRAST * np.outer(window, window) * pattern_pixels(event.pattern, half, line=1)
-    return np.rint(luma).astype(np.uint8), chroma.astype(np.uint8)
+    still = np.rint(luma).astype(np.uint8), chroma.astype(np.uint8)
+    for plane in still:
+        plane.setflags(write=False)
+    return still
 
 
 def draw_frame(events: Sequence[Event], time: float, duration: int, backdrops: Sequence[Backdrop] = ()) -> np.ndarray:

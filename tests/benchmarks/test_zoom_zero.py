@@ -109,26 +109,6 @@ def test_a_run_is_noted_when_it_starts_and_when_it_ends(code, tmp_path, monkeypa
         assert f"--eval_before {known} --overwrite" in " ".join(seen[1][0]) and known.read_text() == "rows"
 
 
-def test_runs_of_the_main_job_are_its_benchmarks_own(tmp_path, monkeypatch):
-    monkeypatch.setattr(zoom_zero.main_job, "RUNS", tmp_path / "main_job")
-    out, asked = tmp_path / "main_job" / "default-3", []
-    monkeypatch.setattr(
-        zoom_zero, "note_end", lambda ledger, name, seed, at, seconds: asked.append((name, at, seconds))
-    )
-    monkeypatch.setattr(zoom_zero.subprocess, "run", lambda command, **_: asked.append(command))
-    out.mkdir(parents=True)
-    (out / "evaluation.json").write_text("{}")
-    (out / "seconds.json").write_text("7")
-    train(Ledger(tmp_path / "rows.jsonl", "mine"), zoom_zero.MAIN_JOB, 3, ())
-    assert asked == [(zoom_zero.MAIN_JOB, out, 7)]  # it was there
-    (out / "seconds.json").unlink()
-    train(Ledger(tmp_path / "rows.jsonl", "mine"), zoom_zero.MAIN_JOB, 3, ("--cache", "elsewhere"))
-    assert (
-        " ".join(asked[1]).endswith(f"--seed 3 --out {out} --threads 1 --cache elsewhere")
-        and asked[2][:2] == asked[0][:2]
-    )
-
-
 def test_another_recipe_or_other_weights_are_another_beginning(tmp_path):
     weights, recipe = tmp_path / "model.safetensors", tmp_path / "recipe.yaml"
     weights.write_bytes(b"w")

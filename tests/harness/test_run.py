@@ -35,6 +35,20 @@ def test_threads_are_asked_for_or_a_share_of_the_cores(monkeypatch, threads, env
     assert asked == taken
 
 
+@pytest.mark.parametrize("make", [run.training_accelerator, run.patient_accelerator])
+@pytest.mark.parametrize("has_gpu", [True, False])
+def test_processes_that_accelerate_does_not_see_are_an_error(monkeypatch, make, has_gpu):
+    """On Apple's GPUs, for one."""
+    made: list[dict] = []
+    monkeypatch.setattr(run, "Accelerator", lambda **options: made.append(options) or SimpleNamespace(num_processes=1))
+    monkeypatch.setattr(run.torch.accelerator, "is_available", lambda: has_gpu)
+    make(Config(threads=1))
+    assert [options["cpu"] for options in made] == [not has_gpu]
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match="2 processes were started, but"):
+        make(Config(threads=1))
+
+
 @pytest.mark.parametrize(
     ("environment", "named"),
     [

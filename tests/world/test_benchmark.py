@@ -277,3 +277,17 @@ def test_the_short_world_keeps_its_pixels():
     _, events = next(benchmark.layouts("train", 0, DURATION, 3))
     frames = b"".join(benchmark.draw_frame(events, k / benchmark.FPS, DURATION).tobytes() for k in range(0, 160, 8))
     assert hashlib.sha256(frames).hexdigest()[:16] == "c922f9d07a8eed0d"
+
+
+def test_every_frame_of_a_video_with_blinks_and_of_a_film_keeps_its_pixels():
+    def digest(events, duration, walls=()):
+        times = (k / benchmark.FPS for k in range(duration * benchmark.FPS))
+        frames = b"".join(benchmark.draw_frame(events, time, duration, walls).tobytes() for time in times)
+        return hashlib.sha256(frames).hexdigest()[:16]
+
+    drawn = (events for _, events in benchmark.layouts("train", 0, DURATION, 3))
+    events = next(events for events in drawn if any(event.blinks for event in events))
+    assert digest(events, DURATION) == "828851b8480f72aa"
+    film = next(films.films("train", 0, 2))
+    events, walls = ([one for scene in film for one in getattr(scene, name)] for name in ("events", "walls"))
+    assert digest(events, film[-1].end, walls) == "0874273181a4ecf0"
