@@ -235,9 +235,8 @@ def embed_prompts(
 
 
 def nothing_seen(model: PreTrainedModel) -> Tensor:
-    """0, by way of the vision tower: a process whose prompts have no video takes part in its collectives too. It is
-    added where visual tokens would be, so that the layers' are in the same order: FSDP2 leaves a layer whose inputs
-    have no gradient to the end.
+    """0, by way of the vision tower, added where visual tokens would be: a process whose prompts have no video takes
+    part in its collectives too, in the same order. FSDP2 leaves a layer whose inputs have no gradient to the end.
     """
     side = model.config.vision_config.patch_size
     blank = Video.from_frames(torch.zeros(1, 3, 4 * side, 4 * side, dtype=torch.uint8), 1.0, side)

@@ -154,7 +154,6 @@ def test_the_readme_has_a_command_of_each_kind():
         "python infer.py --vidoe a.mp4",
         "accelerate launch --num_proceses 4 train.py",
         "torchrun --nproc_per_node 2 train.py --stesp 3",
-        "torchrun --nproc_per_nod 2 train.py",
         "torchrun --nproces 2 train.py",
         "accelerate launch train.py --config recipes/gone.yaml",
         "python train.py --steps many",
