@@ -156,7 +156,7 @@ def new_accelerator(config: Config, **options: Any) -> Accelerator:
     accelerator = Accelerator(cpu=on_cpu, mixed_precision=config.mixed_precision, **options)
     use_threads(config)  # accelerate has chosen too
     started = int(os.environ.get("WORLD_SIZE", "1"))
-    if accelerator.num_processes != started:
+    if accelerator.num_processes < started:
         raise ConfigError(
             f"{started} processes were started, but accelerate cannot share work out on this machine: start one"
         )
