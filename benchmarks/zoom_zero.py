@@ -171,9 +171,9 @@ def train(ledger: Ledger, name: str, seed: int, extra: Sequence[str]) -> None:
     ledger.add(name, seed, "started")
     command = ["accelerate", "launch", "train.py", "--seed", f"{seed}", "--out", str(out), "--threads", "1"]
     command += ["--eval_controls", "false"]
-    start = RUNS / f"before-{ledger.start}.jsonl"  # what the start answers is the same for all
-    if start.exists():
-        command += ["--eval_before", str(start)]
+    before = RUNS / f"before-{ledger.start}.jsonl"  # what the start answers is the same for all
+    if before.exists():
+        command += ["--eval_before", str(before)]
     begun = time.perf_counter()
     done = subprocess.run(
         [*command, "--overwrite", "--model", str(START), *extra, *options_of(name)], cwd=ROOT, stdout=subprocess.DEVNULL
@@ -181,8 +181,8 @@ def train(ledger: Ledger, name: str, seed: int, extra: Sequence[str]) -> None:
     if done.returncode:
         ledger.add(name, seed, "failed", code=done.returncode)
         return
-    if not start.exists():
-        shutil.copy(out / "results-before.jsonl", start)
+    if not before.exists():
+        shutil.copy(out / "results-before.jsonl", before)
     note_end(ledger, name, seed, out, time.perf_counter() - begun)
 
 

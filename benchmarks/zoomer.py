@@ -59,9 +59,9 @@ def variants(start: Path, exemplars: Path | None) -> dict[str, tuple[str, list[s
     if exemplars:
         lines["exemplars"] = ("R_tool 0.5, without reflection data", ["--model", str(exemplars)])
     lines["cold"] = ("R_tool 0.5, without cold start", ["--model", str(NEVER_CALLED)])
-    start_with = ["--model", str(start)]
-    lines["random"] = ("R_tool 0.5, glances of 5 to 20 frames", [*start_with, "--least_frames", "5"])
-    lines["tight"] = ("R_tool 0.5, frames for one call", [*start_with, "--total_frames", "30"])
+    released, options = lines["tool-0.5"]
+    lines["random"] = (f"{released}, glances of 5 to 20 frames", [*options, "--least_frames", "5"])
+    lines["tight"] = (f"{released}, frames for one call", [*options, "--total_frames", "30"])
     return lines | {"tool-0.25": weighted("0.25"), "tool-1": weighted("1")}
 
 

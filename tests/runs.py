@@ -108,8 +108,8 @@ def in_two(
     if not told:
         given = {name: value for name, value in given.items() if name != "ACCELERATE_USE_CPU"}
     with meeting_place() as place:
-        told = ranks(given | place, nodes)
-        processes = [start(errors, *arguments, script=script, given=one) for one in told]
+        each = ranks(given | place, nodes)
+        processes = [start(errors, *arguments, script=script, given=one) for one in each]
         codes = exit_codes_of(processes, errors)
     assert codes == [0, 0], f"exit codes {codes}\n{errors.read_text()}"
 
