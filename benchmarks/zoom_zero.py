@@ -4,10 +4,8 @@
     python -m benchmarks.zoom_zero --only grpo both-code --seeds 0 1 --jobs 1
     python -m benchmarks.zoom_zero --jobs 0                     # the tables of the runs so far
 
-A run is `train.py` from the main job's recipe with a variant's options, on one thread. A line is written to
-benchmarks/results/zoom_zero.jsonl when it starts and one when it ends, with its scores and its curves, so that what is
-there is not repeated, a later session goes on with the rest, and a run that was started and is not reported can be
-seen. Lines of another start, another recipe (their hashes) or other options do not count.
+A run is `train.py` from the main job's recipe with a variant's options, on one thread. What came out is kept in
+benchmarks/results/zoom_zero.jsonl (benchmarks/ledger.py), and is not repeated.
 
 In the tables: mean over seeds with the 95% interval of Student's t; the difference to the first line, paired by seed,
 with its interval and the two-sided p-value of the exact test that flips its signs, which cannot be below 2 / 2^seeds.
@@ -17,53 +15,30 @@ with its interval and the two-sided p-value of the exact test that flips its sig
 from __future__ import annotations
 
 import argparse
-import hashlib
 import itertools
-import json
 import math
-import shutil
 import statistics
 import subprocess
 import sys
-import threading
-import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 
-import yaml
-
-from report.curves import read_metrics
+from benchmarks.ledger import ROOT, TEN, Ledger, beginning, curves_of, noted_run, reward_mean, scores_of, variant
 from report.drawing import add_legend, line_look, new_figure, save_figure, tidy
 from report.results import stored_rows
 from report.scores import by_kind, overall
 
-ROOT = Path(__file__).resolve().parents[1]
 RUNS = ROOT / "runs" / "zoom_zero"
 RESULTS = ROOT / "benchmarks" / "results"
 START = ROOT / "checkpoints" / "tiny"
 RECIPE = ROOT / "recipes" / "cpu_world.yaml"
-TEN = 10  # steps that a point of a curve is the mean of
 LEVEL = 0.6  # of R_IoU
 # Student's t, 97.5%, by degrees of freedom.
 T = (math.nan, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 SCORES = ("mIoU", "R@0.5", "accuracy", "zoom_accuracy", "Acc@GQA", "format")
 COSTS = ("passes", "frames", "visual_tokens", "seconds")
 LONG = ("--world_duration", "120", "--world_min_duration", "0")
-
-
-@dataclass(frozen=True)
-class Variant:
-    """A line of a table about training: what it is called, and the options that make it."""
-
-    label: str
-    options: tuple[str, ...]
-
-
-def variant(label: str, options: str) -> Variant:
-    return Variant(label, tuple(options.split()))
-
 
 VARIANTS = {
     "grpo": variant("GRPO: format + IoU + accuracy, summed", "--tokenadv off --zoom_reward false"),
@@ -121,38 +96,9 @@ WAYS = {
 # ---------------------------------------------------------------- runs
 
 
-def beginning(checkpoint: Path, recipe: Path) -> str:
-    """What training begins with: the first digits of the hashes of a checkpoint's weights and of a recipe's options."""
-    options = json.dumps(yaml.safe_load(recipe.read_text()), sort_keys=True).encode()
-    weights = (checkpoint / "model.safetensors").read_bytes()
-    return "-".join(hashlib.sha256(content).hexdigest()[:12] for content in (weights, options))
-
-
-@dataclass
-class Ledger:
-    """The file of what was started and what came out; lines are added by several threads."""
-
-    path: Path
-    start: str  # see `beginning`
-
-    def __post_init__(self) -> None:
-        self.lock = threading.Lock()
-
-    def lines(self) -> list[dict]:
-        """The lines that count, oldest first."""
-        if not self.path.exists():
-            return []
-        found = [json.loads(line) for line in self.path.read_text().splitlines()]
-        return [line for line in found if line["start"] == self.start and line["options"] == options_of(line["name"])]
-
-    def ended(self) -> dict[tuple[str, int], dict]:
-        """What came out, by name and seed."""
-        return {(line["name"], line["seed"]): line for line in self.lines() if line["event"] == "ended"}
-
-    def add(self, name: str, seed: int, event: str, **more) -> None:
-        line = {"name": name, "seed": seed, "event": event, "start": self.start, "options": options_of(name), **more}
-        with self.lock, self.path.open("a") as file:
-            file.write(json.dumps(line) + "\n")
+def ledger_of(path: Path, start: str) -> Ledger:
+    """The lines of a file that are about this start (see `beginning`)."""
+    return Ledger(path, lambda name: (start, options_of(name)))
 
 
 def options_of(name: str) -> list[str]:
@@ -160,41 +106,17 @@ def options_of(name: str) -> list[str]:
     return list(VARIANTS[name].options if name in VARIANTS else ASKED.get(name, ()))
 
 
-def blocks(values: Sequence[float]) -> list[float]:
-    """Means over ten steps, rounded; a shorter rest is left out."""
-    return [round(statistics.mean(values[k : k + TEN]), 4) for k in range(0, len(values) - TEN + 1, TEN)]
+def note_end(out: Path) -> dict:
+    """What is kept of a run that ended: its scores and the curves of its rewards."""
+    kept = ("all", "by_kind", "by_duration", "by_clue_length", "by_clue_portion")
+    return {**scores_of(out, kept), "curves": curves_of(out, reward_mean)}
 
 
 def train(ledger: Ledger, name: str, seed: int, extra: Sequence[str]) -> None:
-    """One run of a variant, noted when it starts and when it ends; "failed" with its exit code otherwise."""
-    out = RUNS / f"{name}-{seed}"
-    ledger.add(name, seed, "started")
-    command = ["accelerate", "launch", "train.py", "--seed", f"{seed}", "--out", str(out), "--threads", "1"]
-    command += ["--eval_controls", "false"]
-    before = RUNS / f"before-{ledger.start}.jsonl"  # what the start answers is the same for all
-    if before.exists():
-        command += ["--eval_before", str(before)]
-    begun = time.perf_counter()
-    done = subprocess.run(
-        [*command, "--overwrite", "--model", str(START), *extra, *options_of(name)], cwd=ROOT, stdout=subprocess.DEVNULL
-    )
-    if done.returncode:
-        ledger.add(name, seed, "failed", code=done.returncode)
-        return
-    if not before.exists():
-        shutil.copy(out / "results-before.jsonl", before)
-    note_end(ledger, name, seed, out, time.perf_counter() - begun)
-
-
-def note_end(ledger: Ledger, name: str, seed: int, out: Path, seconds: float) -> None:
-    """A line with the scores and curves of a run that ended."""
-    scores = json.loads((out / "evaluation.json").read_text())
-    kept = ("all", "by_kind", "by_duration", "by_clue_length", "by_clue_portion")
-    found = {when: {part: scores[when][part] for part in kept} for when in ("before", "after")}
-    rows = read_metrics(out / "metrics.jsonl")
-    paid = [key for key in rows[0] if key.startswith("reward/") and key.endswith("_mean")]
-    curves = {key: blocks([row[key] for row in rows]) for key in paid}
-    ledger.add(name, seed, "ended", **found, curves=curves, seconds=round(seconds))
+    """One run of a variant; what the start answers is the same for all."""
+    options = ["--eval_controls", "false", "--model", str(START), *extra, *options_of(name)]
+    before = RUNS / f"before-{beginning(START, RECIPE)}.jsonl"
+    noted_run(ledger, name, seed, RUNS / f"{name}-{seed}", options, before, note_end)
 
 
 def ask(ledger: Ledger, name: str, seed: int, extra: Sequence[str]) -> None:
@@ -332,11 +254,10 @@ def draw(found: dict[tuple[str, int], dict], names: Sequence[str], out: Path) ->
 
 def report(ledger: Ledger, command: str) -> str:
     """All tables of the runs so far, as Markdown."""
-    found, events = ledger.ended(), [line["event"] for line in ledger.lines()]
+    found = ledger.ended()
     parts = [
         "# Zoom-Zero's tables on the built-in world",
-        f"`{command}`\n\nRuns started {events.count('started')}, ended {events.count('ended')}, failed "
-        f"{events.count('failed')}; the rest was interrupted. Hashes of weights and recipe: {ledger.start}. "
+        f"`{command}`\n\n{ledger.count()} Hashes of weights and recipe: {beginning(START, RECIPE)}. "
         "± 0.000 beside one seed is no interval.",
     ]
     for title, names in TABLES.items():
@@ -355,7 +276,7 @@ def main() -> None:
     parser.add_argument("--rows", type=Path, default=RESULTS / "zoom_zero.jsonl", help="what came out, a line a run")
     parser.add_argument("--cache", default="cache", help="folder of the built-in world's videos")
     options = parser.parse_args()
-    ledger, extra = Ledger(options.rows, beginning(START, RECIPE)), ("--cache", options.cache)
+    ledger, extra = ledger_of(options.rows, beginning(START, RECIPE)), ("--cache", options.cache)
     RUNS.mkdir(parents=True, exist_ok=True)
     known = ledger.ended()
     variants = [name for name in options.only if name != "asked"]

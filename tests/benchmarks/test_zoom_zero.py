@@ -6,8 +6,10 @@ from types import SimpleNamespace
 
 import pytest
 
+from benchmarks import ledger as ledgers
 from benchmarks import zoom_zero
-from benchmarks.zoom_zero import Ledger, blocks, figure, flip_test, interval, options_of, reached, report, train
+from benchmarks.ledger import Ledger, blocks
+from benchmarks.zoom_zero import figure, flip_test, interval, ledger_of, options_of, reached, report, train
 from config import parse
 from report.curves import read_metrics
 
@@ -42,17 +44,17 @@ def test_statistics_of_few_seeds_by_hand():
 
 def test_only_runs_from_this_start_with_these_options_count(tmp_path, monkeypatch):
     path = tmp_path / "rows.jsonl"
-    ended(Ledger(path, "other"), "grpo", 0, 0.9)
-    ledger = Ledger(path, "mine")
+    ended(ledger_of(path, "other"), "grpo", 0, 0.9)
+    ledger = ledger_of(path, "mine")
     ended(ledger, "grpo", 1, 0.5)
     ledger.add("zoom", 1, "started")
     assert list(ledger.ended()) == [("grpo", 1)] and len(ledger.lines()) == 3
-    monkeypatch.setitem(zoom_zero.VARIANTS, "grpo", zoom_zero.variant("changed", "--beta 1"))
+    monkeypatch.setitem(zoom_zero.VARIANTS, "grpo", ledgers.variant("changed", "--beta 1"))
     assert ledger.ended() == {}
 
 
 def test_tables_pair_seeds_and_say_how_many_runs_were_started(tmp_path):
-    ledger = Ledger(tmp_path / "rows.jsonl", "mine")
+    ledger = ledger_of(tmp_path / "rows.jsonl", "mine")
     for seed, (before, after) in enumerate([(0.5, 0.7), (0.6, 0.7)]):
         ended(ledger, "grpo", seed, before)
         ended(ledger, "both-code", seed, after)
@@ -81,7 +83,7 @@ def test_a_run_is_noted_when_it_starts_and_when_it_ends(code, tmp_path, monkeypa
     seen = []
 
     def run(command, **_):
-        seen.append((command, Ledger(tmp_path / "rows.jsonl", "mine").lines()))
+        seen.append((command, ledger_of(tmp_path / "rows.jsonl", "mine").lines()))
         out = tmp_path / "grpo-3"
         out.mkdir()
         names = ("all", "by_kind", "by_duration", "by_clue_length", "by_clue_portion")
@@ -92,8 +94,9 @@ def test_a_run_is_noted_when_it_starts_and_when_it_ends(code, tmp_path, monkeypa
         (out / "results-before.jsonl").write_text("rows")
         return SimpleNamespace(returncode=code)
 
-    monkeypatch.setattr(zoom_zero.subprocess, "run", run)
-    ledger = Ledger(tmp_path / "rows.jsonl", "mine")
+    monkeypatch.setattr(ledgers.subprocess, "run", run)
+    monkeypatch.setattr(zoom_zero, "beginning", lambda *_: "mine")
+    ledger = ledger_of(tmp_path / "rows.jsonl", "mine")
     train(ledger, "grpo", 3, ("--cache", "elsewhere"))
     [(command, before)] = seen
     assert "--eval_before" not in command
@@ -113,10 +116,10 @@ def test_another_recipe_or_other_weights_are_another_beginning(tmp_path):
     weights, recipe = tmp_path / "model.safetensors", tmp_path / "recipe.yaml"
     weights.write_bytes(b"w")
     recipe.write_text("# a comment\nlr: 1\nsteps: 2\n")
-    first = zoom_zero.beginning(tmp_path, recipe)
+    first = ledgers.beginning(tmp_path, recipe)
     recipe.write_text("steps: 2\nlr: 1\n")
-    assert zoom_zero.beginning(tmp_path, recipe) == first
+    assert ledgers.beginning(tmp_path, recipe) == first
     recipe.write_text("steps: 2\nlr: 3\n")
-    other = zoom_zero.beginning(tmp_path, recipe)
+    other = ledgers.beginning(tmp_path, recipe)
     weights.write_bytes(b"x")
-    assert len({first, other, zoom_zero.beginning(tmp_path, recipe)}) == 3
+    assert len({first, other, ledgers.beginning(tmp_path, recipe)}) == 3
