@@ -33,7 +33,7 @@ RECIPES = Path(__file__).resolve().parent / "recipes"
 DEFAULT_RECIPE = RECIPES / "cpu_world.yaml"
 SHORT = ("nextgqa", "rextime")  # formats whose videos are short (Zoom-Zero, Appendix B)
 BUILT_IN = RECIPES.parent / "checkpoints" / "tiny"
-TOWER = BUILT_IN.with_name("tiny-zoomer")  # whose vision tower tells the scenes of the built-in world apart
+TOWER = BUILT_IN.with_name("tiny-qwen2_5_vl")  # whose vision tower tells the scenes of the built-in world apart
 log = logging.getLogger("zoomgrpo")
 
 # The programs that read an option.

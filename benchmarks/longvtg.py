@@ -1,6 +1,7 @@
 """LongVTG-R1's Tables 3 and 4 on the built-in world, where events are rare: three of 2 to 4 s in a minute.
 
     python -m benchmarks.longvtg             # 40 runs of recipes/cpu_longvtg.yaml, two at a time, and their evaluations
+    python -m benchmarks.longvtg --jobs 0    # the tables of the runs so far
 
 Table 4: five variants, five seeds each, from the same start; and the rewards once more from a start that misses the
 evidence. "No signal" is the share of groups whose responses all got the same grounding reward, over the first and the
@@ -11,7 +12,8 @@ due to other spans).
 Table 3: direct (the coarse pass answers), ground-then-answer (a trained policy finds the spans, the start answers from
 them) and unified (the trained policy does both).
 
-Runs go to runs/longvtg/VARIANT-SEED; what is finished is not repeated. Writes benchmarks/results/longvtg.md.
+What came out is kept in benchmarks/results/longvtg.jsonl (benchmarks/ledger.py), and is not repeated. Writes
+benchmarks/results/longvtg.md.
 """
 
 import argparse
@@ -20,6 +22,7 @@ import random
 import statistics
 import subprocess
 import sys
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
@@ -29,16 +32,17 @@ import torch
 
 import config as configuration
 from annotations.samples import load_samples
-from benchmarks.main_job import finished_run, spread
+from benchmarks.ledger import ROOT, Ledger, beginning, curves_of, noted_run, reward_mean, scores_of
+from benchmarks.main_job import spread
 from engine.loading import load
 from policy import Policy, Vocabulary
 from world import lessons
 
-ROOT = Path(__file__).resolve().parents[1]
 RECIPE = ["--config", "recipes/cpu_longvtg.yaml", "--world_test_videos", "40"]
-START = ROOT / "checkpoints" / "tiny"
+START, LATE_START = "checkpoints/tiny", "runs/longvtg/late-start"
+STARTS = {"start": START, "late-start": LATE_START}
 RUNS = ROOT / "runs" / "longvtg"
-LATE_START = RUNS / "late-start"
+RESULTS = ROOT / "benchmarks" / "results"
 LATE = 6.0  # seconds
 UNIFORM, NONE, TOKEN_AWARE = (["--beta", b, "--beta_time", t] for b, t in (("0.04", "-1"), ("0", "-1"), ("0.04", "0")))
 
@@ -51,7 +55,7 @@ class Variant:
     kl: str
     grounding: str
     penalty: list[str]
-    start: Path = START
+    start: str = START
 
 
 ABLATIONS = {
@@ -63,39 +67,62 @@ ABLATIONS = {
 }
 LATE_ABLATIONS = {f"late-{name}": replace(ABLATIONS[name], start=LATE_START) for name in ("iou", "giou", "cendist")}
 VARIANTS = ABLATIONS | LATE_ABLATIONS
+UNIFIED = "cendist"  # the variant whose policies answer in Table 3
 ELSEWHERE = {
     "5 events": ["--world_events", "5"],
     "30 s": ["--world_duration", "30"],
 }
-TEN = 10  # steps at the beginning and at the end
 
 
-def run(variant: str, seed: int) -> dict:
-    """The evaluation of a finished run, with its metrics and its scores elsewhere."""
-    out = RUNS / f"{variant}-{seed}"
-    chosen = VARIANTS[variant]
-    options = [
-        *RECIPE,
-        "--grounding",
-        chosen.grounding,
-        *chosen.penalty,
-        "--model",
-        str(chosen.start),
-        "--threads",
-        "1",
-    ]
-    result = finished_run(out, seed, options)
-    result["steps"] = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    result["elsewhere"] = {name: evaluated(out / "checkpoint", out, name) for name in ELSEWHERE}
-    return result
+def options_of(name: str) -> list[str]:
+    """The options behind the name of a variant, or of a start."""
+    if name in STARTS:
+        return [*RECIPE, "--model", STARTS[name]]
+    variant = VARIANTS[name]
+    return [*RECIPE, "--grounding", variant.grounding, *variant.penalty, "--model", variant.start]
 
 
-def make_late_start() -> None:
+def run(ledger: Ledger, name: str, seed: int, cache: Sequence[str]) -> None:
+    """One run of a variant, with its scores elsewhere."""
+
+    def note(out: Path) -> dict:
+        kept = scores_of(out, ("all", "by_kind"))
+        curves = curves_of(out, lambda key: reward_mean(key) or key.startswith(("zero_variance/", "kl/")))
+        return {**kept, "curves": curves, **scores_elsewhere(name, out / "checkpoint", out, cache)}
+
+    before = RUNS / f"before-{Path(VARIANTS[name].start).name}.jsonl"
+    options = [*options_of(name), *cache]
+    noted_run(ledger, name, seed, RUNS / f"{name}-{seed}", options, before, note)
+
+
+def scores_elsewhere(name: str, model: Path | str, out: Path, cache: Sequence[str]) -> dict:
+    """What a model scores on other videos, and what it answers in the ways of Table 3."""
+    found = {"elsewhere": {where: evaluated(model, out, where, cache) for where in ELSEWHERE}}
+    if name == UNIFIED:
+        ways = {
+            "direct": ("one-stage", model, None),
+            "grounds": ("ground-then-answer", START, model),
+            "unified": ("ground-then-answer", model, None),
+        }
+    elif name == "start":
+        ways = {"direct": ("one-stage", START, None), "unified": ("ground-then-answer", START, None)}
+    else:
+        return found
+    return found | {"answers": {key: answered(*way, out / f"{key}.jsonl", cache) for key, way in ways.items()}}
+
+
+def note_start(ledger: Ledger, name: str, cache: Sequence[str]) -> None:
+    """The same of what training starts from."""
+    ledger.add(name, 0, "started")
+    ledger.add(name, 0, "ended", **scores_elsewhere(name, STARTS[name], RUNS / f"before-{name}", cache))
+
+
+def make_late_start(cache: Sequence[str]) -> None:
     """Teach the start to claim spans that are `LATE` seconds late: most of its responses miss the evidence entirely."""
-    if (LATE_START / "config.json").exists():
+    if (ROOT / LATE_START / "config.json").exists():
         return
-    config = configuration.parse([*RECIPE, "--world_train_videos", "100"])
-    model, tokenizer = load(str(START))
+    config = configuration.parse([*RECIPE, "--world_train_videos", "100", *cache])
+    model, tokenizer = load(str(ROOT / START))
     vocabulary, policy = Vocabulary.of(tokenizer), Policy(model).train()
     taught = lessons.load_lessons(load_samples("world", "train", config), config, vocabulary, model.config)
     optimizer, steps, rng = torch.optim.AdamW(policy.parameters(), betas=(0.9, 0.98)), 100, random.Random(0)
@@ -114,115 +141,123 @@ def make_late_start() -> None:
         torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-    tokenizer.save_pretrained(LATE_START)
-    model.save_pretrained(LATE_START)
+    tokenizer.save_pretrained(ROOT / LATE_START)
+    model.save_pretrained(ROOT / LATE_START)
 
 
-def evaluated(model: Path | str, folder: Path, where: str) -> dict:
+def evaluated(model: Path | str, folder: Path, where: str, cache: Sequence[str]) -> dict:
     """Scores of a model on videos unlike those it was trained on."""
     out = folder / where.replace(", ", "-").replace(" ", "-")
-    if not (out / "evaluation.json").exists():
-        command = [sys.executable, "evaluate.py", *RECIPE, "--model", str(model), "--out", str(out), "--threads", "1"]
-        subprocess.run([*command, *ELSEWHERE[where]], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+    command = [sys.executable, "evaluate.py", *RECIPE, "--model", str(model), "--out", str(out), "--threads", "1"]
+    subprocess.run([*command, *ELSEWHERE[where], *cache], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
     return json.loads((out / "evaluation.json").read_text())["policy"]["all"]
 
 
-def mean_of(run: dict, key: str, steps: slice) -> float:
-    """The mean of a figure of the log over some steps."""
-    return statistics.mean(row[key] for row in run["steps"][steps])
-
-
-def table_4(results: dict[str, list[dict]], start_elsewhere: dict[str, dict]) -> str:
-    """One line per variant; scores before training in the first line."""
-    start = next(iter(results.values()))[0]["before"]["all"]
-    names = [f"{score}, {where}" for where in ("in-domain", *ELSEWHERE) for score in ("mIoU", "accuracy")]
-    lines = [
-        "| reward | KL | no signal, first ten steps | last ten | " + " | ".join(names) + " | KL on time | KL on text |",
-        "|---" * (6 + len(names)) + "|",
-    ]
-
-    def scores(found: dict, elsewhere: dict[str, dict]) -> list[float]:
-        return [part[name] for part in (found, *elsewhere.values()) for name in ("mIoU", "zoom_accuracy")]
-
-    before = " | ".join(f"{value:.3f}" for value in scores(start, start_elsewhere))
-    lines.append(f"| before training | | | | {before} | | |")
-    for variant, runs in results.items():
-        chosen = VARIANTS[variant]
-        parts = (slice(0, TEN), slice(-TEN, None))
-        silent = [[mean_of(run, f"zero_variance/{chosen.grounding}", part) for run in runs] for part in parts]
-        columns = zip(*(scores(run["after"]["all"], run["elsewhere"]) for run in runs), strict=True)
-        kls = [[mean_of(run, f"kl/{part}", parts[1]) for run in runs] for part in ("time", "text")]
-        cells = map(spread, [*silent, *map(list, columns), *kls])
-        lines.append(f"| {chosen.reward} | {chosen.kl} | {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
-def answered(strategy: str, model: Path | str, out: Path, ground_model: Path | str | None = None) -> float:
+def answered(
+    strategy: str, model: Path | str, ground_model: Path | str | None, out: Path, cache: Sequence[str]
+) -> float:
     """Accuracy of a strategy on the test split."""
+    out.parent.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "infer.py", *RECIPE, "--strategy", strategy, "--model", str(model), "--out", str(out)]
     command += ["--threads", "1", *(["--ground_model", str(ground_model)] if ground_model else [])]
-    subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+    subprocess.run([*command, *cache], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
     rows = [json.loads(line) for line in out.read_text().splitlines()]
     return statistics.mean(row["predicted_answer"] == row["answer"] for row in rows)
 
 
-def table_3(seeds: list[int], pool: ThreadPoolExecutor) -> str:
-    """Three settings; the grounding policy is the one of IoU + CenDist with the token-aware KL."""
-    trained = [RUNS / f"cendist-{seed}" / "checkpoint" for seed in seeds]
-    start = START
-    folder = RUNS / "answers"
-    folder.mkdir(parents=True, exist_ok=True)
-    settings = [
-        ("direct", "-", "start", [("one-stage", start, None)]),
-        ("direct", "-", "trained", [("one-stage", model, None) for model in trained]),
-        ("ground-then-answer", "start", "start", [("ground-then-answer", start, None)]),
-        ("ground-then-answer", "trained", "start", [("ground-then-answer", start, model) for model in trained]),
-        ("unified", "trained", "trained", [("ground-then-answer", model, None) for model in trained]),
+# ---------------------------------------------------------------- tables
+
+
+def seeds_of(found: dict[tuple[str, int], dict], name: str) -> list[dict]:
+    return [line for (other, _), line in sorted(found.items()) if other == name]
+
+
+def scores(line: dict, when: str) -> list[float]:
+    """mIoU and the accuracy of the zoomed answer, on the test split and elsewhere."""
+    return [
+        part[name] for part in (line[when]["all"], *line["elsewhere"].values()) for name in ("mIoU", "zoom_accuracy")
     ]
-    lines = ["| setting | finds the spans | answers | accuracy |", "|---|---|---|---|"]
-    for setting, finder, answerer, jobs in settings:
-        files = [folder / f"{setting}-{finder}-{answerer}-{k}.jsonl" for k in range(len(jobs))]
-        values = [
-            pool.submit(answered, strategy, model, file, finder)
-            for (strategy, model, finder), file in zip(jobs, files, strict=True)
-        ]
-        lines.append(f"| {setting} | {finder} | {answerer} | {spread([value.result() for value in values])} |")
+
+
+def table_4(found: dict[tuple[str, int], dict], variants: dict[str, Variant], start: str) -> str:
+    """A line per variant with the number of its seeds; scores before training in the first line."""
+    names = [f"{score}, {where}" for where in ("in-domain", *ELSEWHERE) for score in ("mIoU", "accuracy")]
+    head = ["reward", "KL", "seeds", "no signal, first ten steps", "last ten", *names, "KL on time", "KL on text"]
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    known = [line for name in variants for line in seeds_of(found, name)]
+    if known and (start, 0) in found:
+        before = scores({**known[0], "elsewhere": found[start, 0]["elsewhere"]}, "before")
+        lines.append(f"| before training |  |  |  |  | {' | '.join(f'{value:.3f}' for value in before)} |  |  |")
+    for name, variant in variants.items():
+        runs = seeds_of(found, name)
+        silent = [run["curves"][f"zero_variance/{variant.grounding}"] for run in runs]
+        columns = [[curve[0] for curve in silent], [curve[-1] for curve in silent]]
+        columns += map(list, zip(*(scores(run, "after") for run in runs), strict=True))
+        columns += [[run["curves"][f"kl/{part}"][-1] for run in runs] for part in ("time", "text")]
+        cells = map(spread, columns) if runs else [""] * (len(head) - 3)
+        lines.append(f"| {variant.reward} | {variant.kl} | {len(runs)} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seeds", type=int, nargs="+", default=list(range(5)))
-    parser.add_argument("--jobs", type=int, default=2, help="runs at a time, each with one thread")
-    given = parser.parse_args()
-    recipe = configuration.parse(RECIPE)
-    RUNS.mkdir(parents=True, exist_ok=True)
-    with ThreadPoolExecutor(given.jobs) as pool:
-        make_late_start()
-        jobs = [(seed, variant) for seed in given.seeds for variant in VARIANTS]
-        done = {job: pool.submit(run, job[1], job[0]) for job in jobs}
-        results = {variant: [done[seed, variant].result() for seed in given.seeds] for variant in VARIANTS}
-        direct = table_3(given.seeds, pool)
-        elsewhere = {
-            start: {name: evaluated(start, RUNS / f"before-{start.name}", name) for name in ELSEWHERE}
-            for start in (START, LATE_START)
-        }
-    text = "\n\n".join(
+def table_3(found: dict[tuple[str, int], dict]) -> str:
+    """Three settings; the trained policies are those of IoU + CenDist with the token-aware KL."""
+    settings = [
+        ("direct", "-", "start", "start", "direct"),
+        ("direct", "-", "trained", UNIFIED, "direct"),
+        ("ground-then-answer", "start", "start", "start", "unified"),
+        ("ground-then-answer", "trained", "start", UNIFIED, "grounds"),
+        ("unified", "trained", "trained", UNIFIED, "unified"),
+    ]
+    lines = ["| setting | finds the spans | answers | seeds | accuracy |", "|---|---|---|---|---|"]
+    for setting, finder, answerer, name, key in settings:
+        values = [line["answers"][key] for line in seeds_of(found, name)]
+        cell = spread(values) if values else ""
+        lines.append(f"| {setting} | {finder} | {answerer} | {len(values)} | {cell} |")
+    return "\n".join(lines)
+
+
+def report(ledger: Ledger, command: str) -> str:
+    """All tables of the runs so far, as Markdown."""
+    recipe, found = configuration.parse(RECIPE), ledger.ended()
+    return "\n\n".join(
         [
             "# LongVTG-R1's ablations on the built-in world",
-            f"`{' '.join(['python -m benchmarks.longvtg', *sys.argv[1:]])}`: seeds {given.seeds}, mean ± standard "
-            f"deviation; videos of {recipe.world_duration} s, {recipe.world_events} events of 2 to 4 s; {recipe.steps} "
-            f"steps of {recipe.prompts_per_step} prompts x {recipe.group_size} responses.",
+            f"`{command}`: mean ± standard deviation over seeds; videos of {recipe.world_duration} s, "
+            f"{recipe.world_events} events of 2 to 4 s; {recipe.steps} steps of {recipe.prompts_per_step} prompts x "
+            f"{recipe.group_size} responses. {ledger.count()}",
             "## Rewards and KL (Table 4)",
-            table_4({name: results[name] for name in ABLATIONS}, elsewhere[START]),
+            table_4(found, ABLATIONS, "start"),
             f"The same from a start whose spans are {LATE:g} s late, where most responses miss the evidence",
-            table_4({name: results[name] for name in LATE_ABLATIONS}, elsewhere[LATE_START]),
+            table_4(found, LATE_ABLATIONS, "late-start"),
             "## Direct, ground-then-answer, unified (Table 3)",
-            direct,
+            table_3(found),
         ]
     )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("--only", nargs="+", choices=VARIANTS, default=list(VARIANTS))
+    parser.add_argument("--seeds", type=int, nargs="+", default=list(range(5)))
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time, each on one thread; 0: only the tables")
+    parser.add_argument("--rows", type=Path, default=RESULTS / "longvtg.jsonl", help="what came out, a line a run")
+    parser.add_argument("--cache", default="cache", help="folder of the built-in world's videos")
+    given = parser.parse_args()
+    begun = beginning(ROOT / START, ROOT / RECIPE[1])
+    ledger, cache = Ledger(given.rows, lambda name: (begun, options_of(name))), ("--cache", given.cache)
+    RUNS.mkdir(parents=True, exist_ok=True)
+    if given.jobs:
+        make_late_start(cache)
+        known = ledger.ended()
+        todo = [(name, seed) for seed in given.seeds for name in given.only if (name, seed) not in known]
+        with ThreadPoolExecutor(given.jobs) as pool:
+            done = [pool.submit(note_start, ledger, name, cache) for name in STARTS if (name, 0) not in known]
+            done += [pool.submit(run, ledger, *job, cache) for job in todo]
+            for job in done:
+                job.result()
+    text = report(ledger, " ".join(["python -m benchmarks.longvtg", *sys.argv[1:]]))
     print(text)
-    (ROOT / "benchmarks" / "results" / "longvtg.md").write_text(text + "\n")
+    (RESULTS / "longvtg.md").write_text(text + "\n")
 
 
 if __name__ == "__main__":

@@ -3,8 +3,8 @@
     python -m benchmarks.memory --model 7b [--gpus 8] [--fsdp] [--config recipes/zoom_zero_stage1.yaml] [--gib 139]
     python -m benchmarks.memory --table      # what fits into which machine, with which options (docs/training.md)
 
-`--model` is 7b, 3b, 20m (the scaled-down shape of `benchmarks/engine.py`), tiny (checkpoints/tiny-zoomer) or the folder
-of a checkpoint with Qwen2.5-VL's architecture. All other options are those of train.py: `--paired_frames true`.
+`--model` is 7b, 3b, 20m (the scaled-down shape of `benchmarks/engine.py`), tiny (checkpoints/tiny-qwen2_5_vl) or the
+folder of a checkpoint with Qwen2.5-VL's architecture. All other options are those of train.py: `--paired_frames true`.
 
 Everything is computed from the shape of the model and the recipe. Weights, gradients, optimiser state and caches are
 exact; what a layer needs while it computes (marked ~) is estimated, and so is the allowance for what torch does not
@@ -67,9 +67,9 @@ SHAPES = {
 
 
 def shape(name: str) -> Qwen2_5_VLConfig:
-    """The architecture of a name in SHAPES, of `tiny` (checkpoints/tiny-zoomer), or of a checkpoint's folder."""
+    """The architecture of a name in SHAPES, of `tiny` (checkpoints/tiny-qwen2_5_vl), or of a checkpoint's folder."""
     if name not in SHAPES:
-        return AutoConfig.from_pretrained(ROOT / "checkpoints" / "tiny-zoomer" if name == "tiny" else name)
+        return AutoConfig.from_pretrained(ROOT / "checkpoints" / "tiny-qwen2_5_vl" if name == "tiny" else name)
     text, vision, ids = (SHAPES[name][part] for part in ("text", "vision", "ids"))
     d = text["hidden_size"] // text["num_attention_heads"]
     rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [d // 8, d * 3 // 16, d * 3 // 16]}

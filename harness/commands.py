@@ -116,7 +116,7 @@ def curate(add: Add) -> None:
 def scenes(add: Add) -> None:
     add("--train", action="store_true", help="train a detector, write and evaluate it")
     add("--evaluate", action="store_true", help="evaluate --detector")
-    add("--model", default=str(config.TOWER), help="policy whose vision tower looks at shots [checkpoints/tiny-zoomer]")
+    add("--model", default=str(config.TOWER), help="policy whose vision tower looks at shots [tiny-qwen2_5_vl]")
     add("--train_data", default="world", help="JSON lines with shots and scenes [world: the built-in long videos]")
     add("--test_data", default="world", help="the same")
     add("--videos", type=int, nargs=2, default=(40, 20), help="built-in videos to train and to test on [40 20]")

@@ -1,4 +1,4 @@
-"""The arithmetic of benchmarks/memory.py, engine.py and zoomer.py, and that the engines compared compute the same."""
+"""The arithmetic of the benchmarks, and that the engines compared compute the same."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from transformers import Qwen2_5_VLForConditionalGeneration
 
-from benchmarks import engine, gpu, gpu_checks, gpu_runs, main_job, memory, zoomer
+from benchmarks import engine, gpu, gpu_checks, gpu_runs, longvtg, main_job, memory, zoomer
 from benchmarks.engine import Cost, Ours
+from benchmarks.ledger import Ledger
 from benchmarks.memory import Parameters
-from config import Config
+from config import Config, parse
 from report.results import write_results
 from video import Budget, VideoInfo, plan_clip
 
@@ -263,29 +264,42 @@ def test_a_step_in_half_precision_with_several_prompts():
 
 
 def finished(seed: int) -> dict:
-    """A run that makes more calls with every step, but on coarse questions fewer in the end."""
+    """A run that makes more calls with every ten steps, but on coarse questions fewer in the end."""
 
     def evaluation(accuracy: float, coarse: float) -> dict:
         kinds = {kind: {"accuracy": accuracy, "calls": coarse if kind == "coarse" else 1.0} for kind in zoomer.KINDS}
         return {"all": {"accuracy": accuracy, "frames": 20.0 + seed}, "by_kind": kinds}
 
-    steps = [{"episode/calls": step / 10} for step in range(20)]
-    return {"before": evaluation(0.5, 1.0), "after": evaluation(0.75, 0.25 * seed), "steps": steps}
+    before, after = evaluation(0.5, 1.0), evaluation(0.75, 0.25 * seed)
+    return {"before": before, "after": after, "curves": {"episode/calls": [0.45, 1.0, 1.45]}}
 
 
-def test_a_line_per_variant_has_the_means_of_its_runs(tmp_path):
-    lines = {"a": ("first", []), "b": ("second", [])}
-    results = {"a": [finished(0), finished(1)], "b": [finished(2)]}
-    first, second = zoomer.accuracies(lines, results).splitlines()[2:]
+def test_zoomer_has_a_line_per_variant_with_the_means_of_its_runs(tmp_path):
+    ledger = Ledger(tmp_path / "rows.jsonl", zoomer.key)
+    for name, seed in (("tool-0.5", 0), ("tool-0.5", 1), ("cold", 2)):
+        ledger.add(name, seed, "started")
+        ledger.add(name, seed, "ended", **finished(seed))
+    ledger.add("agent", 0, "started")
+    ledger.add("agent", 0, "ended", **dict.fromkeys(("accuracy", "coarse", "others", "frames", "visual tokens"), 0.5))
+    text = zoomer.report(ledger, "x", tmp_path)
+    assert "Runs started 4, ended 4, failed 0;" in text and (tmp_path / "zoomer.png").stat().st_size > 1000
+    lines = text.splitlines()
     before, after, *kinds, frames = ("0.500 ± 0.000", *["0.750 ± 0.000"] * 5, "20.500 ± 0.707")
-    assert first == f"| first (2) | {' | '.join([before, after, *kinds, frames])} |"
-    assert second.startswith("| second (1) |") and second.endswith("| 22.000 ± 0.000 |")
-    first, _ = zoomer.calls(lines, results).splitlines()[2:]
-    cells = [cell.split(" ± ")[0].strip() for cell in first.split("|")[2:-1]]
+    assert f"| R_tool 0.5 (2) | {' | '.join([before, after, *kinds, frames])} |" in lines
+    [cold] = [line for line in lines if line.startswith("| R_tool 0.5, without cold start (1) |")]
+    assert cold.endswith("| 22.000 ± 0.000 |")
+    [calls] = [line for line in lines if line.startswith("| R_tool 0.5 |")]
+    cells = [cell.split(" ± ")[0].strip() for cell in calls.split("|")[2:-1]]
     assert list(map(float, cells)) == [0.45, 1.45, 1, 1, 1, 1, 0.125, 1, 1, 1]
-    point = {"frames": 20.0, "accuracy": 0.5}
-    zoomer.picture({str(k): [point] for k in range(8)}, lines, results, tmp_path / "x.png")
-    assert (tmp_path / "x.png").stat().st_size > 0
+    assert "| agent (1) | 0.500 ± 0.000 |" in text and "R_tool 1" not in text
+
+
+@pytest.mark.parametrize("name", zoomer.VARIANTS)
+def test_options_of_zoomers_variants_are_those_of_training(name):
+    start, options = zoomer.key(name)
+    assert parse([*zoomer.RECIPE[:2], *options], program="train").steps == zoomer.STEPS
+    shared = zoomer.key("tool-0.5")[0]
+    assert (start == shared) == (name not in ("exemplars", "cold"))  # these begin with other weights
 
 
 def test_a_strategy_is_judged_by_kind_and_cost():
@@ -300,6 +314,41 @@ def test_a_strategy_is_judged_by_kind_and_cost():
     found = zoomer.asked(agent, ask, samples)
     expected = {"accuracy": 2 / 5, "coarse": 1 / 2, "others": 1 / 3, "frames": 4, "visual tokens": 40}
     assert found == pytest.approx(expected)
+
+
+# ---------------------------------------------------------------- longvtg.py
+
+
+@pytest.mark.parametrize("name", [*longvtg.VARIANTS, *longvtg.STARTS])
+def test_options_of_longvtgs_variants_are_those_of_training(name):
+    config = parse(longvtg.options_of(name), program="train")
+    late = name.startswith("late-")
+    assert config.model.endswith("late-start" if late else "checkpoints/tiny") and config.world_test_videos == 40
+
+
+def test_longvtg_has_a_line_per_variant_beside_what_it_started_from(tmp_path):
+    ledger = Ledger(tmp_path / "rows.jsonl", lambda name: ("mine", longvtg.options_of(name)))
+
+    def scored(value: float) -> dict:
+        return {"mIoU": value, "zoom_accuracy": value + 0.1}
+
+    elsewhere = {where: scored(0.3) for where in longvtg.ELSEWHERE}
+    answers = {"direct": 0.2, "unified": 0.6}
+    ledger.add("start", 0, "ended", elsewhere=elsewhere, answers=answers)
+    for seed, value in ((0, 0.6), (1, 0.8)):
+        curves = {"zero_variance/tg": [0.5, 0.1], "kl/time": [0.0, 0.2], "kl/text": [0.0, 0.1]}
+        found = {"before": {"all": scored(0.4)}, "after": {"all": scored(value)}, "curves": curves}
+        paid = {"direct": 0.1, "grounds": 0.7, "unified": value}
+        ledger.add(longvtg.UNIFIED, seed, "ended", **found, elsewhere=elsewhere, answers=paid)
+    text = longvtg.report(ledger, "x")
+    assert "| before training |  |  |  |  | 0.400 | 0.500 | 0.300 | 0.400 | 0.300 | 0.400 |  |  |" in text
+    [line] = [line for line in text.splitlines() if line.startswith("| IoU + CenDist | token-aware | 2 |")]
+    cells = [cell.split(" ± ")[0].strip() for cell in line.split("|")[4:-1]]
+    assert list(map(float, cells)) == [0.5, 0.1, 0.7, 0.8, 0.3, 0.4, 0.3, 0.4, 0.2, 0.1]
+    assert "| IoU | uniform | 0 |" in text  # a variant without a run has its line
+    assert "| direct | - | start | 1 | 0.200 ± 0.000 |" in text
+    assert "| ground-then-answer | trained | start | 2 | 0.700 ± 0.000 |" in text
+    assert "| unified | trained | trained | 2 | 0.700 ± 0.141 |" in text
 
 
 # ---------------------------------------------------------------- gpu.py

@@ -50,7 +50,9 @@ def test_the_model_is_small_and_ties_its_embeddings(tokenizer):
     assert model.config.vision_config.tokens_per_second == 2
 
 
-@pytest.mark.parametrize("name, family", [("tiny", "qwen3_vl"), ("tiny-zoomer", "qwen2_5_vl")])
+@pytest.mark.parametrize(
+    "name, family", [("tiny", "qwen3_vl"), ("tiny-zoomer", "qwen3_vl"), ("tiny-qwen2_5_vl", "qwen2_5_vl")]
+)
 def test_the_shipped_checkpoints_load_and_are_small(name, family):
     checkpoint = CHECKPOINTS / name
     assert sum(f.stat().st_size for f in checkpoint.iterdir()) < 5e6
