@@ -38,7 +38,7 @@ from video import Budget, Clip, ClipPlan, FrameCache, VideoError, VideoInfo, loa
 
 @dataclass
 class View:
-    """A sample and what the coarse pass shows of its video: the frames, and the same as patches.
+    """A sample and what is shown of its video, as frames and as patches; if `closer`, just what was claimed before.
     `draw`, its place in a training run and how often that was redrawn, is in the responses' seeds: they are new then.
     """
 
@@ -47,6 +47,7 @@ class View:
     clip: Clip
     video: Video
     draw: tuple[int, ...] = ()
+    closer: bool = False
 
 
 @dataclass

@@ -146,8 +146,7 @@ class MicroBatch:
     """Some groups as tensors: responses int64 [b, G, T] padded on the right, mask bool and advantages [b, G, T], what
     each response was shown [b][G], old log-probabilities [N] or None.
 
-    The mask leaves out what takes no part in the loss: padding, responses that a limit ended (`mask_truncated`), and
-    with dynamic sampling a group that is without variance to the last.
+    Masked out: padding, responses that a limit ended (`mask_truncated`), with dynamic sampling groups without variance.
     """
 
     ids: list[str]

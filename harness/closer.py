@@ -59,7 +59,7 @@ def look_closer(
                 shown = next(decoded)
             except VideoError as error:
                 failed[view.sample.id], shown = error, view
-            views.append(replace(shown, draw=(*view.draw, 1)))  # new responses
+            views.append(replace(shown, draw=(*view.draw, 1), closer=True))  # new responses
     if not config.train_vision:
         keep_tokens(model, [view.video for view in views])
     again = roll_out(model, list(map(view_alone, views)), config, vocabulary, step)

@@ -61,8 +61,15 @@ def log_step(run: Any, step: int, metrics: Mapping[str, float]) -> None:
 def step_figures(
     groups: Sequence[Group], totals: Mapping[str, float], seconds: float, config: Config, accelerator: Accelerator
 ) -> dict[str, float]:
-    """All figures of a step, from this process' groups, its sums of statistics, and the step's seconds."""
-    figures = reward_figures(groups, config, accelerator) | response_figures(groups, config, accelerator)
+    """All figures of a step, from this process' groups, its sums of statistics, and the step's seconds.
+
+    Rewards are those of groups that saw the whole video; those of closer looks at what was claimed (repeated zoom) have
+    `closer/` before their names.
+    """
+    whole, closer = ([group for group in groups if group.view.closer == kind] for kind in (False, True))
+    figures = reward_figures(whole, config, accelerator) | response_figures(groups, config, accelerator)
+    if closer:
+        figures |= {f"closer/{name}": value for name, value in reward_figures(closer, config, accelerator).items()}
     figures |= loss_figures(totals, config, accelerator)
     return figures | throughput(groups, seconds, accelerator)
 

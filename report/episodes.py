@@ -24,8 +24,9 @@ def episodes_page(episodes: Sequence[Mapping], out: str | Path, title: str) -> N
     "coarse": {"times": [s], "frames": uint8 [N, 3, H, W]}, "responses": [{"tokens": [str], "advantages": [float],
     "segments": [str] (optional, one per token), "answer": str | None, "spans": [[s, e]] | None,
     "rewards": {facet: float}, "zoom": {"times", "frames", "answer": str | None} | None, "calls" (optional, of several
-    turns): [{"part": [[s, e]], "times", "frames"} or {"refusal": str}]}], and optionally "prompt": str and "facets":
-    {facet: {"rewards": [float], "advantages": [float] | None, "mean": float, "deviation": float}}}.
+    turns): [{"part": [[s, e]], "times", "frames"} or {"refusal": str}]}], and optionally "prompt": str, "closer": bool
+    (whether "coarse" shows just what was claimed before: repeated zoom) and "facets": {facet: {"rewards": [float],
+    "advantages": [float] | None, "mean": float, "deviation": float}}}.
     Tokens are blue where the advantage is positive and orange and underlined where it is negative, on a scale of the
     group's own. Raises ReportError naming the episode when lengths, times or frames do not fit.
     """
@@ -52,6 +53,7 @@ def episode_html(episode: Mapping, scale: float) -> str:
     if right is not None and right not in list(string.ascii_uppercase[: len(options)]):
         options.append(f'<li class="right">Answer: {text(right)}</li>')
     named = {f"response {n}": r["spans"] for n, r in enumerate(episode["responses"], start=1)}
+    shown = "Closer look: frames of what was claimed" if episode.get("closer") else "Coarse frames"
     responses = [response_html(response, n, episode, scale) for n, response in enumerate(episode["responses"], start=1)]
     return (
         f'<article id="{text(episode["id"])}">\n'
@@ -61,7 +63,7 @@ def episode_html(episode: Mapping, scale: float) -> str:
         f'<ul class="options">{"".join(options)}</ul>\n'
         f"{prompt_html(episode.get('prompt'))}{timeline(truth, named, episode['duration'])}\n"
         f"{facets_html(episode.get('facets'))}"
-        f"<h4>Coarse frames</h4>\n{film_strip(episode['coarse']['frames'], episode['coarse']['times'], 136, truth)}\n"
+        f"<h4>{shown}</h4>\n{film_strip(episode['coarse']['frames'], episode['coarse']['times'], 136, truth)}\n"
         f'<p class="muted legend">advantage: <span class="tokens">{token_html("negative", -scale, scale)} '
         f"{token_html('zero', 0.0, scale)} {token_html('positive', scale, scale)}</span> "
         f"full colour at ±{scale:.2f}, the largest of this group</p>\n" + "\n".join(responses) + "\n</article>"
@@ -196,5 +198,6 @@ def episode_record(group: Group, config: Config) -> dict:
         "prompt": user_chat(coarse_words(group.view, config), config),
         "facets": {name: facet_record(values, config) for name, values in group.rewards.items()},
         "coarse": {"times": clip.times, "frames": clip.frames.numpy()},
+        "closer": group.view.closer,
         "responses": responses,
     }

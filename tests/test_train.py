@@ -9,6 +9,7 @@ import logging
 import math
 import os
 import signal
+import statistics
 import threading
 import time
 import weakref
@@ -210,12 +211,19 @@ def test_in_the_last_steps_each_question_is_asked_twice(recipe, tmp_path, monkey
 
     monkeypatch.setattr(train, "collect", counted)
     monkeypatch.setattr(train, "update", noted)
-    main(["--config", str(recipe), "--steps", "3", "--prompts_per_step", "2", "--repeated_zoom", "0.4"])
+    words = ["--steps", "3", "--prompts_per_step", "2", "--repeated_zoom", "0.4", "--n_episodes", "4"]
+    main(["--config", str(recipe), *words])
     assert [len(found) for found in groups] == [2, 2, 4]
     tokens = [sum(len(r.ids) for group in found for r in group.responses) for found in groups]
     assert updated == tokens, "each response of both is learned from"
     assert [group.view.sample for group in groups[2][:2]] == [group.view.sample for group in groups[2][2:]]
     assert all(set(group.rewards) == {"format", "accuracy", "iou", "zoom"} for group in groups[2])
+    for row, found in zip(read_metrics(tmp_path / "run"), groups, strict=True):  # figures of each kind are apart
+        for first, of in (("", found[:2]), ("closer/", found[2:])):
+            paid = [value for group in of for value in group.rewards["format"]]
+            assert row.get(f"{first}reward/format_mean") == (pytest.approx(statistics.mean(paid)) if paid else None)
+    page = (tmp_path / "run" / "episodes.html").read_text()
+    assert page.count("<h4>Coarse frames</h4>") == page.count("<h4>Closer look: frames of what was claimed</h4>") == 2
 
 
 @pytest.mark.parametrize("normalise", ["sequence", "token", "fixed"])
