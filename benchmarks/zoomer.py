@@ -46,6 +46,7 @@ from infer import Settings
 
 RUNS, RESULTS, RECIPES = ROOT / "runs" / "zoomer", ROOT / "benchmarks" / "results", ROOT / "recipes"
 RECIPE = ["--config", "recipes/cpu_world_agent.yaml", "--world_test_videos", "40"]
+TRAINING = ["--steps", "60", "--prompts_per_step", "4", "--prompts_per_pass", "4"]
 START, NEVER_CALLED = ROOT / "checkpoints" / "tiny-zoomer", ROOT / "checkpoints" / "tiny"
 COLD_START = RECIPES / "cpu_world_agent_sft.yaml"
 KINDS = ("coarse", "fine", "blink", "pair")
@@ -81,7 +82,6 @@ AGENTS: dict[str, tuple[str, dict[str, float]]] = {
     "the same, uniform frames": ("tool-0", {"max_turns": 1}),
 }
 STRATEGIES = (*AGENTS, "uniform frames", "coarse-to-fine", "divide-and-conquer")
-STEPS = 40
 
 
 def key(name: str) -> tuple[str, list[str]]:
@@ -91,7 +91,7 @@ def key(name: str) -> tuple[str, list[str]]:
         return beginning(START, recipe), []
     variant = VARIANTS[name]
     made = beginning(variant.start, recipe) if variant.start else f"{recipe_hash(COLD_START)}-{recipe_hash(recipe)}"
-    return made, [*RECIPE[2:], "--steps", f"{STEPS}", *variant.options]
+    return made, [*RECIPE[2:], *TRAINING, *variant.options]
 
 
 def run(ledger: Ledger, name: str, seed: int, start: Path, cache: Sequence[str]) -> None:
@@ -215,8 +215,8 @@ def report(ledger: Ledger, command: str, out: Path) -> str:
     return "\n\n".join(
         [
             "# VideoZoomer on the built-in world",
-            f"`{command}`: {STEPS} steps of 8 prompts x 8 episodes, mean ± standard deviation over seeds. "
-            f"{ledger.count()}",
+            f"`{command}`: {TRAINING[1]} steps of {TRAINING[3]} prompts x 8 episodes, mean ± standard deviation over "
+            f"seeds. {ledger.count()}",
             "## Ablations",
             "Accuracy (in brackets: runs):",
             accuracies(results),
