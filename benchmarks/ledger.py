@@ -93,6 +93,11 @@ class Ledger:
         return f"Runs started {started}, ended {ended}, failed {failed}; the rest was interrupted."
 
 
+def lines_of(found: dict[tuple[str, int], dict], name: str) -> list[dict]:
+    """What came out of each seed of a name, in their order."""
+    return [line for (other, _), line in sorted(found.items()) if other == name]
+
+
 def blocks(values: Sequence[float]) -> list[float]:
     """Means over ten steps, rounded; a shorter rest is left out."""
     return [round(statistics.mean(values[k : k + TEN]), 4) for k in range(0, len(values) - TEN + 1, TEN)]

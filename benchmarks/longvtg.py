@@ -32,7 +32,7 @@ import torch
 
 import config as configuration
 from annotations.samples import load_samples
-from benchmarks.ledger import ROOT, Ledger, beginning, curves_of, noted_run, reward_mean, scores_of
+from benchmarks.ledger import ROOT, Ledger, beginning, curves_of, lines_of, noted_run, reward_mean, scores_of
 from benchmarks.main_job import spread
 from engine.loading import load
 from policy import Policy, Vocabulary
@@ -168,10 +168,6 @@ def answered(
 # ---------------------------------------------------------------- tables
 
 
-def seeds_of(found: dict[tuple[str, int], dict], name: str) -> list[dict]:
-    return [line for (other, _), line in sorted(found.items()) if other == name]
-
-
 def scores(line: dict, when: str) -> list[float]:
     """mIoU and the accuracy of the zoomed answer, on the test split and elsewhere."""
     return [
@@ -184,12 +180,12 @@ def table_4(found: dict[tuple[str, int], dict], variants: dict[str, Variant], st
     names = [f"{score}, {where}" for where in ("in-domain", *ELSEWHERE) for score in ("mIoU", "accuracy")]
     head = ["reward", "KL", "seeds", "no signal, first ten steps", "last ten", *names, "KL on time", "KL on text"]
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
-    known = [line for name in variants for line in seeds_of(found, name)]
+    known = [line for name in variants for line in lines_of(found, name)]
     if known and (start, 0) in found:
         before = scores({**known[0], "elsewhere": found[start, 0]["elsewhere"]}, "before")
         lines.append(f"| before training |  |  |  |  | {' | '.join(f'{value:.3f}' for value in before)} |  |  |")
     for name, variant in variants.items():
-        runs = seeds_of(found, name)
+        runs = lines_of(found, name)
         silent = [run["curves"][f"zero_variance/{variant.grounding}"] for run in runs]
         columns = [[curve[0] for curve in silent], [curve[-1] for curve in silent]]
         columns += map(list, zip(*(scores(run, "after") for run in runs), strict=True))
@@ -210,7 +206,7 @@ def table_3(found: dict[tuple[str, int], dict]) -> str:
     ]
     lines = ["| setting | finds the spans | answers | seeds | accuracy |", "|---|---|---|---|---|"]
     for setting, finder, answerer, name, key in settings:
-        values = [line["answers"][key] for line in seeds_of(found, name)]
+        values = [line["answers"][key] for line in lines_of(found, name)]
         cell = spread(values) if values else ""
         lines.append(f"| {setting} | {finder} | {answerer} | {len(values)} | {cell} |")
     return "\n".join(lines)

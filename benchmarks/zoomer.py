@@ -39,7 +39,8 @@ import config as configuration
 import infer
 from annotations.rows import Sample
 from annotations.samples import load_samples
-from benchmarks.ledger import ROOT, TEN, Ledger, beginning, curves_of, noted_run, recipe_hash, reward_mean, scores_of
+from benchmarks import ledger as ledgers
+from benchmarks.ledger import ROOT, TEN, Ledger, beginning, lines_of, noted_run, recipe_hash
 from benchmarks.main_job import spread
 from harness.asking import Agent, Steps, side_by_side
 from infer import Settings
@@ -98,8 +99,8 @@ def run(ledger: Ledger, name: str, seed: int, start: Path, cache: Sequence[str])
     """One run of a variant."""
 
     def note(out: Path) -> dict:
-        curves = curves_of(out, lambda curve: reward_mean(curve) or curve.startswith("episode/"))
-        return {**scores_of(out, ("all", "by_kind")), "curves": curves}
+        curves = ledgers.curves_of(out, lambda curve: ledgers.reward_mean(curve) or curve.startswith("episode/"))
+        return {**ledgers.scores_of(out, ("all", "by_kind")), "curves": curves}
 
     options = [*RECIPE[:2], *ledger.key(name)[1], "--model", str(start), *cache]
     noted_run(ledger, name, seed, RUNS / f"{name}-{seed}", options, RUNS / f"before-{name}.jsonl", note)
@@ -180,10 +181,6 @@ def calls(results: dict[str, list[dict]]) -> str:
     return rows([*head, *(f"{kind}, after" for kind in KINDS)], text)
 
 
-def seeds_of(found: dict[tuple[str, int], dict], name: str) -> list[dict]:
-    return [line for (other, _), line in sorted(found.items()) if other == name]
-
-
 def picture(points: dict[str, list[dict]], results: dict[str, list[dict]], path: Path) -> None:
     """Accuracy against frames, a point for each model; calls over training, means over seeds and `TEN` steps."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
@@ -205,8 +202,8 @@ def picture(points: dict[str, list[dict]], results: dict[str, list[dict]], path:
 def report(ledger: Ledger, command: str, out: Path) -> str:
     """All tables of the runs so far, as Markdown; draws the picture."""
     found = ledger.ended()
-    results = {name: lines for name in VARIANTS if (lines := seeds_of(found, name))}
-    points = {name: lines for name in STRATEGIES if (lines := seeds_of(found, name))}
+    results = {name: lines for name in VARIANTS if (lines := lines_of(found, name))}
+    points = {name: lines for name in STRATEGIES if (lines := lines_of(found, name))}
     scores = ("accuracy", "coarse", "others", "frames", "visual tokens")
     table = [
         [f"{name} ({len(lines)})", *(spread([p[s] for p in lines]) for s in scores)] for name, lines in points.items()
