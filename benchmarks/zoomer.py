@@ -47,7 +47,7 @@ from infer import Settings
 
 RUNS, RESULTS, RECIPES = ROOT / "runs" / "zoomer", ROOT / "benchmarks" / "results", ROOT / "recipes"
 RECIPE = ["--config", "recipes/cpu_world_agent.yaml", "--world_test_videos", "40"]
-TRAINING = ["--steps", "60", "--prompts_per_step", "4", "--prompts_per_pass", "4"]
+TRAINING = ["--steps", "40", "--prompts_per_step", "4", "--prompts_per_pass", "4"]
 START, NEVER_CALLED = ROOT / "checkpoints" / "tiny-zoomer", ROOT / "checkpoints" / "tiny"
 COLD_START = RECIPES / "cpu_world_agent_sft.yaml"
 KINDS = ("coarse", "fine", "blink", "pair")

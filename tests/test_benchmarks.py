@@ -297,7 +297,7 @@ def test_zoomer_has_a_line_per_variant_with_the_means_of_its_runs(tmp_path):
 @pytest.mark.parametrize("name", zoomer.VARIANTS)
 def test_options_of_zoomers_variants_are_those_of_training(name):
     start, options = zoomer.key(name)
-    assert parse([*zoomer.RECIPE[:2], *options], program="train").steps == 60
+    assert parse([*zoomer.RECIPE[:2], *options], program="train").steps == 40
     shared = zoomer.key("tool-0.5")[0]
     assert (start == shared) == (name not in ("exemplars", "cold"))  # these begin with other weights
 
