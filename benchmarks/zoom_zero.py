@@ -9,6 +9,7 @@ benchmarks/results/zoom_zero.jsonl (benchmarks/ledger.py), and is not repeated.
 
 In the tables: mean over seeds with the 95% interval of Student's t; the difference to the first line, paired by seed,
 with its interval and the two-sided p-value of the exact test that flips its signs, which cannot be below 2 / 2^seeds.
+What an addition changes is a mean over all pairs of lines that differ in it, paired by seed.
 "Area" is the mean sampled R_IoU over all steps, "steps" the first at which its mean over ten steps reaches LEVEL.
 """
 
@@ -64,6 +65,22 @@ TABLES = {
     "TokenAdv and R_zoom (Table 5)": tuple(VARIANTS)[:8],
     "Responses per prompt (Table 9)": ("g2", "g4", "both-code"),
     "Wrong labels, none, repeated zoom (future work)": ("both-code", "noisy-grpo", "noisy", "unlabelled", "repeated"),
+}
+
+
+# What is added, and the lines without and with it: the difference is a mean over these pairs, for each seed.
+ADDED = {
+    "R_zoom": (
+        ("grpo", "zoom"),
+        ("tokenadv-paper", "both-paper"),
+        ("tokenadv-code", "both-code"),
+        ("tokenadv-time", "both-time"),
+    ),
+    "TokenAdv, Eq. 5 as printed": (("grpo", "tokenadv-paper"), ("zoom", "both-paper")),
+    "TokenAdv as released": (("grpo", "tokenadv-code"), ("zoom", "both-code")),
+    "TokenAdv, times in think as glue": (("grpo", "tokenadv-time"), ("zoom", "both-time")),
+    "as released instead of as printed": (("tokenadv-paper", "tokenadv-code"), ("both-paper", "both-code")),
+    "G = 8 instead of 4": (("g4", "both-code"),),
 }
 
 
@@ -181,7 +198,7 @@ def learning(lines: Sequence[dict]) -> list[str]:
         return ["-", "-"]
     steps = [step for curve in curves if (step := reached(curve)) is not None]
     text = f"{statistics.mean(steps):.0f} ({len(steps)} of {len(curves)})" if steps else f"never (of {len(curves)})"
-    return [figure([statistics.mean(curve) for curve in curves]), text]
+    return [figure(list(map(statistics.mean, curves))), text]
 
 
 def training_table(found: dict[tuple[str, int], dict], names: Sequence[str]) -> str:
@@ -202,6 +219,30 @@ def training_table(found: dict[tuple[str, int], dict], names: Sequence[str]) -> 
         test = [figure(gains), f"{flip_test(gains):.3f}"] if gains else ["", ""]
         cells = [VARIANTS[name].label, f"{len(ended)}", *cells, *learning(list(ended.values())), *test]
         lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def area(line: dict) -> float:
+    """The mean sampled R_IoU over all steps of a run."""
+    return statistics.mean(line["curves"]["reward/iou_mean"])
+
+
+def added_table(found: dict[tuple[str, int], dict]) -> str:
+    """What each addition changes, over all lines with and without it, paired by seed; "up": seeds where it is more."""
+    scores = {name: lambda line, name=name: line["after"]["all"][name] for name in ("mIoU", "zoom_accuracy", "Acc@GQA")}
+    measures = scores | {"area": area}
+    lines = ["| added | seeds | " + " | ".join(f"{name} | p | up" for name in measures) + " |"]
+    lines.append("|---" * (3 * len(measures) + 2) + "|")
+    for label, pairs in ADDED.items():
+        seeds = sorted(set.intersection(*(set(seeds_of(found, name)) for pair in pairs for name in pair)))
+        cells = []
+        for measure in measures.values():
+            gains = [
+                statistics.mean(measure(found[new, seed]) - measure(found[old, seed]) for old, new in pairs)
+                for seed in seeds
+            ]
+            cells += [figure(gains), f"{flip_test(gains):.3f}", f"{sum(g > 0 for g in gains)}"] if gains else [""] * 3
+        lines.append(f"| {label} | {len(seeds)} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -262,6 +303,7 @@ def report(ledger: Ledger, command: str) -> str:
     ]
     for title, names in TABLES.items():
         parts += [f"## {title}", training_table(found, names)]
+    parts += ["## What each addition changes", added_table(found)]
     parts += ["## mIoU by evidence (Table 2, Figure 3)", evidence_table(found, ("grpo", MAIN_JOB))]
     for title, names in WAYS.items():
         parts += [f"## {title}", f"Videos of {LONG[1]} s.", ways_table(found, names)]

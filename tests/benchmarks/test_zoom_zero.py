@@ -72,6 +72,13 @@ def test_tables_pair_seeds_and_say_how_many_runs_were_started(tmp_path):
     first = lines["| GRPO: format + IoU + accuracy, summed"].split(" | ")
     assert first[2] == "0.550 ± 0.635" and first[-3] == "20 (1 of 2)"
     assert lines["| + R_zoom"].split(" | ")[-3] == "never (of 1)"
+    # Of mIoU 0.7 - 0.2 and 0.7 - 0.8; of the area, where a curve begins at 0.2, half of that. Deviation 0.42, two values.
+    assert "| R_zoom | 0 |" in text and "| G = 8 instead of 4 | 0 |" in text
+    ended(ledger, "g4", 0, 0.2)
+    ended(ledger, "g4", 1, 0.8)
+    [line] = [line for line in report(ledger, "x").splitlines() if line.startswith("| G = 8 instead of 4 |")]
+    cells = [cell.strip() for cell in line.split("|")[2:-1]]
+    assert cells[:4] == ["2", "0.200 ± 3.812", "1.000", "1"] and cells[-3:] == ["0.100 ± 1.906", "1.000", "1"]
     assert "| + both, times in think as glue | 0 |" in text and "| one-stage | 1 | 0.500 ± 0.000" in text
     zoom_zero.draw(ledger.ended(), ("grpo", "both-code", "both-time"), tmp_path / "x.png")
     assert (tmp_path / "x.png").stat().st_size > 1000
