@@ -72,7 +72,7 @@ def test_tables_pair_seeds_and_say_how_many_runs_were_started(tmp_path):
     first = lines["| GRPO: format + IoU + accuracy, summed"].split(" | ")
     assert first[2] == "0.550 ± 0.635" and first[-3] == "20 (1 of 2)"
     assert lines["| + R_zoom"].split(" | ")[-3] == "never (of 1)"
-    # Of mIoU 0.7 - 0.2 and 0.7 - 0.8; of the area, where a curve begins at 0.2, half of that. Deviation 0.42, two values.
+    # Of mIoU 0.7 - 0.2 and 0.7 - 0.8; of the area, of curves that begin at 0.2, half. Deviation 0.42, two values.
     assert "| R_zoom | 0 |" in text and "| G = 8 instead of 4 | 0 |" in text
     ended(ledger, "g4", 0, 0.2)
     ended(ledger, "g4", 1, 0.8)
