@@ -90,7 +90,7 @@ def run(ledger: Ledger, name: str, seed: int, cache: Sequence[str]) -> None:
         curves = curves_of(out, lambda key: reward_mean(key) or key.startswith(("zero_variance/", "kl/")))
         return {**kept, "curves": curves, **scores_elsewhere(name, out / "checkpoint", out, cache)}
 
-    before = RUNS / f"before-{Path(VARIANTS[name].start).name}.jsonl"
+    before = RUNS / f"before-{Path(VARIANTS[name].start).name}-{ledger.key(name)[0]}.jsonl"
     options = [*options_of(name), *cache]
     noted_run(ledger, name, seed, RUNS / f"{name}-{seed}", options, before, note)
 
@@ -149,7 +149,8 @@ def evaluated(model: Path | str, folder: Path, where: str, cache: Sequence[str])
     """Scores of a model on videos unlike those it was trained on."""
     out = folder / where.replace(", ", "-").replace(" ", "-")
     command = [sys.executable, "evaluate.py", *RECIPE, "--model", str(model), "--out", str(out), "--threads", "1"]
-    subprocess.run([*command, *ELSEWHERE[where], *cache], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+    command += ["--overwrite", *ELSEWHERE[where], *cache]
+    subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
     return json.loads((out / "evaluation.json").read_text())["policy"]["all"]
 
 
@@ -158,6 +159,7 @@ def answered(
 ) -> float:
     """Accuracy of a strategy on the test split."""
     out.parent.mkdir(parents=True, exist_ok=True)
+    out.unlink(missing_ok=True)  # of a run that was interrupted
     command = [sys.executable, "infer.py", *RECIPE, "--strategy", strategy, "--model", str(model), "--out", str(out)]
     command += ["--threads", "1", *(["--ground_model", str(ground_model)] if ground_model else [])]
     subprocess.run([*command, *cache], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)

@@ -103,7 +103,8 @@ def run(ledger: Ledger, name: str, seed: int, start: Path, cache: Sequence[str])
         return {**ledgers.scores_of(out, ("all", "by_kind")), "curves": curves}
 
     options = [*RECIPE[:2], *ledger.key(name)[1], "--model", str(start), *cache]
-    noted_run(ledger, name, seed, RUNS / f"{name}-{seed}", options, RUNS / f"before-{name}.jsonl", note)
+    before = RUNS / f"before-{name}-{ledger.key(name)[0]}.jsonl"
+    noted_run(ledger, name, seed, RUNS / f"{name}-{seed}", options, before, note)
 
 
 def asked(agent: Agent, ask: Callable[[Agent, Sample], Steps], samples: list[Sample]) -> dict[str, float]:

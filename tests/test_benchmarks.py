@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -324,6 +326,32 @@ def test_options_of_longvtgs_variants_are_those_of_training(name):
     config = parse(longvtg.options_of(name), program="train")
     late = name.startswith("late-")
     assert config.model.endswith("late-start" if late else "checkpoints/tiny") and config.world_test_videos == 40
+
+
+def test_longvtg_asks_as_much_of_a_run_as_its_tables_show(tmp_path, monkeypatch):
+    commands = []
+
+    def ran(command, **_):
+        commands.append(command)
+        out = Path(command[command.index("--out") + 1])
+        if command[1] == "evaluate.py":
+            out.mkdir(parents=True, exist_ok=True)
+            (out / "evaluation.json").write_text(json.dumps({"policy": {"all": {"mIoU": 0.5}}}))
+        else:
+            assert not out.exists(), "answers of an interrupted run are not gone on with"
+            out.write_text(json.dumps({"predicted_answer": "A", "answer": "A"}) + "\n")
+
+    monkeypatch.setattr(longvtg.subprocess, "run", ran)
+    for _ in range(2):  # the second time over what the first left
+        found = longvtg.scores_elsewhere(longvtg.UNIFIED, "trained", tmp_path, ("--cache", "x"))
+    assert found["answers"] == {"direct": 1.0, "grounds": 1.0, "unified": 1.0} and set(found["elsewhere"]) == {
+        *longvtg.ELSEWHERE
+    }
+    models = [(c[c.index("--model") + 1], "--ground_model" in c) for c in commands if c[1] == "infer.py"]
+    assert models[:3] == [("trained", False), (longvtg.START, True), ("trained", False)]
+    assert all("--overwrite" in c for c in commands if c[1] == "evaluate.py")
+    assert "answers" not in longvtg.scores_elsewhere("iou", "trained", tmp_path, ())
+    assert set(longvtg.scores_elsewhere("start", longvtg.START, tmp_path, ())["answers"]) == {"direct", "unified"}
 
 
 def test_longvtg_has_a_line_per_variant_beside_what_it_started_from(tmp_path):
