@@ -274,7 +274,7 @@ def ways_table(found: dict[tuple[str, int], dict], names: Sequence[str]) -> str:
 
 
 def draw(found: dict[tuple[str, int], dict], names: Sequence[str], out: Path) -> None:
-    """Mean curves of R_IoU and R_acc of the variants, with the range over seeds."""
+    """Mean curves of R_IoU and R_acc of the variants, with the first one's range over seeds."""
     picture = new_figure(9, 3.6)
     axes = picture.subplots(1, 2)
     for panel, (key, title) in zip(axes, {"iou": "IoU reward", "accuracy": "Answer reward"}.items(), strict=True):
@@ -286,7 +286,10 @@ def draw(found: dict[tuple[str, int], dict], names: Sequence[str], out: Path) ->
                 colour, style, _ = line_look(k)
                 means = list(map(statistics.mean, columns))
                 panel.plot(steps, means, color=colour, linestyle=style, label=VARIANTS[name].label)
-                panel.fill_between(steps, list(map(min, columns)), list(map(max, columns)), color=colour, alpha=0.12)
+                if k == 0:
+                    panel.fill_between(
+                        steps, list(map(min, columns)), list(map(max, columns)), color=colour, alpha=0.12
+                    )
         panel.set_title(title, fontsize=10)
         tidy(panel)
     add_legend(picture)

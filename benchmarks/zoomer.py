@@ -196,7 +196,8 @@ def picture(points: dict[str, list[dict]], results: dict[str, list[dict]], path:
     right.set(xlabel="step", ylabel="calls per sampled episode", ylim=(0, None))
     for axes in (left, right):
         axes.grid(alpha=0.3)
-        axes.legend(frameon=False, fontsize=8)
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(frameon=False, fontsize=8)
     figure.savefig(path, dpi=150)
 
 
