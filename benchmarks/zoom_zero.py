@@ -80,6 +80,7 @@ ADDED = {
     "TokenAdv as released": (("grpo", "tokenadv-code"), ("zoom", "both-code")),
     "TokenAdv, times in think as glue": (("grpo", "tokenadv-time"), ("zoom", "both-time")),
     "as released instead of as printed": (("tokenadv-paper", "tokenadv-code"), ("both-paper", "both-code")),
+    "G = 4 instead of 2": (("g2", "g4"),),
     "G = 8 instead of 4": (("g4", "both-code"),),
 }
 
