@@ -26,18 +26,6 @@ ROOT = Path(__file__).resolve().parents[1]
 TEN = 10  # steps that a point of a curve is the mean of
 
 
-@dataclass(frozen=True)
-class Variant:
-    """A line of a table about training: what it is called, and the options of train.py that make it."""
-
-    label: str
-    options: tuple[str, ...]
-
-
-def variant(label: str, options: str) -> Variant:
-    return Variant(label, tuple(options.split()))
-
-
 def recipe_hash(recipe: Path) -> str:
     """The first digits of the hash of a recipe's options; comments do not count."""
     return _digits(json.dumps(yaml.safe_load(recipe.read_text()), sort_keys=True).encode())

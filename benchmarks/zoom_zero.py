@@ -23,9 +23,10 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.ledger import ROOT, TEN, Ledger, beginning, curves_of, noted_run, reward_mean, scores_of, variant
+from benchmarks.ledger import ROOT, TEN, Ledger, beginning, curves_of, lines_of, noted_run, reward_mean, scores_of
 from report.drawing import add_legend, line_look, new_figure, save_figure, tidy
 from report.results import stored_rows
 from report.scores import by_kind, overall
@@ -40,6 +41,19 @@ T = (math.nan, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 SCORES = ("mIoU", "R@0.5", "accuracy", "zoom_accuracy", "Acc@GQA", "format")
 COSTS = ("passes", "frames", "visual_tokens", "seconds")
 LONG = ("--world_duration", "120", "--world_min_duration", "0")
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A line of a table about training: what it is called, and the options of train.py that make it."""
+
+    label: str
+    options: tuple[str, ...]
+
+
+def variant(label: str, options: str) -> Variant:
+    return Variant(label, tuple(options.split()))
+
 
 VARIANTS = {
     "grpo": variant("GRPO: format + IoU + accuracy, summed", "--tokenadv off --zoom_reward false"),
@@ -66,8 +80,6 @@ TABLES = {
     "Responses per prompt (Table 9)": ("g2", "g4", "both-code"),
     "Wrong labels, none, repeated zoom (future work)": ("both-code", "noisy-grpo", "noisy", "unlabelled", "repeated"),
 }
-
-
 # What is added, and the lines without and with it: the difference is a mean over these pairs, for each seed.
 ADDED = {
     "R_zoom": (
@@ -133,7 +145,7 @@ def note_end(out: Path) -> dict:
 def train(ledger: Ledger, name: str, seed: int, extra: Sequence[str]) -> None:
     """One run of a variant; what the start answers is the same for all."""
     options = ["--eval_controls", "false", "--model", str(START), *extra, *options_of(name)]
-    before = RUNS / f"before-{beginning(START, RECIPE)}.jsonl"
+    before = RUNS / f"before-{ledger.key(name)[0]}.jsonl"
     noted_run(ledger, name, seed, RUNS / f"{name}-{seed}", options, before, note_end)
 
 
@@ -189,17 +201,22 @@ def reached(curve: Sequence[float], level: float = LEVEL) -> int | None:
 
 
 def seeds_of(found: dict[tuple[str, int], dict], name: str) -> dict[int, dict]:
-    return {seed: line for (other, seed), line in sorted(found.items()) if other == name}
+    return {line["seed"]: line for line in lines_of(found, name)}
+
+
+def area(line: dict) -> float:
+    """The mean sampled R_IoU over all steps of a run."""
+    return statistics.mean(line["curves"]["reward/iou_mean"])
 
 
 def learning(lines: Sequence[dict]) -> list[str]:
     """Area under the curve of R_IoU, and the steps to its level, where R_IoU is paid."""
-    curves = [line["curves"]["reward/iou_mean"] for line in lines if "reward/iou_mean" in line["curves"]]
-    if not curves:
+    paid = [line for line in lines if "reward/iou_mean" in line["curves"]]
+    if not paid:
         return ["-", "-"]
-    steps = [step for curve in curves if (step := reached(curve)) is not None]
-    text = f"{statistics.mean(steps):.0f} ({len(steps)} of {len(curves)})" if steps else f"never (of {len(curves)})"
-    return [figure(list(map(statistics.mean, curves))), text]
+    steps = [step for line in paid if (step := reached(line["curves"]["reward/iou_mean"])) is not None]
+    text = f"{statistics.mean(steps):.0f} ({len(steps)} of {len(paid)})" if steps else f"never (of {len(paid)})"
+    return [figure(list(map(area, paid))), text]
 
 
 def training_table(found: dict[tuple[str, int], dict], names: Sequence[str]) -> str:
@@ -223,11 +240,6 @@ def training_table(found: dict[tuple[str, int], dict], names: Sequence[str]) -> 
     return "\n".join(lines)
 
 
-def area(line: dict) -> float:
-    """The mean sampled R_IoU over all steps of a run."""
-    return statistics.mean(line["curves"]["reward/iou_mean"])
-
-
 def added_table(found: dict[tuple[str, int], dict]) -> str:
     """What each addition changes, over all lines with and without it, paired by seed; "up": seeds where it is more."""
     scores = {name: lambda line, name=name: line["after"]["all"][name] for name in ("mIoU", "zoom_accuracy", "Acc@GQA")}
@@ -249,8 +261,7 @@ def added_table(found: dict[tuple[str, int], dict]) -> str:
 
 def evidence_table(found: dict[tuple[str, int], dict], names: Sequence[str]) -> str:
     """mIoU by how long the evidence is, and which share of the video (Table 2, Figure 3)."""
-    kept = {name: list(seeds_of(found, name).values()) for name in names}
-    kept = {name: lines for name, lines in kept.items() if lines}
+    kept = {name: lines for name in names if (lines := lines_of(found, name))}
     table = ["| evidence | before | " + " | ".join(VARIANTS[name].label for name in kept) + " |"]
     table.append("|---" * (len(kept) + 2) + "|")
     for by in ("by_clue_length", "by_clue_portion"):
@@ -268,7 +279,7 @@ def ways_table(found: dict[tuple[str, int], dict], names: Sequence[str]) -> str:
     columns = ("accuracy", "mIoU", "Acc@GQA", *COSTS)
     lines = ["| strategy | seeds | " + " | ".join(columns) + " |", "|---" * (len(columns) + 2) + "|"]
     for name in names:
-        ended = list(seeds_of(found, name).values())
+        ended = lines_of(found, name)
         cells = [figure([line["after"]["all"][column] for line in ended]) if ended else "" for column in columns]
         lines.append(f"| {name} | {len(ended)} | {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -280,7 +291,7 @@ def draw(found: dict[tuple[str, int], dict], names: Sequence[str], out: Path) ->
     axes = picture.subplots(1, 2)
     for panel, (key, title) in zip(axes, {"iou": "IoU reward", "accuracy": "Answer reward"}.items(), strict=True):
         for k, name in enumerate(names):
-            curves = [line["curves"][f"reward/{key}_mean"] for line in seeds_of(found, name).values()]
+            curves = [line["curves"][f"reward/{key}_mean"] for line in lines_of(found, name)]
             if curves:
                 steps = [TEN * (n + 1) for n in range(len(curves[0]))]
                 columns = list(zip(*curves, strict=True))
@@ -302,7 +313,7 @@ def report(ledger: Ledger, command: str) -> str:
     found = ledger.ended()
     parts = [
         "# Zoom-Zero's tables on the built-in world",
-        f"`{command}`\n\n{ledger.count()} Hashes of weights and recipe: {beginning(START, RECIPE)}. "
+        f"`{command}`\n\n{ledger.count()} Hashes of weights and recipe: {ledger.key(MAIN_JOB)[0]}. "
         "± 0.000 beside one seed is no interval.",
     ]
     for title, names in TABLES.items():

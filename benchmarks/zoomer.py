@@ -45,11 +45,11 @@ from benchmarks.main_job import spread
 from harness.asking import Agent, Steps, side_by_side
 from infer import Settings
 
-RUNS, RESULTS, RECIPES = ROOT / "runs" / "zoomer", ROOT / "benchmarks" / "results", ROOT / "recipes"
+RUNS, RESULTS = ROOT / "runs" / "zoomer", ROOT / "benchmarks" / "results"
 RECIPE = ["--config", "recipes/cpu_world_agent.yaml", "--world_test_videos", "40"]
 TRAINING = ["--steps", "40", "--prompts_per_step", "4", "--prompts_per_pass", "4"]
 START, NEVER_CALLED = ROOT / "checkpoints" / "tiny-zoomer", ROOT / "checkpoints" / "tiny"
-COLD_START = RECIPES / "cpu_world_agent_sft.yaml"
+COLD_START = ROOT / "recipes" / "cpu_world_agent_sft.yaml"
 KINDS = ("coarse", "fine", "blink", "pair")
 
 
@@ -72,22 +72,20 @@ VARIANTS = {
     "tool-0.25": Variant("R_tool 0.25", ("--tool_weight", "0.25")),
     "tool-1": Variant("R_tool 1", ("--tool_weight", "1")),
 }
-
-
 # Ways of asking: the agents of a variant, with these options changed, and those of the policy for spans.
 AGENTS: dict[str, tuple[str, dict[str, float]]] = {
     "agent": ("tool-0.5", {}),
     "agent, one call": ("tool-0.5", {"max_turns": 2, "max_calls": 1}),
     "agent without R_tool": ("tool-0", {}),
     "the same, no call": ("tool-0", {"max_turns": 1}),
-    "the same, uniform frames": ("tool-0", {"max_turns": 1}),
 }
-STRATEGIES = (*AGENTS, "uniform frames", "coarse-to-fine", "divide-and-conquer")
+UNIFORM = "the same, uniform frames"
+STRATEGIES = (*AGENTS, UNIFORM, "uniform frames", "coarse-to-fine", "divide-and-conquer")
 
 
 def key(name: str) -> tuple[str, list[str]]:
     """What a run begins with, and its options. Weights that are not kept go by the recipe that made them."""
-    recipe = RECIPES / "cpu_world_agent.yaml"
+    recipe = ROOT / RECIPE[1]
     if name in STRATEGIES:
         return beginning(START, recipe), []
     variant = VARIANTS[name]
@@ -140,9 +138,8 @@ def strategies(ledger: Ledger, coarse: Path, extra: Sequence[str]) -> None:
             ledger.add(name, seed, "started")
             ledger.add(name, seed, "ended", **asked(agent, partial(ask, settings=settings), samples))
 
-    for name, (variant, changes) in AGENTS.items():
+    for name, (variant, changes) in (AGENTS | {UNIFORM: ("tool-0", {"max_turns": 1} | uniform)}).items():
         for seed in runs[variant]:
-            changes = changes | (uniform if name.endswith("uniform frames") else {})
             note(name, seed, RUNS / f"{variant}-{seed}" / "checkpoint", infer.play_episode, Settings(), changes)
     wider = uniform | {"budget": max(configuration.parse([]).budget, 4 * used)}
     note("uniform frames", 0, coarse, infer.one_stage, Settings(), wider)

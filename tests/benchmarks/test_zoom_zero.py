@@ -49,7 +49,7 @@ def test_only_runs_from_this_start_with_these_options_count(tmp_path, monkeypatc
     ended(ledger, "grpo", 1, 0.5)
     ledger.add("zoom", 1, "started")
     assert list(ledger.ended()) == [("grpo", 1)] and len(ledger.lines()) == 3
-    monkeypatch.setitem(zoom_zero.VARIANTS, "grpo", ledgers.variant("changed", "--beta 1"))
+    monkeypatch.setitem(zoom_zero.VARIANTS, "grpo", zoom_zero.variant("changed", "--beta 1"))
     assert ledger.ended() == {}
 
 
@@ -102,7 +102,6 @@ def test_a_run_is_noted_when_it_starts_and_when_it_ends(code, tmp_path, monkeypa
         return SimpleNamespace(returncode=code)
 
     monkeypatch.setattr(ledgers.subprocess, "run", run)
-    monkeypatch.setattr(zoom_zero, "beginning", lambda *_: "mine")
     ledger = ledger_of(tmp_path / "rows.jsonl", "mine")
     train(ledger, "grpo", 3, ("--cache", "elsewhere"))
     [(command, before)] = seen
