@@ -17,13 +17,14 @@ from pathlib import Path
 from unittest import mock
 
 import torch
-from torch import Tensor
+from torch import Tensor, distributed
 
 import kl
 import policy
 from benchmarks import engine
 from benchmarks.engine import Naive, Ours, make_problem, row
 from benchmarks.kl import materialised
+from benchmarks.sharded import sharded
 from engine import attention, qwen2_5_vl, sampling, sharding
 from engine.attention import GroupCache, Stretch, Tree, TreeAttention
 
@@ -436,13 +437,32 @@ def streamed(at: Setting) -> None:
     check("streamed reference", distance(found, resident), 0)
 
 
+def shards(at: Setting, scratch: Path) -> None:
+    """FSDP2 on this device alone: the tokens of the same weights without it, by graphs where there are any."""
+    backend = "nccl" if at.cuda else "gloo"
+    distributed.init_process_group(backend, init_method=f"file://{scratch}/store", rank=0, world_size=1)
+    _, ours = engine.engines()
+    model = ours.model.to(at.device, HALF)
+    pace = PACES["graphs" if at.cuda else "eager"]
+    _, expected = play(model, pace, 3)
+    whole = sharded(policy.Policy(model))
+    captured = sampling.Graphs.run
+    with sharding.whole_weights(whole), mock.patch.object(sampling.Graphs, "run", autospec=True) as run:
+        run.side_effect = captured
+        _, found = play(model, pace, 3)
+    wrong = sum(not torch.equal(x[0], y[0]) for x, y in zip(found, expected, strict=True))
+    check("sharded by FSDP2, 3 turns, bfloat16: other episodes than without", wrong, 0)
+    check("the same, whether steps are not graphs", int(bool(run.call_count) != at.cuda), 0)
+    distributed.destroy_process_group()
+
+
 def whole_policy(at: Setting, scratch: Path) -> None:
     _, ours = engine.engines()
     visual = ours.model.model.visual
     jobs: list[tuple[Callable, tuple]] = [(tower, (at, visual, dtype)) for dtype in (HALF, SINGLE)]
     for name in ("20m", "tiny"):
         jobs += [(whole_gradient, (at, name, *kind)) for kind in ((HALF, False), (SINGLE, False), (SINGLE, True))]
-    jobs += [(sampled_turns, (at, 1)), (sampled_turns, (at, 3)), (streamed, (at,))]
+    jobs += [(sampled_turns, (at, 1)), (sampled_turns, (at, 3)), (streamed, (at,)), (shards, (at, scratch))]
     with torch.no_grad():
         checks(jobs[:2])
     checks(jobs[2:])

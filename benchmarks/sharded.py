@@ -46,7 +46,7 @@ def hooks_kept(modules: Sequence[nn.Module]) -> Iterator[None]:
 
 def sharded(policy: Policy) -> Policy:
     """As recipes/accelerate_fsdp2.yaml has it."""
-    mesh = init_device_mesh("cpu", (distributed.get_world_size(),))
+    mesh = init_device_mesh(policy.model.device.type, (distributed.get_world_size(),))
     for layer in policy.model.model.language_model.layers:
         fully_shard(layer, mesh=mesh)
     return fully_shard(policy, mesh=mesh)
