@@ -306,6 +306,15 @@ def read_metrics(out: Path) -> list[dict]:
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
+def read_nearly(path: Path) -> list[dict]:
+    """JSON lines whose numbers equal others up to 1e-5: in another batch, sums are rounded otherwise."""
+
+    def near(number: str):
+        return pytest.approx(float(number), abs=1e-5)
+
+    return [json.loads(line, parse_float=near) for line in path.read_text().splitlines()]
+
+
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory) -> Path:
     """Where `numbered.get` writes its videos, each once."""

@@ -20,7 +20,7 @@ import yaml
 from accelerate import Accelerator
 from conftest import ROOT, pay, read_metrics, roll_out_episodes
 from runs import in_two
-from talking import learn
+from talking import learn, shallow
 
 import config as configuration
 import episodes
@@ -406,7 +406,8 @@ def player(tmp_path_factory) -> Path:
     sentences = [prompts.chat_text(""), *(random_turn(rng) for _ in range(300)), *(f"{k}s" for k in range(10))]
     tokenizer = tiny.build_tokenizer(lessons.corpus() + sentences)
     vocabulary = Vocabulary.of(tokenizer)
-    model = tiny.build_model(tokenizer).train()
+    model = shallow(tokenizer).train()
+    model.model.visual.requires_grad_(False)  # there is nothing to see
     generator = torch.Generator().manual_seed(0)
 
     def batch(step: int) -> lessons.Batch:
@@ -416,7 +417,7 @@ def player(tmp_path_factory) -> Path:
         ids = vocabulary.ids(chat)
         grey = torch.randint(0, 256, (1, 3, 1, 1), generator=generator, dtype=torch.uint8).expand(2, 3, 28, 28)
         clips = [Video.from_frames(grey, 1.0)] * ids.count(model.config.video_token_id)
-        said = [vocabulary.ids(random_turn(rng) + lessons.END) for _ in range(12)]
+        said = [vocabulary.ids(random_turn(rng) + lessons.END) for _ in range(8)]
         return lessons.Batch.of([build_prompt(ids, clips, model.config)], [said])
 
     learn(model, batch, 100)
@@ -443,9 +444,9 @@ def views_of(samples, config, n: int = 3):
 def test_rollouts_are_those_of_the_plain_way(samples, small, loaded, monkeypatch):
     """With the cache across turns or without: the same turns, frames and observations."""
     model, vocabulary = loaded
-    ours = roll_out_episodes(model, views_of(samples, small), small, vocabulary, 3)
+    ours = roll_out_episodes(model, views_of(samples, small), small, vocabulary, 4)
     monkeypatch.setattr(rollout, "Sampler", PlainEpisodes)
-    plain = roll_out_episodes(model, views_of(samples, small), small, vocabulary, 3)
+    plain = roll_out_episodes(model, views_of(samples, small), small, vocabulary, 4)
     turns, shown = set(), 0
     for one, two in zip(ours, plain, strict=True):
         assert len(one.responses) == 6
@@ -626,7 +627,16 @@ def predicting(group: Group) -> torch.Tensor:
 OPTIONS = [
     ["--train_vision", "false", "--kl", "none", "--mask_truncated", "--max_tokens", "12"],
     ["--updates_per_rollout", "2", "--clip_low", "0.2", "--clip_high", "0.27", "--normalise", "token"],
-    ["--gradient_checkpointing", "--mixed_precision", "bf16", "--template", "videozoomer", "--state_duration"],
+    [
+        "--gradient_checkpointing",
+        "--mixed_precision",
+        "bf16",
+        "--template",
+        "videozoomer",
+        "--state_duration",
+        "--group_size",
+        "2",
+    ],
 ]
 
 

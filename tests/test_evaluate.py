@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import run_in_two_processes
+from conftest import read_nearly, run_in_two_processes
 from pagetree import Tree
 from runs import end_of
 
@@ -289,8 +289,8 @@ def test_two_processes_evaluate_like_one(recipe, tmp_path, small_world, samples,
     main([*common, "--out", str(tmp_path / "one")])
     asked = run_in_two_processes("evaluate", "two_pass_row", [*common, "--out", str(tmp_path / "two")], tmp_path)
     assert all(asked) and sorted(asked[0] + asked[1]) == [sample.id for sample in samples]
-    one, two = ((tmp_path / name / "results-policy.jsonl").read_text() for name in ("one", "two"))
-    assert one == two
+    one, two = (tmp_path / name / "results-policy.jsonl" for name in ("one", "two"))
+    assert read_nearly(one) == [json.loads(row) for row in two.read_text().splitlines()]
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 50])

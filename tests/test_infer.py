@@ -19,7 +19,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import drop_video_token, drop_weights, exit_codes, loud_model, page_in_browser, run_in_two_processes
+from conftest import (
+    drop_video_token,
+    drop_weights,
+    exit_codes,
+    loud_model,
+    page_in_browser,
+    read_nearly,
+    run_in_two_processes,
+)
 from pagetree import Tree
 from qwen import QWEN
 from runs import end_of
@@ -536,7 +544,7 @@ def test_two_processes_share_a_data_set(asking, samples, tmp_path, capsys):
     assert all(asked) and sorted(asked[0] + asked[1]) == [sample.id for sample in samples]
     videos = [{sample.video for sample in samples if sample.id in ids} for ids in asked]
     assert not videos[0] & videos[1]
-    one, two = (read_lines(tmp_path / f"{name}.jsonl") for name in ("one", "two"))
+    one, two = read_nearly(tmp_path / "one.jsonl"), read_lines(tmp_path / "two.jsonl")
     assert without_seconds(one) == without_seconds(sorted(two, key=lambda row: row["id"]))
 
 

@@ -285,7 +285,7 @@ def test_two_processes_train_like_one(recipe, tmp_path, more):
     """The same metrics and weights after two steps, of two updates each, or the second with a closer look and started
     as `torchrun` alone does, up to float noise.
     """
-    common = ["--config", recipe, *more, "--beta", "0.05", "--train_vision", "false"]
+    common = ["--config", recipe, *more, "--beta", "0.05", "--train_vision", "false", "--group_size", "3"]
     main([*map(str, common), "--out", str(tmp_path / "one")])
     in_two(tmp_path / "errors", *common, "--out", tmp_path / "two", told="--repeated_zoom" not in more)
     assert len(list((tmp_path / "two" / "state").glob("shard-*"))) == 2  # each process has written its part
@@ -299,6 +299,7 @@ def test_two_processes_train_like_one(recipe, tmp_path, more):
 def test_two_processes_with_sharded_weights_train_like_one(recipe, tmp_path):
     """FSDP2, resumed after the first step on two nodes: the metrics and weights of one process, up to float noise."""
     common = ["--config", recipe, "--updates_per_rollout", "2", "--beta", "0.05", "--prompts_per_step", "8"]
+    common += ["--group_size", "2"]
     main([*map(str, common), "--out", str(tmp_path / "one")])
     two = tmp_path / "two"
     sharded = [*common, "--out", two, "--prompts_per_pass", "1", "--gradient_checkpointing"]
@@ -332,6 +333,7 @@ def test_sharded_weights_in_bfloat16_leave_sums_unrounded(recipe, tmp_path, smal
 def test_a_reference_in_the_cpu_s_memory_changes_nothing(recipe, tmp_path):
     """In the KL and as the judge, in bfloat16: to the last bit."""
     common = ["--config", str(recipe), "--mixed_precision", "bf16", "--beta", "0.05", "--zoom_judge", "reference"]
+    common += ["--prompts_per_step", "2", "--group_size", "2"]
     for place in ("same", "cpu"):
         main([*common, "--reference_device", place, "--out", str(tmp_path / place)])
     assert read_metrics(tmp_path / "same")[1]["kl/text"] > 0
