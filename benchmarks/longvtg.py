@@ -7,7 +7,8 @@ Table 4: five variants, five seeds each, from the same start; and the rewards on
 evidence. "No signal" is the share of groups whose responses all got the same grounding reward, over the first and the
 last ten steps. In-domain is the test split of the videos trained on; out-of-domain are videos with more events, and
 shorter ones. Answers come from the zoomed frames (zooming is not trained here: what accuracy falls by is forgotten, or
-due to other spans).
+due to other spans). Differences between lines are paired by seed, with their 95% interval, the two-sided p-value of the
+exact test that flips their signs, and the number of seeds in which they are above 0.
 
 Table 3: direct (the coarse pass answers), ground-then-answer (a trained policy finds the spans, the start answers from
 them) and unified (the trained policy does both).
@@ -34,6 +35,7 @@ import config as configuration
 from annotations.samples import load_samples
 from benchmarks.ledger import ROOT, Ledger, beginning, curves_of, lines_of, noted_run, reward_mean, scores_of
 from benchmarks.main_job import spread
+from benchmarks.seeds import paired_cells
 from engine.loading import load
 from policy import Policy, Vocabulary
 from world import lessons
@@ -67,6 +69,17 @@ ABLATIONS = {
 }
 LATE_ABLATIONS = {f"late-{name}": replace(ABLATIONS[name], start=LATE_START) for name in ("iou", "giou", "cendist")}
 VARIANTS = ABLATIONS | LATE_ABLATIONS
+PAIRS = [  # (one line, the line it is compared with)
+    ("uniform", "none"),
+    ("iou", "none"),
+    ("iou", "uniform"),
+    ("giou", "iou"),
+    ("cendist", "iou"),
+    ("cendist", "giou"),
+    ("late-giou", "late-iou"),
+    ("late-cendist", "late-iou"),
+    ("late-cendist", "late-giou"),
+]
 UNIFIED = "cendist"  # the variant whose policies answer in Table 3
 ELSEWHERE = {
     "5 events": ["--world_events", "5"],
@@ -170,6 +183,11 @@ def answered(
 # ---------------------------------------------------------------- tables
 
 
+def headings() -> list[str]:
+    """What `scores` are called."""
+    return [f"{score}, {where}" for where in ("in-domain", *ELSEWHERE) for score in ("mIoU", "accuracy")]
+
+
 def scores(line: dict, when: str) -> list[float]:
     """mIoU and the accuracy of the zoomed answer, on the test split and elsewhere."""
     return [
@@ -179,8 +197,7 @@ def scores(line: dict, when: str) -> list[float]:
 
 def table_4(found: dict[tuple[str, int], dict], variants: dict[str, Variant], start: str) -> str:
     """A line per variant with the number of its seeds; scores before training in the first line."""
-    names = [f"{score}, {where}" for where in ("in-domain", *ELSEWHERE) for score in ("mIoU", "accuracy")]
-    head = ["reward", "KL", "seeds", "no signal, first ten steps", "last ten", *names, "KL on time", "KL on text"]
+    head = ["reward", "KL", "seeds", "no signal, first ten steps", "last ten", *headings(), "KL on time", "KL on text"]
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     known = [line for name in variants for line in lines_of(found, name)]
     if known and (start, 0) in found:
@@ -194,6 +211,24 @@ def table_4(found: dict[tuple[str, int], dict], variants: dict[str, Variant], st
         columns += [[run["curves"][f"kl/{part}"][-1] for run in runs] for part in ("time", "text")]
         cells = map(spread, columns) if runs else [""] * (len(head) - 3)
         lines.append(f"| {variant.reward} | {variant.kl} | {len(runs)} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def differences(found: dict[tuple[str, int], dict]) -> str:
+    """A line per pair of `PAIRS` that has seeds in common."""
+
+    def label(name: str) -> str:
+        return f"{VARIANTS[name].reward}, {VARIANTS[name].kl}{', late start' * (name in LATE_ABLATIONS)}"
+
+    head = ["difference", "seeds", *(cell for name in headings() for cell in (name, "p", "up"))]
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for pair in PAIRS:
+        seeds = [seed for name, seed in sorted(found) if name == pair[0] and (pair[1], seed) in found]
+        more, than = ([scores(found[name, seed], "after") for seed in seeds] for name in pair)
+        gains = [[a - b for a, b in zip(*two, strict=True)] for two in zip(more, than, strict=True)]
+        cells = [cell for column in zip(*gains, strict=True) for cell in paired_cells(column)]
+        if cells:
+            lines.append(f"| {' minus '.join(map(label, pair))} | {len(seeds)} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -227,6 +262,8 @@ def report(ledger: Ledger, command: str) -> str:
             table_4(found, ABLATIONS, "start"),
             f"The same from a start whose spans are {LATE:g} s late, where most responses miss the evidence",
             table_4(found, LATE_ABLATIONS, "late-start"),
+            "Differences (mean ± half of the 95% interval), paired by seed",
+            differences(found),
             "## Direct, ground-then-answer, unified (Table 3)",
             table_3(found),
         ]

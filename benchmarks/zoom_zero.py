@@ -16,8 +16,6 @@ What an addition changes is a mean over all pairs of lines that differ in it, pa
 from __future__ import annotations
 
 import argparse
-import itertools
-import math
 import statistics
 import subprocess
 import sys
@@ -27,6 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.ledger import ROOT, TEN, Ledger, beginning, curves_of, lines_of, noted_run, reward_mean, scores_of
+from benchmarks.seeds import figure, paired_cells
 from report.drawing import add_legend, line_look, new_figure, save_figure, tidy
 from report.results import stored_rows
 from report.scores import by_kind, overall
@@ -36,8 +35,6 @@ RESULTS = ROOT / "benchmarks" / "results"
 START = ROOT / "checkpoints" / "tiny"
 RECIPE = ROOT / "recipes" / "cpu_world.yaml"
 LEVEL = 0.6  # of R_IoU
-# Student's t, 97.5%, by degrees of freedom.
-T = (math.nan, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 SCORES = ("mIoU", "R@0.5", "accuracy", "zoom_accuracy", "Acc@GQA", "format")
 COSTS = ("passes", "frames", "visual_tokens", "seconds")
 LONG = ("--world_duration", "120", "--world_min_duration", "0")
@@ -166,38 +163,12 @@ def ask(ledger: Ledger, name: str, seed: int, extra: Sequence[str]) -> None:
     ledger.add(name, seed, "ended", after={"all": overall(rows) | costs, "by_kind": by_kind(rows)})
 
 
-# ---------------------------------------------------------------- statistics over seeds
-
-
-def interval(values: Sequence[float]) -> tuple[float, float]:
-    """Mean, and half of the 95% interval of Student's t (0 for one value)."""
-    if len(values) == 1:
-        return values[0], 0.0
-    return statistics.mean(values), T[len(values) - 1] * statistics.stdev(values) / math.sqrt(len(values))
-
-
-def flip_test(differences: Sequence[float]) -> float:
-    """The two-sided p-value of the mean under all ways to flip the differences' signs."""
-    observed = abs(sum(differences))
-    flipped = [
-        abs(sum(sign * d for sign, d in zip(signs, differences, strict=True)))
-        for signs in itertools.product((1, -1), repeat=len(differences))
-    ]
-    return sum(value >= observed - 1e-12 for value in flipped) / len(flipped)
-
-
-def figure(values: Sequence[float], digits: int = 3) -> str:
-    """0.812 ± 0.013"""
-    mean, half = interval(values)
-    return f"{mean:.{digits}f} ± {half:.{digits}f}"
+# ---------------------------------------------------------------- tables
 
 
 def reached(curve: Sequence[float], level: float = LEVEL) -> int | None:
     """The step at which a curve of ten-step means first is at the level; None if it never is."""
     return next((TEN * (k + 1) for k, value in enumerate(curve) if value >= level), None)
-
-
-# ---------------------------------------------------------------- tables
 
 
 def seeds_of(found: dict[tuple[str, int], dict], name: str) -> dict[int, dict]:
@@ -234,8 +205,8 @@ def training_table(found: dict[tuple[str, int], dict], names: Sequence[str]) -> 
         cells = [figure([line["after"]["all"][score] for line in ended.values()]) for score in SCORES]
         both = [seed for seed in ended if seed in first] if name != names[0] else []
         gains = [ended[s]["after"]["all"]["mIoU"] - first[s]["after"]["all"]["mIoU"] for s in both]
-        test = [figure(gains), f"{flip_test(gains):.3f}"] if gains else ["", ""]
-        cells = [VARIANTS[name].label, f"{len(ended)}", *cells, *learning(list(ended.values())), *test]
+        cells += [*learning(list(ended.values())), *paired_cells(gains)[:2]]
+        cells = [VARIANTS[name].label, f"{len(ended)}", *cells]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -254,7 +225,7 @@ def added_table(found: dict[tuple[str, int], dict]) -> str:
                 statistics.mean(measure(found[new, seed]) - measure(found[old, seed]) for old, new in pairs)
                 for seed in seeds
             ]
-            cells += [figure(gains), f"{flip_test(gains):.3f}", f"{sum(g > 0 for g in gains)}"] if gains else [""] * 3
+            cells += paired_cells(gains)
         lines.append(f"| {label} | {len(seeds)} | {' | '.join(cells)} |")
     return "\n".join(lines)
 

@@ -368,11 +368,17 @@ def test_longvtg_has_a_line_per_variant_beside_what_it_started_from(tmp_path):
         found = {"before": {"all": scored(0.4)}, "after": {"all": scored(value)}, "curves": curves}
         paid = {"direct": 0.1, "grounds": 0.7, "unified": value}
         ledger.add(longvtg.UNIFIED, seed, "ended", **found, elsewhere=elsewhere, answers=paid)
+        found["curves"]["zero_variance/iou"] = [0.5, 0.1]
+        ledger.add("iou", seed, "ended", **found | {"after": {"all": scored(0.5)}}, elsewhere=elsewhere)
     text = longvtg.report(ledger, "x")
     assert "| before training |  |  |  |  | 0.400 | 0.500 | 0.300 | 0.400 | 0.300 | 0.400 |  |  |" in text
     [line] = [line for line in text.splitlines() if line.startswith("| IoU + CenDist | token-aware | 2 |")]
     cells = [cell.split(" ± ")[0].strip() for cell in line.split("|")[4:-1]]
     assert list(map(float, cells)) == [0.5, 0.1, 0.7, 0.8, 0.3, 0.4, 0.3, 0.4, 0.2, 0.1]
+    paired = "| IoU + CenDist, token-aware minus IoU, token-aware | 2 | 0.200 ± 1.271 | 0.500 | 2 |"
+    assert (
+        paired in text and " minus IoU, uniform" not in text
+    )  # differences of 0.1 and 0.3; none where a seed is missing
     assert "| IoU | uniform | 0 |" in text  # a variant without a run has its line
     assert "| direct | - | start | 1 | 0.200 ± 0.000 |" in text
     assert "| ground-then-answer | trained | start | 2 | 0.700 ± 0.000 |" in text

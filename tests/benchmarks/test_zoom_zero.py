@@ -9,7 +9,8 @@ import pytest
 from benchmarks import ledger as ledgers
 from benchmarks import zoom_zero
 from benchmarks.ledger import Ledger, blocks
-from benchmarks.zoom_zero import figure, flip_test, interval, ledger_of, options_of, reached, report, train
+from benchmarks.seeds import figure, flip_test, interval, paired_cells
+from benchmarks.zoom_zero import ledger_of, options_of, reached, report, train
 from config import parse
 from report.curves import read_metrics
 
@@ -37,6 +38,7 @@ def test_statistics_of_few_seeds_by_hand():
     assert mean == 5.0 and half == pytest.approx(2.776 / 5**0.5, abs=1e-9)
     assert interval([3.0]) == (3.0, 0.0) and figure([0.5, 0.5]) == "0.500 ± 0.000"
     assert flip_test([1.0, 2.0, 3.0]) == 2 / 8  # all signs alike are as far off, and no others
+    assert paired_cells([]) == ["", "", ""] and paired_cells([0.5, 0.5, -0.1])[1:] == ["0.500", "2"]
     assert flip_test([1.0, -1.0]) == 1.0 and flip_test([2.0, 1.0, -1.0]) == 6 / 8
     assert blocks([1.0] * 10 + [2.0] * 10 + [9.0] * 3) == [1.0, 2.0]
     assert reached([0.2, 0.59, 0.6, 0.5], 0.6) == 30 and reached([0.1], 0.6) is None

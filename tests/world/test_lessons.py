@@ -222,7 +222,7 @@ def test_templates_without_lessons_are_refused():
 
 def test_a_step_of_each_kind_lowers_its_loss(samples, vocabulary, config):
     model = tiny.build_model(vocabulary.tokenizer)
-    scenes = lessons.load_lessons(samples, config, vocabulary, model.config)
+    scenes = lessons.load_lessons(samples, config, vocabulary, model.config)[:3]
     rng = random.Random(0)
     for batch in (
         lessons.glance_batch(scenes, config, vocabulary, model.config, seconds=True),
