@@ -190,9 +190,9 @@ def vocabulary(tokenizer):
 
 def loud_model(tokenizer, seed: int = 0, family: str = "qwen2_5_vl", **options):
     """A tiny model whose random weights are as large as trained ones, so that attention matters."""
-    from world import tiny
+    from talking import shallow
 
-    model = tiny.build_model(tokenizer, seed, family, **options)
+    model = shallow(tokenizer, seed, family, **options)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, p in model.named_parameters():
