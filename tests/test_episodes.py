@@ -627,7 +627,13 @@ def predicting(group: Group) -> torch.Tensor:
 OPTIONS = [
     ["--train_vision", "false", "--kl", "none", "--mask_truncated", "--max_tokens", "12"],
     ["--updates_per_rollout", "2", "--clip_low", "0.2", "--clip_high", "0.27", "--normalise", "token"],
-    "--gradient_checkpointing --mixed_precision bf16 --template videozoomer --state_duration --group_size 2".split(),
+    [
+        "--gradient_checkpointing",
+        "--mixed_precision=bf16",
+        "--template=videozoomer",
+        "--state_duration",
+        "--group_size=2",
+    ],
 ]
 
 
