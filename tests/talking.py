@@ -16,8 +16,7 @@ from world import benchmark, lessons, tiny
 
 def teach(folder: Path, tokenizer, vocabulary: Vocabulary) -> Path:
     """Save a checkpoint that writes random letters and spans in the world's form."""
-    model = shallow(tokenizer).train()
-    model.model.visual.requires_grad_(False)  # there is nothing to see
+    model = shallow(tokenizer)
     generator = torch.Generator().manual_seed(0)
 
     def batch(step: int) -> lessons.Batch:
@@ -42,7 +41,8 @@ def shallow(tokenizer, seed: int = 0, family: str = "qwen2_5_vl", **options):
 
 
 def learn(model: torch.nn.Module, batch: Callable[[int], lessons.Batch], steps: int) -> float:
-    """Train a model on the batch of each step; the last loss."""
+    """Train a model, but for its tower, since there is nothing to see, on the batch of each step; the last loss."""
+    model.train().model.visual.requires_grad_(False)
     policy = Policy(model)
     optimizer = torch.optim.AdamW(policy.parameters(), betas=(0.9, 0.98))
     for step in range(steps):

@@ -406,8 +406,7 @@ def player(tmp_path_factory) -> Path:
     sentences = [prompts.chat_text(""), *(random_turn(rng) for _ in range(300)), *(f"{k}s" for k in range(10))]
     tokenizer = tiny.build_tokenizer(lessons.corpus() + sentences)
     vocabulary = Vocabulary.of(tokenizer)
-    model = shallow(tokenizer).train()
-    model.model.visual.requires_grad_(False)  # there is nothing to see
+    model = shallow(tokenizer)
     generator = torch.Generator().manual_seed(0)
 
     def batch(step: int) -> lessons.Batch:
