@@ -53,9 +53,9 @@ from train import MicroBatch
 
 ROOT = Path(__file__).resolve().parent
 RECIPES = {False: ROOT / "recipes" / "cpu_world.yaml", True: ROOT / "recipes" / "cpu_world_agent.yaml"}
-# Without warm-up the one step that is taken has the whole learning rate, so that its effect is seen.
-DEFAULTS = ("--world_train_videos", "6", "--warmup", "0", "--tracker", "none")
 QUESTIONS = 12  # that are rolled out; the one whose rewards vary most is looked at
+# Without warm-up the one step that is taken has the whole learning rate, so that its effect is seen.
+DEFAULTS = ("--world_train_videos", "6", "--warmup", "0", "--tracker", "none", "--rollout_batch", f"{QUESTIONS}")
 RELEASED_CLIP = (0.2, 0.28)  # shown beside the unclipped objective, unless --clip names others
 LEFT = 40  # width of the column that says where a line is
 

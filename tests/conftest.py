@@ -8,6 +8,7 @@ transformers and accelerate, which take seconds to import, are imported where th
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import gc
 import importlib
 import json
@@ -241,13 +242,29 @@ def exact_norm(monkeypatch):
     monkeypatch.setattr(Qwen2_5_VLRMSNorm, "forward", norm)
 
 
+def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
+    """A folder of this name that `make` fills, in whichever of the processes that run the tests needs it first."""
+    base = factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:  # each has a folder of its own in that of the run
+        base = base.parent
+    with (base / f"{name}.lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (base / name).exists():
+            (part := base / f"{name}.part").mkdir()
+            make(part)
+            part.rename(base / name)
+    return base / name
+
+
 @pytest.fixture(scope="session")
 def small_world(tmp_path_factory) -> dict[str, Path]:
     """The annotation files of a small built-in world: {"train": path, "test": path}."""
     from world import benchmark
 
-    root = tmp_path_factory.mktemp("world")
-    return {"train": benchmark.build(root, "train", 6, workers=1), "test": benchmark.build(root, "test", 3, workers=1)}
+    def build(root: Path) -> dict[str, Path]:
+        return {s: benchmark.build(root, s, n, workers=1) for s, n in (("train", 6), ("test", 3))}
+
+    return build(made_once(tmp_path_factory, "world", build))
 
 
 @pytest.fixture(scope="module")
@@ -265,7 +282,7 @@ def talker(tmp_path_factory, tokenizer, vocabulary) -> Path:
     """
     from talking import teach
 
-    return teach(tmp_path_factory.mktemp("talker"), tokenizer, vocabulary)
+    return made_once(tmp_path_factory, "talker", lambda folder: teach(folder, tokenizer, vocabulary))
 
 
 @pytest.fixture

@@ -25,14 +25,17 @@ from conftest import read_metrics
 from processes import exit_codes_of, meeting_place, tell_when_stopped
 from transformers import Qwen2_5_VLForConditionalGeneration
 
+from harness import watch
+from report import drawing
+
 ROOT = Path(__file__).resolve().parents[1]
 TIMES = ("seconds/", "visual_tokens_per_second", "text_tokens_per_second")
 PROGRAMS = ["train", "sft", "evaluate", "infer", "curate", "filters", "exemplars", "scenes", "report.curves"]
 PROGRAMS += ["report.plots"]
 
 SHARDED = ["--config_file", "recipes/accelerate_fsdp2.yaml", "--num_processes", "2", "--main_process_port", "0"]
-SHARDED += ["tests/fsdp2_on_cpu.py"]
 NODES = ["--config_file", "recipes/accelerate_multinode.yaml", "--main_process_ip", "127.0.0.1", *SHARDED[2:]]
+ON_CPU = "tests/fsdp2_on_cpu.py"
 
 
 def environment() -> dict[str, str]:
@@ -60,9 +63,16 @@ def as_program(script: str, arguments: Sequence[str], given: dict[str, str], err
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     os.dup2(os.open(errors, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
     tell_when_stopped()
+    leave_out_pictures()
     sys.path[:0] = [folder for folder in given.get("PYTHONPATH", "").split(os.pathsep) if folder]
     sys.argv = [script, *arguments]
     runpy.run_path(script, run_name="__main__")
+
+
+def leave_out_pictures() -> None:
+    """In a fork: curves and pictures, which take as long as a small run, are empty files."""
+    drawing.save_figure = lambda figure, out: Path(out).touch()
+    watch.plot_curves = lambda runs, out: Path(out).touch()
 
 
 def start(errors: Path, *arguments: object, script: str = "train.py", given: dict[str, str] | None = None):
@@ -88,7 +98,7 @@ def sharding(nodes: int) -> dict[str, str]:
         for name, value in environment().items():
             patch.setenv(name, value)
         arguments, _, _ = launch._validate_launch_command(
-            launch.launch_command_parser().parse_args(NODES if nodes > 1 else SHARDED)
+            launch.launch_command_parser().parse_args([*(NODES if nodes > 1 else SHARDED), ON_CPU])
         )
         return prepare_multi_gpu_env(arguments)
 
@@ -104,7 +114,7 @@ def in_two(
     """Run a program in two processes, each with the whole model or with a shard of it; they must end well. `told`: in
     their environment is that they are on a CPU.
     """
-    script, given = ("tests/fsdp2_on_cpu.py", sharding(nodes)) if shards else (script, environment())
+    script, given = (ON_CPU, sharding(nodes)) if shards else (script, environment())
     if not told:
         given = {name: value for name, value in given.items() if name != "ACCELERATE_USE_CPU"}
     with meeting_place() as place:
@@ -114,9 +124,9 @@ def in_two(
     assert codes == [0, 0], f"exit codes {codes}\n{errors.read_text()}"
 
 
-def launched(*arguments: object) -> None:
-    """The same with shards, by `accelerate launch` itself."""
-    command = [sys.executable, "-m", "accelerate.commands.launch", *SHARDED, *map(str, arguments)]
+def launched(script: Path, *arguments: object) -> None:
+    """A script in two processes, by `accelerate launch` itself, as for weights that are sharded."""
+    command = [sys.executable, "-m", "accelerate.commands.launch", *SHARDED, str(script), *map(str, arguments)]
     done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
 

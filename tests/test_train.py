@@ -24,7 +24,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from conftest import pay, read_metrics
-from runs import assert_same_run, end_of, in_two, launched, start, weights
+from runs import assert_same_run, end_of, in_two, launched, ranks, sharding, start, weights
 from safetensors.torch import load_file
 from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -51,6 +51,7 @@ from rollout import Group, Response, read_turn
 from train import MicroBatch, main, policy_step, set_old_logp, update
 
 ROOT = Path(__file__).resolve().parents[1]
+PLACES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
 
 
 @pytest.fixture
@@ -296,6 +297,20 @@ def test_two_processes_train_like_one(recipe, tmp_path, more):
 
 
 @pytest.mark.processes
+def test_the_launcher_tells_its_processes_what_these_tests_tell_theirs(tmp_path):
+    script = tmp_path / "told.py"
+    script.write_text("import json, os, sys; json.dump(dict(os.environ), open(sys.argv[1] + os.environ['RANK'], 'w'))")
+    launched(script, tmp_path / "told-")
+
+    def read(told: dict[str, str]) -> dict[str, str]:
+        return {name: told[name] for name in sorted(told) if name.startswith(("ACCELERATE_", "FSDP_", *PLACES))}
+
+    for rank, ours in enumerate(ranks(sharding(1), 1)):
+        assert read(json.loads((tmp_path / f"told-{rank}").read_text())) == read(ours)
+        assert {"FSDP_VERSION", "RANK"} < read(ours).keys()
+
+
+@pytest.mark.processes
 def test_two_processes_with_sharded_weights_train_like_one(recipe, tmp_path):
     """FSDP2, resumed after the first step on two nodes: the metrics and weights of one process, up to float noise."""
     common = ["--config", recipe, "--updates_per_rollout", "2", "--beta", "0.05", "--prompts_per_step", "8"]
@@ -303,7 +318,7 @@ def test_two_processes_with_sharded_weights_train_like_one(recipe, tmp_path):
     main([*map(str, common), "--out", str(tmp_path / "one")])
     two = tmp_path / "two"
     sharded = [*common, "--out", two, "--prompts_per_pass", "1", "--gradient_checkpointing"]
-    launched(*sharded, "--steps", "1")
+    in_two(tmp_path / "errors", *sharded, "--steps", "1", shards=True)
     in_two(tmp_path / "errors", *sharded, "--resume", shards=True, nodes=2)
     shards = [load_file(path) for path in (two / "state").glob("shard-*")]
     for kind in ("", "/exp_avg", "/exp_avg_sq"):

@@ -13,6 +13,7 @@ from conftest import read_metrics
 
 import config as configuration
 import train
+from annotations.samples import write_samples
 from harness import checkpoints
 from harness.run import Stopped
 from harness.watch import PATIENCE, Watch, advice, useless
@@ -30,6 +31,13 @@ def start(recipe, tmp_path):
         return tmp_path / "run"
 
     return run
+
+
+@pytest.fixture
+def two_questions(samples, tmp_path):
+    """A data set to evaluate on."""
+    write_samples(tmp_path / "two.jsonl", samples[:2])
+    return tmp_path / "two.jsonl"
 
 
 def test_a_run_without_a_terminal_prints_a_line(start, capsys):
@@ -75,7 +83,7 @@ def test_an_error_leaves_what_was_done_before_it(start, tmp_path, monkeypatch):
     assert (tmp_path / "run" / "curves.png").exists()
 
 
-def test_evaluations_on_the_way_and_the_best_checkpoint(start, small_world, monkeypatch, capsys):
+def test_evaluations_on_the_way_and_the_best_checkpoint(start, two_questions, monkeypatch, capsys):
     scores = iter([0.5, 0.9, 0.7, 0.8])  # before, after 1, 2 and all 3 steps
     kept = []
     monkeypatch.setattr(checkpoints, "link_checkpoint", lambda out, name: kept.append(name))
@@ -93,7 +101,7 @@ def test_evaluations_on_the_way_and_the_best_checkpoint(start, small_world, monk
 
     monkeypatch.setattr(train.evaluate, "overall", scored)
     monkeypatch.setattr(train.evaluate, "evaluate", evaluate)
-    test = ["--test_data", str(small_world["test"]), "--eval_every", "1", "--keep_best", "mIoU", "--steps", "3"]
+    test = ["--test_data", str(two_questions), "--eval_every", "1", "--keep_best", "mIoU", "--steps", "3"]
     out = start(*test)
     assert kept == ["checkpoint-best"]
     assert json.loads((out / "best.json").read_text()) == {"step": 1, "metric": "mIoU", "score": 0.9}
@@ -122,7 +130,7 @@ def test_keeping_the_best_needs_something_to_compare(start):
         start("--keep_best", "mIoU")
 
 
-def test_the_score_of_the_best_checkpoint_is_saved_with_it(start, small_world, tmp_path, monkeypatch):
+def test_the_score_of_the_best_checkpoint_is_saved_with_it(start, two_questions, tmp_path, monkeypatch):
     """So that a kill between the two loses nothing."""
 
     def killed(*_):
@@ -130,7 +138,7 @@ def test_the_score_of_the_best_checkpoint_is_saved_with_it(start, small_world, t
 
     monkeypatch.setattr(checkpoints, "link_checkpoint", killed)
     with pytest.raises(KeyboardInterrupt):
-        start("--test_data", str(small_world["test"]), "--eval_every", "1", "--keep_best", "mIoU", "--steps", "2")
+        start("--test_data", str(two_questions), "--eval_every", "1", "--keep_best", "mIoU", "--steps", "2")
     monkeypatch.undo()
     assert not (tmp_path / "run" / "checkpoint-best").exists()
     saved = json.loads((tmp_path / "run" / "state" / "step.json").read_text())
