@@ -42,6 +42,7 @@ from annotations.samples import load_samples
 from benchmarks import ledger as ledgers
 from benchmarks.ledger import ROOT, TEN, Ledger, beginning, lines_of, noted_run, recipe_hash
 from benchmarks.main_job import spread
+from benchmarks.seeds import figure, paired_cells
 from harness.asking import Agent, Steps, side_by_side
 from infer import Settings
 
@@ -72,6 +73,16 @@ VARIANTS = {
     "tool-0.25": Variant("R_tool 0.25", ("--tool_weight", "0.25")),
     "tool-1": Variant("R_tool 1", ("--tool_weight", "1")),
 }
+# Which variants are compared, seed by seed.
+PAIRS = (
+    ("tool-0.5", "tool-0"),
+    ("tool-0.25", "tool-0"),
+    ("tool-1", "tool-0"),
+    ("tool-0.5", "exemplars"),
+    ("random", "tool-0.5"),
+    ("random", "tool-0"),
+    ("tight", "tool-0.5"),
+)
 # Ways of asking: the agents of a variant, with these options changed, and those of the policy for spans.
 AGENTS: dict[str, tuple[str, dict[str, float]]] = {
     "agent": ("tool-0.5", {}),
@@ -179,9 +190,27 @@ def calls(results: dict[str, list[dict]]) -> str:
     return rows([*head, *(f"{kind}, after" for kind in KINDS)], text)
 
 
+def differences(found: dict[tuple[str, int], dict]) -> str:
+    """A line per pair of variants: how they differ after training, seed by seed."""
+    text = []
+    for one, other in PAIRS:
+        seeds = [seed for name, seed in sorted(found) if name == one and (other, seed) in found]
+        if not seeds:
+            continue
+        after = [(found[one, seed]["after"], found[other, seed]["after"]) for seed in seeds]
+        gains = [a["all"]["accuracy"] - b["all"]["accuracy"] for a, b in after]
+        coarse = [
+            [a["by_kind"]["coarse"][score] - b["by_kind"]["coarse"][score] for a, b in after]
+            for score in ("accuracy", "calls")
+        ]
+        pair = f"{VARIANTS[one].label} minus {VARIANTS[other].label}"
+        text.append([pair, f"{len(seeds)}", *paired_cells(gains), *map(figure, coarse)])
+    return rows(["", "seeds", "accuracy", "p", "above 0", "coarse: accuracy", "calls"], text)
+
+
 def picture(points: dict[str, list[dict]], results: dict[str, list[dict]], path: Path) -> None:
     """Accuracy against frames, a point for each model; calls over training, means over seeds and `TEN` steps."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
+    drawn, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
     for (name, found), marker in zip(points.items(), "o<p>xs^D", strict=False):
         left.plot([p["frames"] for p in found], [p["accuracy"] for p in found], marker, label=name)
     left.set(xlabel="frames per question", ylabel="accuracy", ylim=(0, 1))
@@ -195,7 +224,7 @@ def picture(points: dict[str, list[dict]], results: dict[str, list[dict]], path:
         axes.grid(alpha=0.3)
         if axes.get_legend_handles_labels()[0]:
             axes.legend(frameon=False, fontsize=8)
-    figure.savefig(path, dpi=150)
+    drawn.savefig(path, dpi=150)
 
 
 def report(ledger: Ledger, command: str, out: Path) -> str:
@@ -218,6 +247,8 @@ def report(ledger: Ledger, command: str, out: Path) -> str:
             accuracies(results),
             "Calls per episode:",
             calls(results),
+            "Differences after training, paired by seed (mean ± 95% interval, p of flipping signs, seeds above 0):",
+            differences(found),
             "## Accuracy against frames",
             rows(["strategy (models)", *scores], table),
             "![accuracy against frames per question, and calls over training](zoomer.png)",

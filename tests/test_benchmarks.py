@@ -281,10 +281,12 @@ def test_zoomer_has_a_line_per_variant_with_the_means_of_its_runs(tmp_path):
     for name, seed in (("tool-0.5", 0), ("tool-0.5", 1), ("cold", 2)):
         ledger.add(name, seed, "started")
         ledger.add(name, seed, "ended", **finished(seed))
+    ledger.add("tool-0", 1, "started")
+    ledger.add("tool-0", 1, "ended", **finished(3))
     ledger.add("agent", 0, "started")
     ledger.add("agent", 0, "ended", **dict.fromkeys(("accuracy", "coarse", "others", "frames", "visual tokens"), 0.5))
     text = zoomer.report(ledger, "x", tmp_path)
-    assert "Runs started 4, ended 4, failed 0;" in text and (tmp_path / "zoomer.png").stat().st_size > 1000
+    assert "Runs started 5, ended 5, failed 0;" in text and (tmp_path / "zoomer.png").stat().st_size > 1000
     lines = text.splitlines()
     before, after, *kinds, frames = ("0.500 ± 0.000", *["0.750 ± 0.000"] * 5, "20.500 ± 0.707")
     assert f"| R_tool 0.5 (2) | {' | '.join([before, after, *kinds, frames])} |" in lines
@@ -293,6 +295,8 @@ def test_zoomer_has_a_line_per_variant_with_the_means_of_its_runs(tmp_path):
     [calls] = [line for line in lines if line.startswith("| R_tool 0.5 |")]
     cells = [cell.split(" ± ")[0].strip() for cell in calls.split("|")[2:-1]]
     assert list(map(float, cells)) == [0.45, 1.45, 1, 1, 1, 1, 0.125, 1, 1, 1]
+    paired = "1 | 0.000 ± 0.000 | 1.000 | 0 | 0.000 ± 0.000 | -0.500 ± 0.000 |"  # of seed 1 alone
+    assert [line for line in lines if " minus " in line] == [f"| R_tool 0.5 minus R_tool 0 | {paired}"]
     assert "| agent (1) | 0.500 ± 0.000 |" in text and "R_tool 1" not in text
 
 
