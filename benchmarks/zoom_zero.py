@@ -91,6 +91,9 @@ ADDED = {
     "as released instead of as printed": (("tokenadv-paper", "tokenadv-code"), ("both-paper", "both-code")),
     "G = 4 instead of 2": (("g2", "g4"),),
     "G = 8 instead of 4": (("g4", "both-code"),),
+    "R_zoom and TokenAdv, labels off by up to 3 s": (("noisy-grpo", "noisy"),),
+    "labels off by up to 3 s instead of none": (("unlabelled", "noisy"),),
+    "repeated zoom in the second half": (("both-code", "repeated"),),
 }
 
 
@@ -175,14 +178,15 @@ def seeds_of(found: dict[tuple[str, int], dict], name: str) -> dict[int, dict]:
     return {line["seed"]: line for line in lines_of(found, name)}
 
 
-def area(line: dict) -> float:
-    """The mean sampled R_IoU over all steps of a run."""
-    return statistics.mean(line["curves"]["reward/iou_mean"])
+def area(line: dict) -> float | None:
+    """The mean sampled R_IoU over all steps of a run; None where it is not paid."""
+    curve = line["curves"].get("reward/iou_mean")
+    return curve and statistics.mean(curve)
 
 
 def learning(lines: Sequence[dict]) -> list[str]:
     """Area under the curve of R_IoU, and the steps to its level, where R_IoU is paid."""
-    paid = [line for line in lines if "reward/iou_mean" in line["curves"]]
+    paid = [line for line in lines if area(line) is not None]
     if not paid:
         return ["-", "-"]
     steps = [step for line in paid if (step := reached(line["curves"]["reward/iou_mean"])) is not None]
@@ -221,10 +225,9 @@ def added_table(found: dict[tuple[str, int], dict]) -> str:
         seeds = sorted(set.intersection(*(set(seeds_of(found, name)) for pair in pairs for name in pair)))
         cells = []
         for measure in measures.values():
-            gains = [
-                statistics.mean(measure(found[new, seed]) - measure(found[old, seed]) for old, new in pairs)
-                for seed in seeds
-            ]
+            values = [[(measure(found[old, s]), measure(found[new, s])) for old, new in pairs] for s in seeds]
+            measured = all(None not in pair for of_seed in values for pair in of_seed)
+            gains = [statistics.mean(new - old for old, new in of_seed) for of_seed in values if measured]
             cells += paired_cells(gains)
         lines.append(f"| {label} | {len(seeds)} | {' | '.join(cells)} |")
     return "\n".join(lines)
