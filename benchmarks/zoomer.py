@@ -210,7 +210,7 @@ def differences(found: dict[tuple[str, int], dict]) -> str:
 
 def picture(points: dict[str, list[dict]], results: dict[str, list[dict]], path: Path) -> None:
     """Accuracy against frames, a point for each model; calls over training, means over seeds and `TEN` steps."""
-    drawn, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
+    drawn, (left, right) = plt.subplots(1, 2, figsize=(10, 4.4), layout="constrained")
     for (name, found), marker in zip(points.items(), "o<p>xs^D", strict=False):
         left.plot([p["frames"] for p in found], [p["accuracy"] for p in found], marker, label=name)
     left.set(xlabel="frames per question", ylabel="accuracy", ylim=(0, 1))
@@ -223,7 +223,7 @@ def picture(points: dict[str, list[dict]], results: dict[str, list[dict]], path:
     for axes in (left, right):
         axes.grid(alpha=0.3)
         if axes.get_legend_handles_labels()[0]:
-            axes.legend(frameon=False, fontsize=8)
+            axes.legend(frameon=False, fontsize=7, ncols=2, loc="lower left", bbox_to_anchor=(0, 1))
     drawn.savefig(path, dpi=150)
 
 
