@@ -1,5 +1,5 @@
-"""train.py, or $SCRIPT.py, with FSDP2 on CPU processes; `accelerate launch --config_file recipes/accelerate_fsdp2.yaml`
-starts it.
+"""train.py, or $SCRIPT.py, with FSDP2 on CPU processes, in the environment that `accelerate launch --config_file
+recipes/accelerate_fsdp2.yaml` makes.
 
 accelerate shards on GPUs only, so it is told that it has some. Everything else is its own and the script's.
 """
