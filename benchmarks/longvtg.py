@@ -35,7 +35,7 @@ import config as configuration
 from annotations.samples import load_samples
 from benchmarks.ledger import ROOT, Ledger, beginning, curves_of, lines_of, noted_run, reward_mean, scores_of
 from benchmarks.main_job import spread
-from benchmarks.seeds import paired_cells
+from benchmarks.seeds import common_seeds, paired_cells
 from engine.loading import load
 from policy import Policy, Vocabulary
 from world import lessons
@@ -223,7 +223,7 @@ def differences(found: dict[tuple[str, int], dict]) -> str:
     head = ["difference", "seeds", *(cell for name in headings() for cell in (name, "p", "up"))]
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for pair in PAIRS:
-        seeds = [seed for name, seed in sorted(found) if name == pair[0] and (pair[1], seed) in found]
+        seeds = common_seeds(found, pair)
         more, than = ([scores(found[name, seed], "after") for seed in seeds] for name in pair)
         gains = [[a - b for a, b in zip(*two, strict=True)] for two in zip(more, than, strict=True)]
         cells = [cell for column in zip(*gains, strict=True) for cell in paired_cells(column)]

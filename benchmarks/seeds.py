@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 # Student's t, 97.5%, by degrees of freedom.
 T = (math.nan, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
@@ -32,6 +32,11 @@ def flip_test(differences: Sequence[float]) -> float:
         for signs in itertools.product((1, -1), repeat=len(differences))
     ]
     return sum(value >= observed - 1e-12 for value in flipped) / len(flipped)
+
+
+def common_seeds(found: Collection[tuple[str, int]], names: Iterable[str]) -> list[int]:
+    """Of what has ended, by name and seed, the seeds that all of these names have, in their order."""
+    return sorted(set.intersection(*({seed for other, seed in found if other == name} for name in names)))
 
 
 def paired_cells(differences: Sequence[float]) -> list[str]:

@@ -16,6 +16,8 @@ What an addition changes is a mean over all pairs of lines that differ in it, pa
 from __future__ import annotations
 
 import argparse
+import itertools
+import math
 import statistics
 import subprocess
 import sys
@@ -25,7 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.ledger import ROOT, TEN, Ledger, beginning, curves_of, lines_of, noted_run, reward_mean, scores_of
-from benchmarks.seeds import figure, paired_cells
+from benchmarks.seeds import common_seeds, figure, paired_cells
 from report.drawing import add_legend, line_look, new_figure, save_figure, tidy
 from report.results import stored_rows
 from report.scores import by_kind, overall
@@ -174,19 +176,14 @@ def reached(curve: Sequence[float], level: float = LEVEL) -> int | None:
     return next((TEN * (k + 1) for k, value in enumerate(curve) if value >= level), None)
 
 
-def seeds_of(found: dict[tuple[str, int], dict], name: str) -> dict[int, dict]:
-    return {line["seed"]: line for line in lines_of(found, name)}
-
-
-def area(line: dict) -> float | None:
-    """The mean sampled R_IoU over all steps of a run; None where it is not paid."""
-    curve = line["curves"].get("reward/iou_mean")
-    return curve and statistics.mean(curve)
+def area(line: dict) -> float:
+    """The mean sampled R_IoU over all steps of a run; not a number where it is not paid."""
+    return statistics.mean(line["curves"].get("reward/iou_mean", [math.nan]))
 
 
 def learning(lines: Sequence[dict]) -> list[str]:
     """Area under the curve of R_IoU, and the steps to its level, where R_IoU is paid."""
-    paid = [line for line in lines if area(line) is not None]
+    paid = [line for line in lines if "reward/iou_mean" in line["curves"]]
     if not paid:
         return ["-", "-"]
     steps = [step for line in paid if (step := reached(line["curves"]["reward/iou_mean"])) is not None]
@@ -200,16 +197,15 @@ def training_table(found: dict[tuple[str, int], dict], names: Sequence[str]) -> 
         "| variant | seeds | " + " | ".join(SCORES) + " | area | steps | mIoU minus the first | p |",
         "|---" * (len(SCORES) + 6) + "|",
     ]
-    first = seeds_of(found, names[0])
     for name in names:
-        ended = seeds_of(found, name)
+        ended = lines_of(found, name)
         if not ended:
             lines.append(f"| {VARIANTS[name].label} | 0 |{' |' * (len(SCORES) + 4)}")
             continue
-        cells = [figure([line["after"]["all"][score] for line in ended.values()]) for score in SCORES]
-        both = [seed for seed in ended if seed in first] if name != names[0] else []
-        gains = [ended[s]["after"]["all"]["mIoU"] - first[s]["after"]["all"]["mIoU"] for s in both]
-        cells += [*learning(list(ended.values())), *paired_cells(gains)[:2]]
+        cells = [figure([line["after"]["all"][score] for line in ended]) for score in SCORES]
+        both = common_seeds(found, (name, names[0])) if name != names[0] else []
+        gains = [found[name, s]["after"]["all"]["mIoU"] - found[names[0], s]["after"]["all"]["mIoU"] for s in both]
+        cells += [*learning(ended), *paired_cells(gains)[:2]]
         cells = [VARIANTS[name].label, f"{len(ended)}", *cells]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -222,13 +218,14 @@ def added_table(found: dict[tuple[str, int], dict]) -> str:
     lines = ["| added | seeds | " + " | ".join(f"{name} | p | up" for name in measures) + " |"]
     lines.append("|---" * (3 * len(measures) + 2) + "|")
     for label, pairs in ADDED.items():
-        seeds = sorted(set.intersection(*(set(seeds_of(found, name)) for pair in pairs for name in pair)))
+        seeds = common_seeds(found, itertools.chain.from_iterable(pairs))
         cells = []
         for measure in measures.values():
-            values = [[(measure(found[old, s]), measure(found[new, s])) for old, new in pairs] for s in seeds]
-            measured = all(None not in pair for of_seed in values for pair in of_seed)
-            gains = [statistics.mean(new - old for old, new in of_seed) for of_seed in values if measured]
-            cells += paired_cells(gains)
+            gains = [
+                statistics.mean(measure(found[new, seed]) - measure(found[old, seed]) for old, new in pairs)
+                for seed in seeds
+            ]
+            cells += paired_cells([gain for gain in gains if not math.isnan(gain)])
         lines.append(f"| {label} | {len(seeds)} | {' | '.join(cells)} |")
     return "\n".join(lines)
 

@@ -42,7 +42,7 @@ from annotations.samples import load_samples
 from benchmarks import ledger as ledgers
 from benchmarks.ledger import ROOT, TEN, Ledger, beginning, lines_of, noted_run, recipe_hash
 from benchmarks.main_job import spread
-from benchmarks.seeds import figure, paired_cells
+from benchmarks.seeds import common_seeds, figure, paired_cells
 from harness.asking import Agent, Steps, side_by_side
 from infer import Settings
 
@@ -167,15 +167,15 @@ def rows(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
 
 
 def accuracies(results: dict[str, list[dict]]) -> str:
-    """A line per variant: accuracy before, after and by kind, frames."""
+    """A line per variant: accuracy before, after and by kind, form, frames."""
     text = []
     for name, runs in results.items():
         before, after = ([run[when] for run in runs] for when in ("before", "after"))
         cells = [[found["all"]["accuracy"] for found in when] for when in (before, after)]
         cells += [[found["by_kind"][kind]["accuracy"] for found in after] for kind in KINDS]
-        cells += [[found["all"]["frames"] for found in after]]
+        cells += [[found["all"][score] for found in after] for score in ("format", "frames")]
         text.append([f"{VARIANTS[name].label} ({len(runs)})", *map(spread, cells)])
-    return rows(["", "accuracy before", "after", *KINDS, "frames"], text)
+    return rows(["", "accuracy before", "after", *KINDS, "format", "frames"], text)
 
 
 def calls(results: dict[str, list[dict]]) -> str:
@@ -194,7 +194,7 @@ def differences(found: dict[tuple[str, int], dict]) -> str:
     """A line per pair of variants: how they differ after training, seed by seed."""
     text = []
     for one, other in PAIRS:
-        seeds = [seed for name, seed in sorted(found) if name == one and (other, seed) in found]
+        seeds = common_seeds(found, (one, other))
         if not seeds:
             continue
         after = [(found[one, seed]["after"], found[other, seed]["after"]) for seed in seeds]

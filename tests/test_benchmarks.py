@@ -270,7 +270,7 @@ def finished(seed: int) -> dict:
 
     def evaluation(accuracy: float, coarse: float) -> dict:
         kinds = {kind: {"accuracy": accuracy, "calls": coarse if kind == "coarse" else 1.0} for kind in zoomer.KINDS}
-        return {"all": {"accuracy": accuracy, "frames": 20.0 + seed}, "by_kind": kinds}
+        return {"all": {"accuracy": accuracy, "format": accuracy, "frames": 20.0 + seed}, "by_kind": kinds}
 
     before, after = evaluation(0.5, 1.0), evaluation(0.75, 0.25 * seed)
     return {"before": before, "after": after, "curves": {"episode/calls": [0.45, 1.0, 1.45]}}
@@ -288,8 +288,8 @@ def test_zoomer_has_a_line_per_variant_with_the_means_of_its_runs(tmp_path):
     text = zoomer.report(ledger, "x", tmp_path)
     assert "Runs started 5, ended 5, failed 0;" in text and (tmp_path / "zoomer.png").stat().st_size > 1000
     lines = text.splitlines()
-    before, after, *kinds, frames = ("0.500 ± 0.000", *["0.750 ± 0.000"] * 5, "20.500 ± 0.707")
-    assert f"| R_tool 0.5 (2) | {' | '.join([before, after, *kinds, frames])} |" in lines
+    before, after, *kinds, form, frames = ("0.500 ± 0.000", *["0.750 ± 0.000"] * 6, "20.500 ± 0.707")
+    assert f"| R_tool 0.5 (2) | {' | '.join([before, after, *kinds, form, frames])} |" in lines
     [cold] = [line for line in lines if line.startswith("| R_tool 0.5, without cold start (1) |")]
     assert cold.endswith("| 22.000 ± 0.000 |")
     [calls] = [line for line in lines if line.startswith("| R_tool 0.5 |")]
