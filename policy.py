@@ -23,8 +23,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from engine.attention import TREE_ATTENTION, GroupCache, Stretch, Tree
+from engine.attention import Tree
 from engine.families import BANNED_TOKENS, EOS_TOKENS, family_of
+from engine.language import row_hidden
 from prompts import LETTERS
 from video import PATCH, Clip, normalise_patches, patchify_uint8
 
@@ -243,34 +244,9 @@ def nothing_seen(model: PreTrainedModel) -> Tensor:
     return 0 * encode_videos(model, [blank])[0].sum()
 
 
-def row_hidden(
-    model: PreTrainedModel,
-    embeds: Tensor,
-    positions: Tensor,
-    tree: Tree | Sequence[Stretch] | None,
-    cache: GroupCache | None = None,
-) -> Tensor:
-    """Hidden states [N, H] of a row, from embeddings [N, W] and positions int64 [3, N]; see `tree_attention`."""
-    language_model = model.model.language_model
-    if language_model.config._attn_implementation != TREE_ATTENTION:
-        language_model.set_attn_implementation(TREE_ATTENTION)
-    return language_model(
-        **family_of(model.config).language_inputs(embeds, language_model.config.hidden_size),
-        position_ids=positions[:, None],
-        use_cache=False,
-        tree=tree,
-        cache=cache,
-    ).last_hidden_state[0]
-
-
-def last_tokens(prompts: Sequence[Prompt]) -> list[int]:
-    """Where each prompt's last token is in the row of all prompts."""
-    return [end - 1 for end in itertools.accumulate(map(len, prompts))]
-
-
 def last_hidden(model: PreTrainedModel, prompts: Sequence[Prompt]) -> Tensor:
     """The hidden state after each prompt, [B, H]: its projection is the distribution of the first response token."""
-    return row_hidden(model, *embed_prompts(model, prompts), Tree(tuple(map(len, prompts))))[last_tokens(prompts)]
+    return row_hidden(model, *embed_prompts(model, prompts), Tree(tuple(map(len, prompts))))
 
 
 def text_piece(ids: Tensor, start: int) -> Prompt:
@@ -316,14 +292,14 @@ def group_hidden(
     """
     rows, real = responses.cpu(), mask.cpu()
     computed, lengths, places = [], [], []
-    offset = sum(map(len, prompts))
-    for b, (prompt, last) in enumerate(zip(prompts, last_tokens(prompts), strict=True)):
+    offset = len(prompts)  # where the states of responses begin
+    for b, prompt in enumerate(prompts):
         lengths.append([])
         for g in range(mask.shape[1]):
             between = () if observations is None else observations[b][g]
             pieces, inside = _response_pieces(prompt, rows[b, g][real[b, g]], between)
             computed += pieces
-            places.append(torch.where(inside < 0, last, offset + inside))
+            places.append(torch.where(inside < 0, b, offset + inside))
             lengths[-1].append(sum(map(len, pieces)))
             offset += lengths[-1][-1]
     embeds, positions = embed_prompts(model, prompts, computed)
@@ -341,10 +317,9 @@ class Policy(nn.Module):
         self.model = model
 
     def checkpoint_activations(self) -> None:
-        """Recompute activations in the backward pass (in training mode)."""
-        # The newer name; up to transformers 5.22 there is only the older one.
-        enable = getattr(self.model, "activation_checkpointing_enable", self.model.gradient_checkpointing_enable)
-        enable({"use_reentrant": False})
+        """Recompute activations in the backward pass."""
+        for part in (self.model.model.visual, self.model.model.language_model):
+            part.gradient_checkpointing = True
 
     def forward(
         self,

@@ -24,11 +24,7 @@ from functools import cached_property
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
 
-TREE_ATTENTION = "zoomgrpo_tree"
 # In a step of decoding, a stem with so many scores (queries of its group times its tokens) is attended to by a flash
 # kernel of its own: the unfused softmax writes and reads each score ten times. Fewer cost less than one more launch.
 # float("inf") switches it off.
@@ -41,7 +37,12 @@ class Tree:
 
     prompts: tuple[int, ...]
     responses: tuple[tuple[int, ...], ...] = ()
-    _copies: dict[torch.device, Tensor] = field(default_factory=dict, compare=False, repr=False)
+    _copies: dict[tuple[torch.device, str], Tensor] = field(default_factory=dict, compare=False, repr=False)
+
+    @cached_property
+    def ends(self) -> Tree:
+        """The row of what is asked for: the last token of each prompt, and all of the responses."""
+        return Tree((1,) * len(self.prompts), self.responses)
 
     @cached_property
     def stems(self) -> list[slice]:
@@ -64,11 +65,17 @@ class Tree:
         longest = int(self.lengths.max())
         return (torch.arange(longest) < self.lengths[:, None]).flatten().nonzero().flatten()
 
-    def slots_on(self, device: torch.device) -> Tensor:
-        """`slots`, copied to a device once, not for every layer: the host waits for such a copy."""
-        if device not in self._copies:
-            self._copies[device] = self.slots.to(device)
-        return self._copies[device]
+    @cached_property
+    def asked(self) -> Tensor:
+        """Where the tokens of `ends` are in this row, int64 [B + R]."""
+        start, lengths = sum(self.prompts), sum(map(sum, self.responses))
+        return torch.cat([torch.tensor(self.prompts).cumsum(0) - 1, torch.arange(start, start + lengths)])
+
+    def on(self, device: torch.device, name: str) -> Tensor:
+        """`slots` or `asked`, copied to a device once, not for every layer: the host waits for such a copy."""
+        if (device, name) not in self._copies:
+            self._copies[device, name] = getattr(self, name).to(device)
+        return self._copies[device, name]
 
 
 def _slices(lengths: Sequence[int], start: int) -> list[slice]:
@@ -175,21 +182,22 @@ def join(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> tuple[Tens
 
 
 class TreeAttention(torch.autograd.Function):
-    """q [heads, N, d], k and v [key heads, N, d] of a row -> [heads, N, d]."""
+    """q [heads, M, d], k and v [key heads, N, d] of a row -> [heads, M, d]; M is N, or that of the row's `ends`."""
 
     @staticmethod
     def forward(ctx, q: Tensor, k: Tensor, v: Tensor, tree: Tree, scale: float) -> Tensor:
+        asking = tree if q.shape[1] == k.shape[1] else tree.ends
         out = torch.empty_like(q)
         lse = torch.empty(q.shape[:2], dtype=_wide(q.dtype), device=q.device)
-        for stem in tree.stems:
-            o, log = attend(*_part((q, k, v), stem), True, scale)
-            out[:, stem], lse[:, stem] = o[0], log[0]
+        for end, stem in zip(asking.stems, tree.stems, strict=True):
+            o, log = attend(*_part((q,), end), *_part((k, v), stem), asking is tree, scale)
+            out[:, end], lse[:, end] = o[0], log[0]
         if tree.responses and tree.lengths.any():
-            start = sum(tree.prompts)
-            slots = tree.slots_on(q.device)
-            own, own_lse = attend(*(_padded(x[:, start:], tree, slots) for x in (q, k, v)), True, scale)
+            slots = tree.on(q.device, "slots")
+            own, own_lse = attend(*_padded((q,), asking, slots), *_padded((k, v), tree, slots), True, scale)
             own, own_lse = _packed(own, slots), _packed(own_lse, slots)
-            for stem, group in zip(tree.stems, tree.groups, strict=True):
+            start = sum(asking.prompts)
+            for stem, group in zip(tree.stems, asking.groups, strict=True):
                 if group.start == group.stop:
                     continue
                 o, log = attend(q[None, :, group], k[None, :, stem], v[None, :, stem], False, scale)
@@ -197,30 +205,30 @@ class TreeAttention(torch.autograd.Function):
                 joint, lse[:, group] = join((o[0], log[0]), (own[:, here], own_lse[:, here]))
                 out[:, group] = joint.to(out.dtype)
         ctx.save_for_backward(q, k, v, out, lse)
-        ctx.tree, ctx.scale = tree, scale
+        ctx.tree, ctx.asking, ctx.scale = tree, asking, scale
         return out
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse = ctx.saved_tensors
-        tree, scale = ctx.tree, ctx.scale
+        tree, asking, scale = ctx.tree, ctx.asking, ctx.scale
         grad = grad.contiguous()
         dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
-        for stem in tree.stems:
-            grads = attend_backward(*_part((grad, q, k, v, out, lse), stem), True, scale)
-            dq[:, stem], dk[:, stem], dv[:, stem] = (x[0] for x in grads)
+        for end, stem in zip(asking.stems, tree.stems, strict=True):
+            (g, queries), (keys, values) = _part((grad, q), end), _part((k, v), stem)
+            grads = attend_backward(g, queries, keys, values, *_part((out, lse), end), asking is tree, scale)
+            dq[:, end], dk[:, stem], dv[:, stem] = (x[0] for x in grads)
         if tree.responses and tree.lengths.any():
-            start = sum(tree.prompts)
-            slots = tree.slots_on(q.device)
-            padded = [_padded(x[:, start:], tree, slots) for x in (grad, q, k, v, out, lse)]
-            for total, own in zip((dq, dk, dv), attend_backward(*padded, True, scale), strict=True):
-                total[:, start:] = _packed(own, slots)
-            for stem, group in zip(tree.stems, tree.groups, strict=True):
+            slots = tree.on(q.device, "slots")
+            g, queries, o, log = _padded((grad, q, out, lse), asking, slots)
+            grads = attend_backward(g, queries, *_padded((k, v), tree, slots), o, log, True, scale)
+            for total, row, own in zip((dq, dk, dv), (asking, tree, tree), grads, strict=True):
+                total[:, sum(row.prompts) :] = _packed(own, slots)
+            for stem, group in zip(tree.stems, asking.groups, strict=True):
                 if group.start == group.stop:
                     continue
                 (g, queries), (keys, values) = _part((grad, q), group), _part((k, v), stem)
-                joint = _part((out, lse), group)
-                grads = attend_backward(g, queries, keys, values, *joint, False, scale)
+                grads = attend_backward(g, queries, keys, values, *_part((out, lse), group), False, scale)
                 for total, where, x in zip((dq, dk, dv), (group, stem, stem), grads, strict=True):
                     total[:, where] += x[0]
         return dq, dk, dv, None, None
@@ -231,12 +239,15 @@ def _part(row: Sequence[Tensor], where: slice) -> list[Tensor]:
     return [x[None, :, where] for x in row]
 
 
-def _padded(x: Tensor, tree: Tree, slots: Tensor) -> Tensor:
-    """Responses packed as [heads, N, ...] -> [R, heads, longest, ...], padded with zeros."""
-    count, longest = len(tree.lengths), int(tree.lengths.max())
-    padded = x.new_zeros(x.shape[0], count * longest, *x.shape[2:])
-    padded[:, slots] = x
-    return padded.view(x.shape[0], count, longest, *x.shape[2:]).transpose(0, 1).contiguous()
+def _padded(row: Sequence[Tensor], tree: Tree, slots: Tensor) -> list[Tensor]:
+    """The responses in each of these rows [heads, N, ...] -> [R, heads, longest, ...], padded with zeros."""
+    count, longest, start = len(tree.lengths), int(tree.lengths.max()), sum(tree.prompts)
+    found = []
+    for x in row:
+        padded = x.new_zeros(x.shape[0], count * longest, *x.shape[2:])
+        padded[:, slots] = x[:, start:]
+        found.append(padded.view(x.shape[0], count, longest, *x.shape[2:]).transpose(0, 1).contiguous())
+    return found
 
 
 def _packed(x: Tensor, slots: Tensor) -> Tensor:
@@ -295,7 +306,8 @@ class GroupCache:
         """
         later = torch.arange(window, device=slots.device) > slots[..., None]
         padding = self.padding[:, None].expand(*slots.shape, -1)
-        self.unseen = torch.cat([padding, later], dim=-1)[:, None, :, None]  # [B, 1, G, 1, P + window]
+        unseen = torch.cat([padding, later], dim=-1)[:, None, :, None]  # [B, 1, G, 1, P + window]
+        self.mask = torch.zeros(unseen.shape, device=slots.device).masked_fill_(unseen, -torch.inf)  # added to scores
         self.slots, self.window = slots[:, None, :, None, None], window
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
@@ -318,8 +330,8 @@ class GroupCache:
         """One softmax over stems and own keys: grouped [B, key heads, G, heads per key head, d] -> the same shape."""
         to_prompt = _product(grouped.flatten(2, 3), prompt_k.transpose(-1, -2)).view(*grouped.shape[:4], -1)
         to_itself = _product(grouped, own_k.transpose(-1, -2))
-        scores = torch.cat([to_prompt, to_itself], dim=-1) * scale
-        p = scores.masked_fill_(self.unseen, -torch.inf).softmax(-1).to(own_v.dtype)
+        scores = torch.cat([to_prompt, to_itself], dim=-1)
+        p = torch.add(self.mask, scores, alpha=scale).softmax(-1).to(own_v.dtype)
         from_prompt, from_itself = p.split([prompt_k.shape[2], self.window], dim=-1)
         return _product(from_prompt.flatten(2, 3), prompt_v).view(grouped.shape) + _product(from_itself, own_v)
 
@@ -336,8 +348,7 @@ class GroupCache:
             here = slice(b, b + 1)
             found.append(attend(queries[here], prompt_k[here, :, :n], prompt_v[here, :, :n], False, scale))
         out, lse = (torch.cat(parts).view(*grouped.shape[:4], -1) for parts in zip(*found, strict=True))
-        later = self.unseen[..., -self.window :]
-        to_itself = (_product(grouped, own_k.transpose(-1, -2)) * scale).masked_fill_(later, -torch.inf)
+        to_itself = torch.add(self.mask[..., -self.window :], _product(grouped, own_k.transpose(-1, -2)), alpha=scale)
         own, stem = torch.cat([to_itself, lse.to(to_itself)], dim=-1).softmax(-1).split([self.window, 1], dim=-1)
         return _product(own.to(own_v.dtype), own_v) + stem * out
 
@@ -379,34 +390,23 @@ class GroupCache:
 
 
 def tree_attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float,
-    tree: Tree | Sequence[Stretch] | None = None,
-    cache: GroupCache | None = None,
-    **kwargs,
-) -> tuple[Tensor, None]:
-    """What the language model's layers call: query [1, heads, N, d], key and value [1, key heads, N, d] -> [1, N,
-    heads, d]. With a `Tree` the row is attended to as one, and kept if there is a `cache`. With a cache, the row can be
-    stretches of some of its responses, or, by itself, one more token of each. With neither, it is transformers' own
-    attention.
+    layer: int,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    tree: Tree | Sequence[Stretch] | None,
+    cache: GroupCache | None,
+) -> Tensor:
+    """What layer number `layer` calls: q [heads, M, d], k and v [key heads, N, d] of a row -> [heads, M, d].
+
+    With a `Tree` the row is attended to as one, and kept if there is a `cache`; M is N, or the tree's tokens that are
+    `asked` for. With a cache, the row can be stretches of some of its responses or, with None, one more token of each.
     """
-    if tree is None and cache is None:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
-    q, k, v = (x[0].to(value.dtype) for x in (query, key, value))
     if tree is None:
-        out = cache.attend(module.layer_idx, q, k, v, scaling)
-    elif not isinstance(tree, Tree):
-        out = cache.extend(module.layer_idx, q, k, v, tree, scaling)
-    else:
-        if cache is not None:
-            cache.prefill(module.layer_idx, k, v)
-        out = TreeAttention.apply(q, k, v, tree, scaling)
-    return out.transpose(0, 1)[None], None
-
-
-AttentionInterface.register(TREE_ATTENTION, tree_attention)
-AttentionMaskInterface.register(TREE_ATTENTION, sdpa_mask)
+        return cache.attend(layer, q, k, v, scale)
+    if not isinstance(tree, Tree):
+        return cache.extend(layer, q, k, v, tree, scale)
+    if cache is not None:
+        cache.prefill(layer, k, v)
+    return TreeAttention.apply(q, k, v, tree, scale)

@@ -47,8 +47,6 @@ class Family:
     # (vision tower, normalised patches [N, 6 * side^2], grids [(t, h, w)]) -> visual tokens [N / 4, W]: W = H, or, with
     # what inner layers of the language model are to add, a multiple of it.
     encode_clips: Callable[[nn.Module, Tensor, Sequence[tuple[int, int, int]]], Tensor]
-    # (embeddings of a row [N, W], H) -> what the language model is called with.
-    language_inputs: Callable[[Tensor, int], dict]
     # (vision tower, grids) -> floating-point operations of its attention, beside those of its weights.
     attention_flops: Callable[[nn.Module, Sequence[tuple[int, int, int]]], int]
 
@@ -59,7 +57,6 @@ FAMILIES = {
         CLIP_PIXELS,
         qwen2_5_vl.lay_out,
         qwen2_5_vl.encode_clips,
-        qwen2_5_vl.language_inputs,
         qwen2_5_vl.attention_flops,
     ),
     "qwen3_vl": Family(
@@ -67,7 +64,6 @@ FAMILIES = {
         HALF,
         qwen3_vl.lay_out,
         qwen3_vl.encode_clips,
-        qwen3_vl.language_inputs,
         qwen3_vl.attention_flops,
     ),
 }

@@ -35,11 +35,6 @@ def lay_out(
     return [grid(next(clips)) if token == config.video_token_id else token for token in ids]
 
 
-def language_inputs(embeds: Tensor, hidden_size: int) -> dict:
-    """What the language model is called with: embeddings [N, H] of a row, and no mask of its own making."""
-    return {"inputs_embeds": embeds[None], "attention_mask": {"full_attention": None}}
-
-
 # ---------------------------------------------------------------- the vision tower
 
 
@@ -102,8 +97,8 @@ def rotation(positions: Tensor, d: int) -> tuple[Tensor, Tensor]:
     return angle.cos(), angle.sin()
 
 
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding, in float32 or better: x [N, heads, d], cos and sin float32 [N, 1, d]."""
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding, in the wider of their types: x [N, heads, d], cos and sin [N, 1, d]."""
     half = torch.cat([-x[..., x.shape[-1] // 2 :], x[..., : x.shape[-1] // 2]], dim=-1)
     return (x * cos + half * sin).to(x.dtype)
 
@@ -114,7 +109,7 @@ def _vision_attention(
     """Attention within the windows of a layout, on patches in its order: x [N, D] -> [N, D]."""
     heads = attn.num_heads
     q, k, v = attn.qkv(x).view(len(x), 3, heads, -1).unbind(1)  # [N, heads, d] each
-    q, k = _rotate(q, cos, sin), _rotate(k, cos, sin)
+    q, k = rotate(q, cos, sin), rotate(k, cos, sin)
     parts, start = [], 0
     for n, length in groups:
         window = [z[start : start + n * length].view(n, length, heads, -1).transpose(1, 2) for z in (q, k, v)]

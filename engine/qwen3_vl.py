@@ -99,14 +99,3 @@ def encode_clips(visual: nn.Module, patches: Tensor, grids: Sequence[tuple[int, 
 def attention_flops(visual: nn.Module, grids: Sequence[tuple[int, int, int]]) -> int:
     """Operations of the tower's attention: in each block, a patch is compared with those of its pair of frames."""
     return 4 * visual.config.hidden_size * len(visual.blocks) * sum(t * (h * w) ** 2 for t, h, w in grids)
-
-
-def language_inputs(embeds: Tensor, hidden_size: int) -> dict:
-    """What the language model is called with, for a row with or without DeepStack features: [N, (1 + K) H] or [N, H].
-
-    Text has zeros for features, so these are added to the whole row, which is named by its index: by a mask of the
-    visual tokens, the host would wait for the device in each of the layers.
-    """
-    embeds, *deep = embeds.split(hidden_size, dim=-1)
-    row = torch.zeros(1, dtype=torch.long, device=embeds.device)
-    return {"inputs_embeds": embeds[None], "visual_pos_masks": row, "deepstack_visual_embeds": deep or None}

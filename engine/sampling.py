@@ -8,9 +8,8 @@ Shapes: B prompts, G responses per prompt, T response tokens, N tokens in a row,
 
 from __future__ import annotations
 
-import contextlib
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -20,6 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import kl
 from engine.attention import GroupCache, Stretch, Tree
+from engine.language import row_hidden
 from policy import (
     Observation,
     Prompt,
@@ -27,8 +27,6 @@ from policy import (
     Vocabulary,
     build_prompt,
     embed_prompts,
-    last_tokens,
-    row_hidden,
     text_piece,
 )
 
@@ -55,17 +53,6 @@ def stops_at(tokenizer: PreTrainedTokenizerBase, strings: Sequence[str]) -> Call
         return any(string in end and string not in before for string in strings)
 
     return stop
-
-
-@contextlib.contextmanager
-def _evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """For as long as a cache is in use: in training mode with checkpointing, transformers' layers would ignore it."""
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)
 
 
 @dataclass(frozen=True)
@@ -214,8 +201,7 @@ class Sampler:
         tree = Tree(tuple(map(len, prompts)))
         self.cache = GroupCache(tree, group_size, self._rounded(max_tokens))
         self.graphs = Graphs() if self.pace.capture else None
-        with _evaluation_mode(model):
-            hidden = row_hidden(model, embeds, positions, tree, self.cache)[last_tokens(prompts)]
+        hidden = row_hidden(model, embeds, positions, tree, self.cache)
         starts = [prompt.next_position for prompt in prompts for _ in range(group_size)]
         self.rows = Rows(
             ids=torch.zeros(count, max_tokens, dtype=torch.long, device=device),
@@ -235,22 +221,21 @@ class Sampler:
         shown nothing before the next call is over.
         """
         self.paused.clear()
-        with _evaluation_mode(self.model):
-            while self.active:
-                count, held = self.rows.count.tolist(), self.rows.held.tolist()
-                turns = self._ended(count)
-                if turns:
-                    self.paused.update(turn.row for turn in turns)
-                    return turns
-                self._leave()
-                steps = min(self.pace.check, self.max_tokens - min(count[row] for row in self.active))
-                furthest = max(held[row] + count[row] for row in self.active) + steps - 1
-                window = min(self._rounded(furthest), self.cache.capacity)
-                for _ in range(steps):
-                    if self.graphs is None:
-                        self._step(window)
-                    else:
-                        self.graphs.run(window, partial(self._step, window))
+        while self.active:
+            count, held = self.rows.count.tolist(), self.rows.held.tolist()
+            turns = self._ended(count)
+            if turns:
+                self.paused.update(turn.row for turn in turns)
+                return turns
+            self._leave()
+            steps = min(self.pace.check, self.max_tokens - min(count[row] for row in self.active))
+            furthest = max(held[row] + count[row] for row in self.active) + steps - 1
+            window = min(self._rounded(furthest), self.cache.capacity)
+            for _ in range(steps):
+                if self.graphs is None:
+                    self._step(window)
+                else:
+                    self.graphs.run(window, partial(self._step, window))
         return []
 
     @torch.no_grad()
@@ -279,8 +264,7 @@ class Sampler:
             stretches.append(Stretch(b, g, self.progress[row].prompt, held[row] + count[row] - 1, 1 + len(prompt)))
         self._begin(observed, {row: s.start + s.length for row, s in zip(rows, stretches, strict=True)})
         embeds, positions = embed_prompts(self.model, pieces)
-        with _evaluation_mode(self.model):
-            hidden = row_hidden(self.model, embeds, positions, stretches, self.cache)
+        hidden = row_hidden(self.model, embeds, positions, stretches, self.cache)
         ends = [end - 1 for end in itertools.accumulate(s.length for s in stretches)]
         self._choose(hidden[ends], torch.tensor(rows, device=self.index.device))
         return observed

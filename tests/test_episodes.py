@@ -613,8 +613,8 @@ def test_what_is_shown_is_never_a_target(small_recipe, samples, monkeypatch):
 
 
 def predicting(group: Group) -> torch.Tensor:
-    """Of a group alone in a row: the states from which a sampled token follows, bool [N]."""
-    found = [torch.zeros(len(group.prompt) - 1, dtype=torch.bool), torch.ones(1, dtype=torch.bool)]
+    """Of a group alone in a row: the states from which a sampled token follows, bool [1 + R]."""
+    found = [torch.ones(1, dtype=torch.bool)]
     for episode in group.responses:
         sampled = []
         for turn in episode.turns:

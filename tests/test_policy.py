@@ -245,7 +245,7 @@ def test_last_hidden_is_that_of_each_prompt_alone(model64, scene):
     prompts, _, _ = scene
     together = last_hidden(model64, prompts)
     for prompt, row in zip(prompts, together, strict=True):
-        alone = row_hidden(model64, *embed_prompts(model64, [prompt]), Tree((len(prompt),)))
+        alone = row_hidden(model64, *embed_prompts(model64, [prompt]), Tree((1,), ((len(prompt) - 1,),)))
         torch.testing.assert_close(alone[-1], row, atol=1e-9, rtol=0)
 
 
@@ -354,6 +354,7 @@ def test_a_saved_model_loads_silently_with_the_same_logits(tmp_path, tokenizer, 
         loaded, words = load(str(tmp_path))
     assert not [record for record in caplog.records if record.levelname in ("WARNING", "ERROR")]
     prompt = build_prompt(vocabulary.ids(f"{CLIP} red"), [random_video(0, 2, 56, 56)], model.config)
-    torch.testing.assert_close(last_hidden(loaded, [prompt]), last_hidden(model, [prompt]), atol=0, rtol=0)
+    # Twice: a product of a single row may round otherwise where the weights lie elsewhere in memory.
+    torch.testing.assert_close(last_hidden(loaded, [prompt] * 2), last_hidden(model, [prompt] * 2), atol=0, rtol=0)
     assert words.get_vocab() == tokenizer.get_vocab()
     assert isinstance(loaded, Qwen2_5_VLForConditionalGeneration) and tiny.SPECIAL_TOKENS[0] in words.get_vocab()

@@ -93,9 +93,9 @@ def test_states_before_other_tokens_have_no_influence(examples, model64, monkeyp
     for example in examples:
         _, learned = in_a_row(example)
 
-        def poisoned(*arguments, learned=learned):
+        def poisoned(*arguments, after=learned[len(example.prompt) :, None]):
             states = plain(*arguments)
-            return states.masked_fill(~learned[1 : len(states) + 1, None], float("nan"))
+            return states.masked_fill(~after[: len(states)], float("nan"))
 
         model64.zero_grad()
         batch_loss(model64, [example]).backward()

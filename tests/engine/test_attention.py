@@ -101,10 +101,30 @@ def test_kernels_get_a_dense_log_sum_exp():
     assert handed.dense == [True] * 5
 
 
-def test_slots_are_copied_to_a_device_once():
+def test_indices_are_copied_to_a_device_once():
     tree = Tree((9,), ((4, 2),))
-    assert tree.slots_on(torch.device("cpu")) is tree.slots_on(torch.device("cpu"))
+    for name in ("slots", "asked"):
+        assert tree.on(torch.device("cpu"), name) is tree.on(torch.device("cpu"), name)
     assert tree == Tree((9,), ((4, 2),)) and hash(tree) == hash(Tree((9,), ((4, 2),)))
+
+
+@settings(max_examples=40, deadline=None)
+@given(trees, st.integers(0, 1000))
+def test_what_is_asked_for_is_a_part_of_the_whole_row(tree, seed):
+    """With the gradients: those that are not asked for have queries without any."""
+    q, k, v, grad = random_row(tree, torch.float64, seed)
+    last = torch.tensor(tree.prompts).cumsum(0) - 1
+    assert tree.asked.tolist() == [*last.tolist(), *range(sum(tree.prompts), q.shape[1])]
+    part = with_gradients(
+        lambda q, k, v, tree: TreeAttention.apply(q, k, v, tree, SCALE),
+        (q[:, tree.asked], k, v, grad[:, tree.asked]),
+        tree,
+    )
+    asked = torch.zeros_like(grad)
+    asked[:, tree.asked] = grad[:, tree.asked]
+    out, dq, dk, dv = with_gradients(dense, (q, k, v, asked), tree)
+    for x, y in zip(part, (out[:, tree.asked], dq[:, tree.asked], dk, dv), strict=True):
+        torch.testing.assert_close(x, y, atol=1e-12, rtol=0)
 
 
 def test_prompts_alone_are_causal():

@@ -15,10 +15,10 @@ from transformers import Qwen3VLProcessor
 from transformers.video_utils import VideoMetadata
 
 from engine.families import family_of
-from engine.qwen3_vl import encode_clips, language_inputs, table_weights, time_stamps
+from engine.qwen3_vl import encode_clips, table_weights, time_stamps
 from engine.sampling import Sampler, generate
 from engine.sharding import stream_layers
-from policy import Policy, Video, Vocabulary, build_prompt, group_hidden, keep_tokens, last_hidden
+from policy import Policy, Video, Vocabulary, build_prompt, embed_prompts, group_hidden, keep_tokens, last_hidden
 from video import Budget, VideoInfo, load_clip, normalise_patches, patchify_uint8, plan_clip
 from world import lessons, tiny
 
@@ -214,7 +214,7 @@ def test_kept_tokens_and_streamed_layers_change_nothing(model, scene):
 
 
 def test_a_row_of_text_alone_has_no_deep_features(model, vocabulary):
-    assert language_inputs(torch.zeros(5, 128), 128)["deepstack_visual_embeds"] is None
+    assert embed_prompts(model, [build_prompt(vocabulary.ids("red blue"), [], model.config)])[0].shape == (2, 128)
     prompt = build_prompt(vocabulary.ids("red blue"), [], model.config)
     alone = model(input_ids=prompt.ids[None]).logits[0, -1]
     torch.testing.assert_close(model.lm_head(last_hidden(model, [prompt])[0]), alone, atol=1e-4, rtol=1e-4)

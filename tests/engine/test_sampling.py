@@ -132,7 +132,7 @@ def test_a_response_does_not_depend_on_its_batch(model64, vocabulary, scene):
 
 
 def test_sampling_works_while_the_model_is_in_training_mode_with_checkpointing(model64, vocabulary, scene):
-    """transformers drops the cache in that mode; `Sampler` leaves it for as long as it needs the cache."""
+    """transformers' own layers would drop their cache in that mode."""
     prompts, _, _ = scene
     model = copy.deepcopy(model64)
     Policy(model).checkpoint_activations()
@@ -376,7 +376,7 @@ def test_gradients_of_episodes_equal_those_of_separate_passes(model64, vocabular
     alone = []
     for k, episode in enumerate(played):
         joint, sampled = whole(prompts[k // 3], episode, model64.config)
-        states = row_hidden(apart, *embed_prompts(apart, [joint]), Tree((len(joint),)))
+        states = row_hidden(apart, *embed_prompts(apart, [joint]), Tree((1,), ((len(joint) - 1,),)))
         predicted = apart.lm_head(states[:-1]).log_softmax(-1).gather(-1, joint.ids[1:, None])[:, 0]
         alone.append(predicted[sampled[1:]])
     (torch.cat(alone) * weight).sum().backward()
