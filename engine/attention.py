@@ -271,6 +271,13 @@ class Stretch:
     length: int
 
 
+def asked_of(row: Tree | Sequence[Stretch] | None, device: torch.device) -> Tensor | None:
+    """The tokens of a row that predict one: those of a tree's `ends`, the last of each stretch; None: all of them."""
+    if isinstance(row, Tree):
+        return row.on(device, "asked")
+    return row if row is None else torch.tensor([s.length for s in row], device=device).cumsum(0) - 1
+
+
 class GroupCache:
     """Keys and values of B prompts, once each, and of their G responses, in static buffers.
 
@@ -353,20 +360,21 @@ class GroupCache:
         return _product(own.to(own_v.dtype), own_v) + stem * out
 
     def extend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, stretches: Sequence[Stretch], scale: float) -> Tensor:
-        """More tokens of some responses, one stretch after the other in a row: q [heads, N, d], k and v [key heads, N,
-        d] -> [heads, N, d].
+        """More tokens of some responses, one stretch after the other in a row: q [heads, M, d], k and v [key heads, N,
+        d] -> [heads, M, d]; M is N, or the number of stretches, of whose last tokens the queries are.
         """
         prompt_k, prompt_v, own_k, own_v = self.layers[layer]
-        out, first = torch.empty_like(q), 0
-        for s in stretches:
+        out, first, whole = torch.empty_like(q), 0, q.shape[1] == k.shape[1]
+        for n, s in enumerate(stretches):
             here = slice(first, first + s.length)
-            queries, keys, values = _part((q, k, v), here)
+            asking = here if whole else slice(n, n + 1)
+            (queries,), (keys, values) = _part((q,), asking), _part((k, v), here)
             past = []
             for stem, own, x in ((prompt_k, own_k, keys), (prompt_v, own_v, values)):
                 past.append(torch.cat([stem[s.b, :, : s.stem], own[s.b, :, s.g, : s.start]], dim=1)[None])
                 own[s.b, :, s.g, s.start : s.start + s.length] = x[0]
-            joint, _ = join(attend(queries, *past, False, scale), attend(queries, keys, values, True, scale))
-            out[:, here] = joint[0].to(out.dtype)
+            joint, _ = join(attend(queries, *past, False, scale), attend(queries, keys, values, whole, scale))
+            out[:, asking] = joint[0].to(out.dtype)
             first = here.stop
         return out
 
@@ -400,8 +408,8 @@ def tree_attention(
 ) -> Tensor:
     """What layer number `layer` calls: q [heads, M, d], k and v [key heads, N, d] of a row -> [heads, M, d].
 
-    With a `Tree` the row is attended to as one, and kept if there is a `cache`; M is N, or the tree's tokens that are
-    `asked` for. With a cache, the row can be stretches of some of its responses or, with None, one more token of each.
+    With a `Tree` the row is attended to as one, and kept if there is a `cache`. With a cache, the row can be stretches
+    of some of its responses or, with None, one more token of each. M is N, or how many are `asked` for.
     """
     if tree is None:
         return cache.attend(layer, q, k, v, scale)

@@ -20,9 +20,11 @@ def forward_flops(model, clip: Clip, n_prompt: int, n_written: int, n_past: int 
 
         vision    2 (n_embed + n_blocks) patches + 2 n_merger patches / 4 + sum over blocks and windows 4 d length^2
         language  2 n_layers (P + T - 1) + 2 n_head T + layers d (2 P^2 + sum over t < T of 4 (P + t) + 4 S (P + T - 1))
+                  - 2 n_asked (P - 1) - d (2 P^2 - 4 P + 4 S (P - 1))
 
     The last token is chosen but not fed back, and only chosen tokens go through the output projection. The prompt's
-    attention is causal: half of all pairs.
+    attention is causal: half of all pairs. Of the prompt's tokens but the last one, the last layer computes keys and
+    values alone, not what its other n_asked weights are for.
     """
     visual, layers = model.model.visual, model.model.language_model.layers
     grids = patch_grids(clip, apart)
@@ -34,7 +36,14 @@ def forward_flops(model, clip: Clip, n_prompt: int, n_written: int, n_past: int 
     P, T, d = n_prompt, n_written, layers[0].self_attn.q_proj.out_features
     flops += 2 * weights(layers) * (P + T - 1) + 2 * weights(model.lm_head) * T
     flops += len(layers) * d * (2 * P**2 + 4 * ((T - 1) * P + T * (T - 1) / 2) + 4 * n_past * (P + T - 1))
+    flops -= 2 * asked_weights(layers[-1]) * (P - 1) + d * (2 * P**2 - 4 * P + 4 * n_past * (P - 1))
     return float(flops)
+
+
+def asked_weights(layer: torch.nn.Module) -> int:
+    """Weights of a layer but those for keys and values."""
+    attn = layer.self_attn
+    return weights(layer) - weights(attn.k_proj) - weights(attn.v_proj)
 
 
 def patch_grids(clip: Clip, apart: bool = False) -> list[tuple[int, int, int]]:

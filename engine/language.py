@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from engine.attention import GroupCache, Stretch, Tree, tree_attention
+from engine.attention import GroupCache, Stretch, Tree, asked_of, tree_attention
 from engine.qwen2_5_vl import rotate
 
 
@@ -39,16 +39,16 @@ def row_hidden(
 ) -> Tensor:
     """Hidden states of a row, from embeddings [N, W] and positions int64 [3, N]; see `tree_attention`.
 
-    Of a `Tree` with B prompts, [B + R, H]: those after each prompt, and those of the R response tokens. Of other rows,
-    [N, H]. W is the hidden size H, or a multiple of it, with what DeepStack adds after the first, second, ... layer.
+    Of a `Tree` with B prompts, [B + R, H]: those after each prompt, and those of the R response tokens. Of stretches,
+    one each, after their last tokens; of a token per response, [N, H]. W is the hidden size H, or a multiple of it,
+    with what DeepStack adds after the first, second, ... layer.
     """
     language = model.model.language_model
     x, *deep = embeds.split(language.config.hidden_size, dim=-1)
     cos, sin = language.rotary_emb(x, positions[:, None])  # [1, N, d]: each frequency turns with time, row or column
     row = Row(cos.transpose(0, 1), sin.transpose(0, 1), tree, cache)
     for i, layer in enumerate(language.layers):
-        last = i == len(language.layers) - 1
-        asked = tree.on(x.device, "asked") if last and isinstance(tree, Tree) else None
+        asked = asked_of(tree, x.device) if i == len(language.layers) - 1 else None
         x = call_layer(layer, x, row, asked, language.gradient_checkpointing)
         if i < len(deep):
             x = x + (deep[i] if asked is None else deep[i][asked])

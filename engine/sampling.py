@@ -8,7 +8,6 @@ Shapes: B prompts, G responses per prompt, T response tokens, N tokens in a row,
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -265,8 +264,7 @@ class Sampler:
         self._begin(observed, {row: s.start + s.length for row, s in zip(rows, stretches, strict=True)})
         embeds, positions = embed_prompts(self.model, pieces)
         hidden = row_hidden(self.model, embeds, positions, stretches, self.cache)
-        ends = [end - 1 for end in itertools.accumulate(s.length for s in stretches)]
-        self._choose(hidden[ends], torch.tensor(rows, device=self.index.device))
+        self._choose(hidden, torch.tensor(rows, device=self.index.device))
         return observed
 
     def _begin(self, observed: dict[int, Observation], held: dict[int, int]) -> None:

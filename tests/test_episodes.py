@@ -32,7 +32,7 @@ import train
 from advantage import credit
 from annotations.samples import DataSet, Epochs
 from config import Config, ConfigError
-from engine.flops import forward_flops, weights
+from engine.flops import asked_weights, forward_flops, weights
 from engine.loading import load
 from episodes import ClipEnvironment, lay_out, messages, replay
 from harness.asking import Agent, side_by_side
@@ -803,14 +803,15 @@ def test_the_agents_result_is_its_episode(samples, small, loaded):
 
 
 def test_a_turn_costs_what_is_new(loaded, samples, small):
-    """Turns that go on from a cache add up to one pass over everything."""
+    """Turns that go on from a cache add up to one pass over everything, and the last layer's output where one ended."""
     model, _ = loaded
     clip = view_video(samples[0], small).clip
     none = replace(clip, frames=clip.frames[:0], times=[])
     whole = forward_flops(model, none, 100, 20)
     parts = forward_flops(model, none, 60, 1) + forward_flops(model, none, 40, 20, 60)
-    head = 2 * weights(model.lm_head)
-    assert parts - head == pytest.approx(whole, rel=1e-9)
+    last = model.model.language_model.layers[-1]
+    end = 2 * (weights(model.lm_head) + asked_weights(last)) + 4 * 60 * last.self_attn.q_proj.out_features
+    assert parts - end == pytest.approx(whole, rel=1e-9)
     apart = forward_flops(model, clip, 100, 1, 0, apart=True) - forward_flops(model, none, 100, 1)
     single = forward_flops(model, replace(clip, frames=clip.frames[:1]), 100, 1)
     assert apart == pytest.approx(len(clip.times) * (single - forward_flops(model, none, 100, 1)))

@@ -91,9 +91,9 @@ def test_the_loss_is_that_of_the_learned_turns_in_a_plain_forward_pass(examples,
 def test_states_before_other_tokens_have_no_influence(examples, model64, monkeypatch):
     plain = policy.row_hidden
     for example in examples:
-        _, learned = in_a_row(example)
+        after = in_a_row(example)[1][len(example.prompt) :, None]
 
-        def poisoned(*arguments, after=learned[len(example.prompt) :, None]):
+        def poisoned(*arguments, after=after):
             states = plain(*arguments)
             return states.masked_fill(~after[: len(states)], float("nan"))
 

@@ -13,6 +13,7 @@ from engine.attention import (
     Stretch,
     Tree,
     TreeAttention,
+    asked_of,
     attend,
     attend_backward,
     attend_backward_plainly,
@@ -232,6 +233,10 @@ def test_stretches_of_tokens_are_the_same_as_all_at_once():
     stretches = [Stretch(1, 0, 6, 2, 2), Stretch(0, 0, 7, 2, 2)]
     out = cache.extend(0, q[:, here], k[:, here], v[:, here], stretches, SCALE)
     torch.testing.assert_close(out, whole[:, here], atol=1e-12, rtol=0)
+    ends = here[asked_of(stretches, here.device)]
+    assert ends.tolist() == here[1::2].tolist()
+    out = cache.extend(0, q[:, ends], k[:, here], v[:, here], stretches, SCALE)  # the same again, of the last tokens
+    torch.testing.assert_close(out, whole[:, ends], atol=1e-12, rtol=0)
     here = torch.tensor([17 + row * 5 + 4 for row in (1, 4)])
     cache.place(torch.tensor([[4], [4]]), 5)
     out = cache.attend(0, q[:, here], k[:, here], v[:, here], SCALE)
