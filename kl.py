@@ -24,7 +24,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Partial
 
 
 def subset_kl(logp: Tensor, logq: Tensor, subset: Tensor) -> Tensor:
@@ -215,7 +214,9 @@ class _ChunkedKL(torch.autograd.Function):
 
 def same_dtype(hidden: Tensor, lm_head: Tensor) -> tuple[Tensor, Tensor]:
     """Both in autocast's dtype, or without autocast in the wider one; a sharded projection as a whole."""
-    if isinstance(lm_head, DTensor):
+    if hasattr(lm_head, "full_tensor"):  # a DTensor, whose package takes a second to import
+        from torch.distributed.tensor import Partial
+
         mesh = lm_head.device_mesh
         lm_head = lm_head.full_tensor(grad_placements=[Partial()] * mesh.ndim)
         if lm_head.requires_grad:

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from tokenizers import decoders
-from transformers import BatchEncoding
+from wrapped import Encoded
 
 FACTS = Path(__file__).resolve().parent / "facts"
 TOKENS = json.loads((FACTS / "qwen_tokens.json").read_text(encoding="utf-8"))
@@ -22,8 +22,8 @@ class CommittedTokenizer:
         self.tokens = {int(i): token for i, token in TOKENS["tokens"].items()}
         self.decoder = decoders.ByteLevel()
 
-    def __call__(self, text: str, add_special_tokens: bool = True) -> BatchEncoding:
-        return BatchEncoding({"input_ids": self.encode(text)})  # this tokenizer adds no special tokens
+    def __call__(self, text: str, add_special_tokens: bool = True) -> Encoded:
+        return Encoded(input_ids=self.encode(text))  # this tokenizer adds no special tokens
 
     def __len__(self) -> int:
         return TOKENS["size"]

@@ -9,8 +9,7 @@ import torch
 from hypothesis import strategies as st
 from properties import for_all
 from qwen import QWEN, TOKENS, offset_cases
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from wrapped import Wrapped, bytewise, wordwise
 
 from advantage import CREDIT, SEGMENTS, TAGS, credit, group_advantages, segment_ids, token_advantages, token_offsets
 from config import Config
@@ -26,22 +25,7 @@ def tensor(values):
     return torch.tensor(values, dtype=torch.float64)
 
 
-def bytewise_tokenizer():
-    """Byte-level without merges: every byte is one token."""
-    tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate(pre_tokenizers.ByteLevel.alphabet())}, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
-
-
-def wordwise_tokenizer(**options):
-    """Joins words by spaces when it decodes, so that no word is a piece of the text on its own."""
-    words = ["<think>", "</think>", "<glue>", "</glue>", "red", "3", "8", ","]
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}))
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **options)
-
-
-BYTEWISE = bytewise_tokenizer()
+BYTEWISE = Wrapped(bytewise())
 
 
 # --- Eq. 1 and Eq. 4
@@ -199,8 +183,8 @@ def test_special_tokens_are_empty_or_kept():
 
 def test_a_special_token_after_half_a_character_wrote_none_of_it():
     """The half is the last thing in the reasoning; the end token is credited with what stands outside."""
-    tokenizer = bytewise_tokenizer()
-    tokenizer.add_special_tokens({"eos_token": "<|im_end|>"})
+    tokenizer = Wrapped(bytewise())
+    tokenizer.tokenizer.add_special_tokens(["<|im_end|>"])
     half, end = tokenizer("<think>a猫").input_ids[:-1], tokenizer("<|im_end|>").input_ids
     text, offsets = token_offsets(tokenizer, half + end)
     assert text == tokenizer.decode(half) == "<think>a\ufffd"
@@ -222,15 +206,10 @@ def test_any_sampled_ids_of_the_real_tokenizer_have_offsets():
 
 
 def test_a_tokenizer_that_adds_spaces_between_words():
-    text, offsets = token_offsets(wordwise_tokenizer(), [0, 4, 1, 2, 5, 6, 3])
+    text, offsets = token_offsets(Wrapped(wordwise()), [0, 4, 1, 2, 5, 6, 3])
     assert text == "<think> red </think> <glue> 3 8 </glue>"
     assert "".join(text[start:end] for start, end in offsets) == text
     assert segment_ids(text, offsets).tolist() == [THINK, THINK, THINK, GLUE, GLUE, GLUE, GLUE]
-
-
-def test_spaces_are_not_tidied_up():
-    text, offsets = token_offsets(wordwise_tokenizer(clean_up_tokenization_spaces=True), [5, 7, 6])
-    assert text == "3 , 8" and offsets == [(0, 1), (1, 3), (3, 5)]
 
 
 # --- segments

@@ -5,15 +5,11 @@ from functools import partial
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from hypothesis import strategies as st
 from properties import for_all
 from qwen import QWEN
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import Shard, distribute_tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.checkpoint import checkpoint
+from whole_kl import gradients, random_inputs, whole
 
 from kl import (
     TIME_SEPARATORS,
@@ -33,52 +29,6 @@ SUBSETS = st.integers(0, 2**V - 1).map(lambda bits: torch.tensor([bool(bits >> k
 
 def logp(logits):
     return torch.log_softmax(torch.tensor(logits, dtype=torch.float64), -1)
-
-
-def random_inputs(n=7, h=5, v=11, seed=0, dtype=torch.float64):
-    """Hidden states, projections and the rest for the chunked form; policy and reference have their own projection."""
-    g = torch.Generator().manual_seed(seed)
-
-    def normal(*shape):
-        return torch.randn(*shape, generator=g, dtype=torch.float64).to(dtype)
-
-    return {
-        "hidden_p": normal(n, h).requires_grad_(),
-        "hidden_q": normal(n, h),
-        "lm_head": normal(v, h).requires_grad_(),
-        "weights": torch.rand(v, generator=g, dtype=torch.float64),
-        "targets": torch.randint(0, v, (n,), generator=g),
-        "lm_head_q": normal(v, h),
-        "temperature": 0.7,
-        "time_tokens": torch.tensor([1, 4, 5]),
-    }
-
-
-def whole(hidden_p, hidden_q, lm_head, weights, targets, lm_head_q, temperature, time_tokens):
-    """What the chunked form yields, written with all logits and autograd."""
-    log_p = torch.log_softmax(hidden_p @ lm_head.t() / temperature, -1)
-    log_q = torch.log_softmax(hidden_q @ lm_head_q.t() / temperature, -1)
-    p, q = log_p.exp(), log_q.exp()
-    divergence = q - p + p * (log_p - log_q)
-    is_time = torch.zeros(lm_head.shape[0], dtype=torch.bool)
-    is_time[time_tokens] = True
-    return {
-        "kl": (divergence * weights).sum(-1),
-        "logp": log_p[torch.arange(len(targets)), targets],
-        "ref_logp": log_q[torch.arange(len(targets)), targets],
-        "entropy": -(p * log_p).sum(-1),
-        "kl_time": divergence[:, is_time].sum(-1),
-        "kl_text": divergence[:, ~is_time].sum(-1),
-    }
-
-
-def gradients(function, inputs, names=("hidden_p", "lm_head"), **coefficients):
-    """Gradients of sum_name coefficient . output[name]."""
-    leaves = {name: inputs[name].detach().clone().requires_grad_() for name in names}
-    out = function(**{**inputs, **leaves})
-    out = out if isinstance(out, dict) else out._asdict()
-    sum((out[name] * coefficient).sum() for name, coefficient in coefficients.items()).backward()
-    return [leaf.grad for leaf in leaves.values()]
 
 
 # --- Eq. 4 and its properties (Appendix B)
@@ -465,23 +415,6 @@ def test_autocast_rounds_the_inputs_and_nothing_else():
     assert all(torch.equal(x, y) for x, y in zip(found, again, strict=True))
 
 
-@pytest.mark.parametrize("use_reentrant", [False, True])
-def test_under_checkpointing(use_reentrant):
-    inputs = random_inputs()
-
-    def checkpointed(hidden_p, lm_head, **rest):
-        def inner(hidden_p, lm_head):
-            stats = chunked_weighted_kl(hidden_p=hidden_p, lm_head=lm_head, chunk=3, **rest)
-            return stats.kl, stats.logp
-
-        kl, logp = checkpoint(inner, hidden_p, lm_head, use_reentrant=use_reentrant)
-        return {"kl": kl, "logp": logp}
-
-    expected = gradients(lambda **x: chunked_weighted_kl(chunk=3, **x), inputs, kl=1, logp=1)
-    found = gradients(checkpointed, inputs, kl=1, logp=1)
-    assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
-
-
 def test_a_tied_projection_collects_both_gradients():
     """The projection is also the embedding: its gradient is the sum of both uses."""
     inputs = random_inputs()
@@ -494,37 +427,6 @@ def test_a_tied_projection_collects_both_gradients():
         return torch.autograd.grad((out["kl"] - out["logp"]).sum(), embedding)[0]
 
     assert (tied(whole) - tied(lambda **x: chunked_weighted_kl(chunk=3, **x))).abs().max() < 1e-10
-
-
-def sharded_worker(rank, processes, folder):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=processes)
-    inputs = [random_inputs(n=5, seed=seed) for seed in range(processes)]  # each process has its own tokens
-    lm_head = inputs[0]["lm_head"].detach()
-    expected = [gradients(whole, {**x, "lm_head": lm_head}, kl=1, logp=-1) for x in inputs]
-    mine = inputs[rank]
-    mine["lm_head"] = distribute_tensor(lm_head, init_device_mesh("cpu", (processes,)), [Shard(0)]).requires_grad_()
-    stats = chunked_weighted_kl(chunk=2, **mine)
-    (stats.kl - stats.logp).sum().backward()
-    assert (mine["hidden_p"].grad - expected[rank][0]).abs().max() < 1e-10
-    mean = sum(head for _, head in expected) / processes
-    assert (mine["lm_head"].grad.full_tensor() - mean).abs().max() < 1e-10
-    frozen = chunked_weighted_kl(mine["hidden_p"], None, mine["lm_head"].detach(), None, 2, temperature=0.7)
-    assert torch.equal(frozen.entropy, stats.entropy)
-    dist.barrier()  # Gloo's thread may still give back what was gathered: to leave at once could abort
-    dist.destroy_process_group()
-
-
-def test_a_projection_in_one_shard(tmp_path):
-    sharded_worker(0, 1, tmp_path)
-
-
-@pytest.mark.processes
-def test_a_sharded_projection_gets_the_average_gradient_of_its_processes(tmp_path):
-    from runs import forks  # which imports much that no other test of this file needs
-
-    forks()
-    mp.start_processes(sharded_worker, args=(2, tmp_path), nprocs=2, start_method="forkserver")
 
 
 class Recorder(TorchDispatchMode):

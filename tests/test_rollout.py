@@ -10,11 +10,14 @@ import torch
 from conftest import loud_model
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from transformers import PreTrainedTokenizerFast
+from wrapped import Wrapped, bytewise, wordwise
 from written import group_of, response_with
 
 import config as configuration
 import prompts
 import rollout
+from advantage import token_offsets
 from annotations.rows import DataError
 from annotations.samples import check_samples
 from engine.loading import load
@@ -69,6 +72,28 @@ def test_a_response_without_answer_span_or_end_is_no_exception(vocabulary, text)
     ids = torch.tensor([*vocabulary.ids(text), *vocabulary.ids("0")])
     response = read_turn(ids, vocabulary)
     assert response.answer is None and response.spans is None and not response.finished
+
+
+@pytest.mark.parametrize("build", [bytewise, wordwise])
+def test_a_tokenizer_decodes_as_transformers_wraps_it(build):
+    """Any ids, with special tokens and without: so the tests of offsets do without transformers."""
+    plain = build()
+    plain.add_special_tokens(["<|im_end|>"])
+    ours, theirs = Wrapped(plain), PreTrainedTokenizerFast(tokenizer_object=plain)
+    random = torch.Generator().manual_seed(0)
+    for skipped in (False, True):
+        for _ in range(50):
+            ids = torch.randint(plain.get_vocab_size(), (8,), generator=random).tolist()
+            told = {"skip_special_tokens": skipped, "clean_up_tokenization_spaces": False}
+            assert ours.decode(ids, **told) == theirs.decode(ids, **told)
+            assert token_offsets(ours, ids, skipped) == token_offsets(theirs, ids, skipped)
+    assert ours("red").input_ids == theirs("red").input_ids
+
+
+def test_spaces_are_not_tidied_up():
+    tidy = PreTrainedTokenizerFast(tokenizer_object=wordwise(), clean_up_tokenization_spaces=True)
+    text, offsets = token_offsets(tidy, [5, 7, 6])
+    assert text == "3 , 8" and offsets == [(0, 1), (1, 3), (3, 5)]
 
 
 def test_a_response_that_ends_at_once(vocabulary):
