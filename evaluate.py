@@ -47,13 +47,14 @@ from annotations.samples import check_samples, check_videos, load_samples
 from config import Config
 from engine.loading import load
 from engine.sharding import whole_weights
-from harness.asking import Agent, Request, Steps, side_by_side, whole_video, zoomed
+from harness.asking import FRAME_BYTES, Agent, Request, Steps, side_by_side, whole_video, zoomed
 from harness.checkpoints import SCORES, keep_best
 from harness.folder import claimed, delete
 from harness.journal import save_whole
 from harness.publish import write_card
 from harness.run import finish, main_does, main_reads, patient_accelerator, program, share
 from media.file import VideoError
+from media.frames import FrameCache
 from policy import ModelError, Vocabulary
 from prompts import TEMPLATES
 from report import ReportError, tables
@@ -70,16 +71,23 @@ log = logging.getLogger("zoomgrpo")
 
 
 def evaluate(
-    model, samples: Sequence[Sample], config: Config, vocabulary: Vocabulary, accelerator: Accelerator, label: str
+    model,
+    samples: Sequence[Sample],
+    config: Config,
+    vocabulary: Vocabulary,
+    accelerator: Accelerator,
+    label: str,
+    frames: FrameCache | None = None,
 ) -> list[dict]:
     """One row per sample, as report/scores.py has them, with "zoom_answer", "zoom_confidence", "format", "response",
     "error" (of an unreadable video, or None) and, with controls, "shuffled_spans" and "true_zoom_answer"; of episodes,
     COSTS instead.
 
-    Split over processes; every process returns all rows. Raises DataError if no video at all can be read.
+    Split over processes; every process returns all rows. `frames`: those of an evaluation of the same questions, which
+    are not decoded again. Raises DataError if no video at all can be read.
     """
     local_numbers = share(samples, accelerator)
-    agent = Agent(model, vocabulary, config)
+    agent = Agent(model, vocabulary, config, frames or FrameCache(FRAME_BYTES))
     steps = episode_row if config.multi_turn else two_pass_row
     # Controls: each question is asked about the video of another one, half the data set away.
     others = [samples[(i + len(samples) // 2) % len(samples)] if config.eval_controls else None for i in local_numbers]
@@ -231,11 +239,11 @@ def before_and_after(run: Any, test: Sequence[Sample], known: list[dict] | None 
     if not test:
         yield
         return
-    out, accelerator = Path(run.config.out), run.accelerator
+    out, accelerator, frames = Path(run.config.out), run.accelerator, FrameCache(FRAME_BYTES // 4)
 
     def rows(label: str) -> list[dict]:
         with torch.no_grad(), whole_weights(run.policy):
-            return evaluate(run.model, test, run.config, run.vocabulary, accelerator, label)
+            return evaluate(run.model, test, run.config, run.vocabulary, accelerator, label, frames)
 
     path = out / "results-before.jsonl"
     before = stored_before(path, test) if run.config.resume else None

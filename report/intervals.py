@@ -1,6 +1,7 @@
 """How sure one can be of a mean over questions: intervals, and a test of two results."""
 
 from collections.abc import Iterable
+from functools import lru_cache
 
 import numpy as np
 
@@ -41,6 +42,16 @@ def bootstrap(
     return {name: (float(low[j]), float(high[j])) for j, name in enumerate(names)}
 
 
+@lru_cache(maxsize=1)
+def exchanges(videos: int, samples: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """For each of S samples, whether the results of a video are exchanged (-1 or 1), and how often it is drawn, [S, V]
+    each: the same for all scores of a table.
+    """
+    rng = np.random.default_rng(seed)
+    signs = rng.choice([-1.0, 1.0], size=(samples, videos))
+    return signs, rng.multinomial(videos, np.full(videos, 1 / videos), size=samples)
+
+
 def paired_test(rows_a: list[dict], rows_b: list[dict], metric: str, samples: int = 10000, seed: int = 0) -> dict:
     """Is A's mean of a score different from B's? A permutation test over videos, on the same questions.
 
@@ -60,12 +71,10 @@ def paired_test(rows_a: list[dict], rows_b: list[dict], metric: str, samples: in
         raise DataError(f"'{metric}' is not a score of the same questions in both results")
     differences = sums_a - sums_b
     observed = differences.sum() / counts.sum()
-    rng = np.random.default_rng(seed)
-    signs = rng.choice([-1.0, 1.0], size=(samples, len(differences)))  # [S, V]
+    signs, draws = exchanges(len(differences), samples, seed)
     exchanged = signs @ differences / counts.sum()
     # The tolerance keeps exchanges that equal the observed one up to rounding.
     extreme = int((np.abs(exchanged) >= abs(observed) - 1e-12).sum())
-    draws = rng.multinomial(len(differences), np.full(len(differences), 1 / len(differences)), size=samples)  # [S, V]
     drawn = draws @ counts
     low, high = np.quantile((draws @ differences)[drawn > 0] / drawn[drawn > 0], [0.025, 0.975])
     return {

@@ -9,13 +9,10 @@ import copy
 import pytest
 import torch
 from passes import group_logp, separate_logp
-from torch.utils.checkpoint import checkpoint
-from whole_kl import gradients, random_inputs
 
 from engine import language
 from engine.attention import Tree
 from engine.language import row_hidden
-from kl import chunked_weighted_kl
 from policy import Policy, embed_prompts, group_hidden
 
 
@@ -82,20 +79,3 @@ def test_layers_are_computed_twice_where_that_is_asked_for(model64, scene, monke
     with torch.no_grad():  # nothing to recompute for
         group_hidden(model, prompts, ids, mask)
     assert len(called) == (6 if recompute else 4)
-
-
-@pytest.mark.parametrize("use_reentrant", [False, True])
-def test_the_kl_can_be_recomputed(use_reentrant):
-    inputs = random_inputs()
-
-    def checkpointed(hidden_p, lm_head, **rest):
-        def inner(hidden_p, lm_head):
-            stats = chunked_weighted_kl(hidden_p=hidden_p, lm_head=lm_head, chunk=3, **rest)
-            return stats.kl, stats.logp
-
-        kl, logp = checkpoint(inner, hidden_p, lm_head, use_reentrant=use_reentrant)
-        return {"kl": kl, "logp": logp}
-
-    expected = gradients(lambda **x: chunked_weighted_kl(chunk=3, **x), inputs, kl=1, logp=1)
-    found = gradients(checkpointed, inputs, kl=1, logp=1)
-    assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))

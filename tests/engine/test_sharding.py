@@ -7,16 +7,13 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-import whole_kl
-from runs import forks
-from torch import Tensor, distributed, multiprocessing
+from torch import Tensor, distributed
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor
 
 from engine.sampling import generate
 from engine.sharding import stream_layers, whole_weights
-from kl import chunked_weighted_kl
 from policy import Policy, group_hidden
 
 
@@ -97,35 +94,3 @@ def test_an_error_leaves_no_whole_weights(alone, model64):
         raise ValueError("no video")
     assert all(isinstance(weight, DTensor) for weight in policy.parameters())
     assert all(layer._forward_hooks for layer in policy.model.model.language_model.layers)
-
-
-# ---------------------------------------------------------------- the output projection
-
-
-def sharded_worker(rank, processes, folder):
-    torch.set_num_threads(1)
-    distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=processes)
-    inputs = [whole_kl.random_inputs(n=5, seed=seed) for seed in range(processes)]  # each process has its own tokens
-    lm_head = inputs[0]["lm_head"].detach()
-    expected = [whole_kl.gradients(whole_kl.whole, {**x, "lm_head": lm_head}, kl=1, logp=-1) for x in inputs]
-    mine = inputs[rank]
-    mine["lm_head"] = distribute_tensor(lm_head, init_device_mesh("cpu", (processes,)), [Shard(0)]).requires_grad_()
-    stats = chunked_weighted_kl(chunk=2, **mine)
-    (stats.kl - stats.logp).sum().backward()
-    assert (mine["hidden_p"].grad - expected[rank][0]).abs().max() < 1e-10
-    mean = sum(head for _, head in expected) / processes
-    assert (mine["lm_head"].grad.full_tensor() - mean).abs().max() < 1e-10
-    frozen = chunked_weighted_kl(mine["hidden_p"], None, mine["lm_head"].detach(), None, 2, temperature=0.7)
-    assert torch.equal(frozen.entropy, stats.entropy)
-    distributed.barrier()  # Gloo's thread may still give back what was gathered: to leave at once could abort
-    distributed.destroy_process_group()
-
-
-def test_a_projection_in_one_shard(tmp_path):
-    sharded_worker(0, 1, tmp_path)
-
-
-@pytest.mark.processes
-def test_a_sharded_projection_gets_the_average_gradient_of_its_processes(tmp_path):
-    forks()
-    multiprocessing.start_processes(sharded_worker, args=(2, tmp_path), nprocs=2, start_method="forkserver")
