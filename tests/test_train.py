@@ -95,7 +95,7 @@ def test_what_a_run_leaves_behind(finished):
 
 def test_the_start_is_not_evaluated_again_where_another_run_has_done_it(finished, tmp_path, monkeypatch):
     before, asked, real = finished / "run" / "results-before.jsonl", [], evaluate.evaluate
-    monkeypatch.setattr(evaluate, "evaluate", lambda *given: asked.append(given[-1]) or real(*given))
+    monkeypatch.setattr(evaluate, "evaluate", lambda *given: asked.append(given[5]) or real(*given))
     words = ["--config", str(finished / "recipe.yaml"), "--steps", "1", "--out", str(tmp_path / "run"), "--overwrite"]
     main([*words, "--eval_before", str(before)])
     own = tmp_path / "run" / before.name
