@@ -147,16 +147,25 @@ TREE = Tree((193, 64, 310), ((37, 5, 64), (1, 80, 12), (0, 16, 3)))
 
 
 def tree_attention(at: Setting, heads: tuple[int, int, int], dtype: torch.dtype, tree: Tree = TREE) -> None:
-    """Forward and backward; a long row is compared on the device, in float64 there."""
+    """Forward and backward, of the whole row and of what is asked for alone; a long row is compared on the device, in
+    float64 there.
+    """
     long = tree is not TREE
-    inputs = random_row(tree, heads, dtype, at.device)
-    mask = tree_mask(tree, at.device)
+    *inputs, grad = random_row(tree, heads, dtype, at.device)
+    mask, scale = tree_mask(tree, at.device), heads[2] ** -0.5
     where = at.device if long else "cpu"
-    exact = gradients(lambda *x: dense(*x, mask.to(where)), [x.to(where).double() for x in inputs[:3]], inputs[3])
-    plain = gradients(lambda *x: dense(*x, mask), inputs[:3], inputs[3])
-    ours = gradients(lambda *x: TreeAttention.apply(*x, tree, heads[2] ** -0.5), inputs[:3], inputs[3])
     name = f"attention, {heads[0]}/{heads[1]} heads of {heads[2]}, {str(dtype)[6:]}" + ", long" * long
-    compare(name, ours, plain, exact, "out dq dk dv")
+    for what, asked in (("", slice(None)), (", asked for", tree.asked)):
+
+        def naive(q: Tensor, k: Tensor, v: Tensor, asked=asked) -> Tensor:
+            return dense(q, k, v, mask.to(q.device))[:, asked]
+
+        def fast(q: Tensor, k: Tensor, v: Tensor, asked=asked) -> Tensor:
+            return TreeAttention.apply(q[:, asked], k, v, tree, scale)
+
+        exact = gradients(naive, [x.to(where).double() for x in inputs], grad[:, asked])
+        plain, ours = (gradients(function, inputs, grad[:, asked]) for function in (naive, fast))
+        compare(name + what, ours, plain, exact, "out dq dk dv")
 
 
 @contextlib.contextmanager
