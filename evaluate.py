@@ -87,7 +87,7 @@ def evaluate(
     are not decoded again. Raises DataError if no video at all can be read.
     """
     local_numbers = share(samples, accelerator)
-    agent = Agent(model, vocabulary, config, frames or FrameCache(FRAME_BYTES))
+    agent = Agent(model, vocabulary, config, FrameCache(FRAME_BYTES) if frames is None else frames)
     steps = episode_row if config.multi_turn else two_pass_row
     # Controls: each question is asked about the video of another one, half the data set away.
     others = [samples[(i + len(samples) // 2) % len(samples)] if config.eval_controls else None for i in local_numbers]
@@ -239,7 +239,7 @@ def before_and_after(run: Any, test: Sequence[Sample], known: list[dict] | None 
     if not test:
         yield
         return
-    out, accelerator, frames = Path(run.config.out), run.accelerator, FrameCache(FRAME_BYTES // 4)
+    out, accelerator, frames = Path(run.config.out), run.accelerator, FrameCache(FRAME_BYTES)
 
     def rows(label: str) -> list[dict]:
         with torch.no_grad(), whole_weights(run.policy):
@@ -251,6 +251,8 @@ def before_and_after(run: Any, test: Sequence[Sample], known: list[dict] | None 
         before = known or rows("before training")
         if accelerator.is_main_process:
             save_whole(path, partial(write_results, rows=before))
+    if frames.n_bytes > FRAME_BYTES // 4:  # too much to hold for as long as a training takes
+        frames = FrameCache(FRAME_BYTES)
     yield
     after = rows("after training")
     scores = {"before": headline(before), "after": headline(after)}

@@ -318,8 +318,11 @@ class Policy(nn.Module):
 
     def checkpoint_activations(self) -> None:
         """Recompute activations in the backward pass."""
-        for part in (self.model.model.visual, self.model.model.language_model):
-            part.gradient_checkpointing = True
+        # The newer name; up to transformers 5.22 there is only the older one.
+        enable = getattr(self.model, "activation_checkpointing_enable", self.model.gradient_checkpointing_enable)
+        enable({"use_reentrant": False})
+        for layer in self.model.model.language_model.layers:
+            layer.gradient_checkpointing = False  # `call_layer` does it
 
     def forward(
         self,

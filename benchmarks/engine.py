@@ -173,9 +173,13 @@ class Engine:
     ):
         self.model, self.reference = model.train(), reference
         if checkpoint:
-            Policy(model).checkpoint_activations()
+            self.checkpoint_activations()
         self.device = next(model.parameters()).device
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=0.0) if optimise else None
+
+    def checkpoint_activations(self) -> None:
+        """Recompute activations in the backward pass."""
+        Policy(self.model).checkpoint_activations()
 
     def phases(self, problem: Problem) -> Iterator[tuple[str, Callable[[], object]]]:
         """Each phase of a step, ready to be called."""
@@ -255,6 +259,11 @@ class Ours(Engine):
 
 
 class Naive(Engine):
+    def checkpoint_activations(self) -> None:
+        """As transformers does it."""
+        enable = getattr(self.model, "activation_checkpointing_enable", self.model.gradient_checkpointing_enable)
+        enable({"use_reentrant": False})
+
     def inputs(
         self, prompts: Sequence[Prompt], responses: Tensor | None = None, mask: Tensor | None = None
     ) -> dict[str, Tensor]:
@@ -724,7 +733,9 @@ def vision_flops(model: Qwen2_5_VLConfig, visual: int) -> float:
 
 
 def language_flops(model: Qwen2_5_VLConfig, prompt: int, group: int = 0, length: int = 0) -> float:
-    """Of one pass over a prompt and its responses: the layers, and the projection of the response tokens."""
+    """Of one pass over a prompt and its responses: the layers, each whole (the last one computes less: see
+    engine/flops.py), and the projection of the response tokens.
+    """
     t = model.text_config
     h, kv = t.hidden_size, t.num_key_value_heads * head_size(model)
     layer = 2 * h * h + 2 * h * kv + 3 * h * t.intermediate_size

@@ -258,7 +258,7 @@ def _decoding(s: Seven, count: int, length: int, capture: bool, how: str) -> Non
     n, per_token = Parameters.of(s.config), cache_bytes_per_token(s.config)
     traffic = 2 * (n.layers + (n.head or n.embedding)) + count * (s.visual + s.group * length / 2) * per_token
     least = traffic / s.traffic
-    with torch.no_grad(), sampling._evaluation_mode(s.model):
+    with torch.no_grad():
         waits = None if capture else host_waits(s.at, partial(episodes._step, 64))
     name = f"{count} x {s.group}, {length} tokens, {'graphs' if capture else 'no graphs'}{how}"
     if count == 1 and not how:

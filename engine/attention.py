@@ -13,6 +13,9 @@ nothing is masked, and its attention to itself is an ordinary causal one. Neithe
 and no key is copied per response. In the backward pass exp(s_i - l) are the final probabilities, so each set's
 gradients follow from the joint o and l alone, with the same fast kernels.
 
+A model's last layer owes its output to few of a row: the last token of each prompt, and the responses (`Tree.ends`).
+There are then fewer queries than keys.
+
 `GroupCache` is the same tree while it grows: by one token per response and step, or by what a response is shown.
 """
 

@@ -41,7 +41,7 @@ def forward_flops(model, clip: Clip, n_prompt: int, n_written: int, n_past: int 
 
 
 def asked_weights(layer: torch.nn.Module) -> int:
-    """Weights of a layer but those for keys and values."""
+    """Weights of a layer but those of its products for keys and values."""
     attn = layer.self_attn
     return weights(layer) - weights(attn.k_proj) - weights(attn.v_proj)
 

@@ -111,6 +111,8 @@ def check_sharing() -> None:
     ways = [way for name, way in OTHER_WAYS.items() if told(name)]
     if told("FSDP") and os.environ.get("FSDP_VERSION", "1") != "2":
         ways.append("FSDP1")
+    if told("FSDP") and os.environ.get("FSDP_ACTIVATION_CHECKPOINTING", "").lower() in ("true", "1"):
+        ways.append("fsdp_activation_checkpointing")  # ours is the option gradient_checkpointing
     if ways:
         raise ConfigError(
             f"accelerate is told to use {' and '.join(ways)}, with which gradients, rollouts or checkpoints would be "

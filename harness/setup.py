@@ -116,7 +116,7 @@ def load_run(config: Config, accelerator: Accelerator) -> Run:
     if config.lora_rank:
         targets = config.lora_targets.split(",")
         add_adapters(model, config.lora_rank, config.lora_alpha, targets, config.train_vision, config.seed)
-    policy = Policy(model).train()  # there is no dropout; this only switches checkpointing on
+    policy = Policy(model).train()  # there is no dropout: of our traversal nothing depends on it
     if config.gradient_checkpointing:
         policy.checkpoint_activations()
     optimizer = new_optimizer(policy, config, accelerator)

@@ -48,8 +48,10 @@ def exchanges(videos: int, samples: int, seed: int) -> tuple[np.ndarray, np.ndar
     each: the same for all scores of a table.
     """
     rng = np.random.default_rng(seed)
-    signs = rng.choice([-1.0, 1.0], size=(samples, videos))
-    return signs, rng.multinomial(videos, np.full(videos, 1 / videos), size=samples)
+    signs = rng.choice([-1.0, 1.0], size=(samples, videos)).astype(np.int8)
+    draws = rng.multinomial(videos, np.full(videos, 1 / videos), size=samples).astype(np.int32)
+    signs.flags.writeable = draws.flags.writeable = False
+    return signs, draws
 
 
 def paired_test(rows_a: list[dict], rows_b: list[dict], metric: str, samples: int = 10000, seed: int = 0) -> dict:

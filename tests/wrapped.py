@@ -10,9 +10,11 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 
 class Encoded(dict):
-    """{"input_ids": ids}, of which each entry is an attribute too."""
+    """{"input_ids": ids}, which is an attribute too."""
 
-    __getattr__ = dict.__getitem__
+    @property
+    def input_ids(self) -> list[int]:
+        return self["input_ids"]
 
 
 class Wrapped:

@@ -58,13 +58,21 @@ def test_processes_that_accelerate_does_not_see_are_an_error(monkeypatch, make, 
         ({"ACCELERATE_USE_MEGATRON_LM": "true"}, "Megatron-LM"),
         ({"ACCELERATE_USE_PARALLELISM_CONFIG": "true"}, "a parallelism_config"),
         ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}, None),
+        (
+            {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_ACTIVATION_CHECKPOINTING": "true"},
+            "fsdp_activation_checkpointing",
+        ),
         ({"ACCELERATE_USE_DEEPSPEED": "false", "ACCELERATE_MIXED_PRECISION": "no"}, None),
         ({}, None),
     ],
 )
 def test_a_training_is_shared_out_by_copies_or_fsdp2_alone(monkeypatch, environment, named):
     """As the launcher tells accelerate, which imports what it is told to use as soon as it is made."""
-    for name in ("FSDP_VERSION", *(f"ACCELERATE_USE_{way}" for way in (*run.OTHER_WAYS, "FSDP"))):
+    for name in (
+        "FSDP_VERSION",
+        "FSDP_ACTIVATION_CHECKPOINTING",
+        *(f"ACCELERATE_USE_{way}" for way in (*run.OTHER_WAYS, "FSDP")),
+    ):
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
