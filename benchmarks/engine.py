@@ -260,9 +260,10 @@ class Ours(Engine):
 
 class Naive(Engine):
     def checkpoint_activations(self) -> None:
-        """As transformers does it."""
-        enable = getattr(self.model, "activation_checkpointing_enable", self.model.gradient_checkpointing_enable)
-        enable({"use_reentrant": False})
+        """The same, but of decoder layers as transformers does it."""
+        super().checkpoint_activations()
+        for layer in self.model.model.language_model.layers:
+            layer.gradient_checkpointing = True
 
     def inputs(
         self, prompts: Sequence[Prompt], responses: Tensor | None = None, mask: Tensor | None = None

@@ -106,12 +106,13 @@ def check_sharing() -> None:
     """
 
     def told(name: str) -> bool:
-        return os.environ.get(f"ACCELERATE_USE_{name}", "").lower() in ("true", "1")
+        return os.environ.get(name, "").lower() in ("true", "1")
 
-    ways = [way for name, way in OTHER_WAYS.items() if told(name)]
-    if told("FSDP") and os.environ.get("FSDP_VERSION", "1") != "2":
+    ways = [way for name, way in OTHER_WAYS.items() if told(f"ACCELERATE_USE_{name}")]
+    sharded = told("ACCELERATE_USE_FSDP")
+    if sharded and os.environ.get("FSDP_VERSION", "1") != "2":
         ways.append("FSDP1")
-    if told("FSDP") and os.environ.get("FSDP_ACTIVATION_CHECKPOINTING", "").lower() in ("true", "1"):
+    if sharded and told("FSDP_ACTIVATION_CHECKPOINTING"):
         ways.append("fsdp_activation_checkpointing")  # ours is the option gradient_checkpointing
     if ways:
         raise ConfigError(

@@ -116,7 +116,7 @@ def load_run(config: Config, accelerator: Accelerator) -> Run:
     if config.lora_rank:
         targets = config.lora_targets.split(",")
         add_adapters(model, config.lora_rank, config.lora_alpha, targets, config.train_vision, config.seed)
-    policy = Policy(model).train()  # there is no dropout: of our traversal nothing depends on it
+    policy = Policy(model).train()  # no dropout: a tower that is left to transformers recomputes in this mode alone
     if config.gradient_checkpointing:
         policy.checkpoint_activations()
     optimizer = new_optimizer(policy, config, accelerator)
