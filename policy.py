@@ -147,17 +147,21 @@ def mrope_positions(
             parts.append(torch.arange(p, p + segment).expand(3, -1))
             p += segment
             continue
-        parts.append(grid_positions(*segment[:3], tokens_per_second * segment[3]) + p)
-        p = int(parts[-1].max()) + 1
+        positions, extent = grid_positions(*segment[:3], tokens_per_second * segment[3])
+        parts.append(positions + p)
+        p += extent
     return torch.cat(parts, dim=1) if parts else torch.zeros(3, 0, dtype=torch.long), p
 
 
 @lru_cache(maxsize=256)
-def grid_positions(t: int, h: int, w: int, step: float) -> Tensor:
-    """Positions of a grid of visual tokens that starts at 0, `step` apart in time: int64 [3, t * h * w]; shared."""
+def grid_positions(t: int, h: int, w: int, step: float) -> tuple[Tensor, int]:
+    """Positions of a grid of visual tokens that starts at 0, `step` apart in time: int64 [3, t * h * w]; shared. And
+    the largest of them + 1.
+    """
     # The sampling interval is exact, its product may fall short of a whole number by a rounding error: so 1e-6.
     time = torch.tensor([floor(k * step + 1e-6) for k in range(t)])
-    return torch.stack(torch.meshgrid(time, torch.arange(h), torch.arange(w), indexing="ij")).reshape(3, -1)
+    positions = torch.stack(torch.meshgrid(time, torch.arange(h), torch.arange(w), indexing="ij")).reshape(3, -1)
+    return positions, int(positions.max()) + 1
 
 
 def build_prompt(

@@ -174,7 +174,7 @@ def show_prompt(page: Page, group: Group, run: Run) -> None:
     page.at(family_of(run.model.config).lay_out, "", f"... {pairs} ...")
     page.at(policy.build_prompt, "", f"{len(prompt)} tokens, {len(visual)} of them visual")
     page.at(policy.grid_positions, "time = torch.tensor(")
-    page.at(policy.mrope_positions, "p = int(")
+    page.at(policy.mrope_positions, "p += extent")
     picked = [first - 1, first, first + 1, *(place for k in second for place in (k - 1, k)), last, last + 1]
     words = ["visual" if i == pad else decode([i]) for i in prompt.ids[picked].tolist()]
     rows = [[k, word, *prompt.positions[:, k].tolist()] for k, word in zip(picked, words, strict=True)]

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from engine.qwen2_5_vl import Grid, patch_positions, rotation, vision_block, window_layout
+from engine.qwen2_5_vl import Grid, patch_places, rotation, vision_block, window_layout
 
 if TYPE_CHECKING:
     from policy import Video, Vocabulary
@@ -71,20 +71,18 @@ def encode_clips(visual: nn.Module, patches: Tensor, grids: Sequence[tuple[int, 
     config, device, side = visual.config, patches.device, visual.num_grid_per_side
     layout = window_layout(grids, None)
     # Along each side, the table's first and last entries are the frame's first and last patches.
-    sizes = torch.tensor([(h, w) for t, h, w in grids for _ in range(t * h * w)])
-    positions = patch_positions(grids)
-    scaled = positions * (side - 1) / (sizes - 1)
-    # In one copy: at each, the host waits until the device has done all that it was asked before. Float32 counts
-    # exactly up to 2^24.
-    copied = torch.cat([positions, scaled, layout.order[:, None]], dim=1).float().to(device)
-    order, back = copied[:, 4].long(), torch.argsort(copied[:, 4])
-    cos, sin = (z[order] for z in rotation(copied[:, :2], config.hidden_size // config.num_heads))
+    places, sizes, index = patch_places(grids)
+    # In one copy: at each, the host waits until the device has done all that it was asked before.
+    parts = [places.flatten(), sizes.flatten(), index, layout.order]
+    places, sizes, index, order = torch.cat(parts).to(device).split(list(map(len, parts)))
+    places, sizes, back = places.view(-1, 2), sizes.view(-1, 2), torch.argsort(order)
+    cos, sin = (z[index[order]] for z in rotation(places, config.hidden_size // config.num_heads))
+    entries, weights = table_weights(*(places * (side - 1) / (sizes - 1)).T, side)
 
     # The convolution over 2 x 16 x 16 pixels without overlap, as the matrix product that it is.
     proj = visual.patch_embed.proj
     x = F.linear(patches.to(proj.weight.dtype), proj.weight.flatten(1), proj.bias)
-    entries, weights = table_weights(copied[:, 2], copied[:, 3], side)
-    x = (x + (visual.pos_embed(entries) * weights[..., None]).sum(1).to(x.dtype))[order]
+    x = (x + (visual.pos_embed(entries) * weights[..., None]).sum(1).to(x.dtype)[index])[order]
     deep = []
     for i, block in enumerate(visual.blocks):
         if visual.gradient_checkpointing and torch.is_grad_enabled():
