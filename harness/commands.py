@@ -6,7 +6,9 @@ Nothing here takes long to import, so that `--help` is answered at once and no s
 from __future__ import annotations
 
 import argparse
+import atexit
 import ctypes
+import gc
 import os
 import re
 import signal
@@ -147,9 +149,12 @@ def extra(program: str, doc: str) -> argparse.ArgumentParser:
 def begin(program: str, doc: str, bare: bool = False) -> None:
     """Answer --help, or be ready for signals: Ctrl-C, SIGTERM, and the death of the launcher.
 
-    `bare`: see `answer_help`.
+    Garbage is not looked for among what is imported, until `run.program`, nor at the end: either takes a second. `bare`:
+    see `answer_help`.
     """
     answer_help(program, doc, bare)
+    gc.disable()
+    atexit.register(gc.freeze)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, leave)
     follow_launcher()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import re
@@ -230,6 +231,8 @@ def finish(accelerator: Accelerator, policy: nn.Module | None = None) -> None:
 
 def program(main: Callable[[], None], *expected: type[Exception]) -> None:
     """Call `main`; expected errors become one line and exit code 1, signals 128 + their number."""
+    gc.freeze()  # what was imported; see `commands.begin`
+    gc.enable()
     handler = logging.StreamHandler()
     handler.setFormatter(Readable("%(message)s"))
     logging.basicConfig(handlers=[handler], level=logging.WARNING)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
 import errno
+import gc
 import logging
 import multiprocessing
 import os
@@ -21,7 +23,7 @@ import pytest
 from torch import distributed
 
 from annotations.rows import DataError
-from harness import run
+from harness import commands, run
 from harness.run import TrainingError, main_does, program
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -149,6 +151,22 @@ def test_processes_of_which_none_ends_tell_where_they_stand(tmp_path, monkeypatc
     assert processes.exit_codes_of(both, errors) == [-signal.SIGUSR1] * 2
     for number, told in enumerate(errors.read_text().split("\nprocess ")[1:]):
         assert told.startswith(f"{number}, after 600 s") and told.count("in waits_for_nobody") == 2
+
+
+def test_garbage_is_looked_for_while_a_program_is_at_work_alone(monkeypatch):
+    """Among what it imports there is none, and at its end it does not matter."""
+    at_end, seen = [], []
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    monkeypatch.setattr(atexit, "register", at_end.append)
+    monkeypatch.setattr(commands, "follow_launcher", lambda: None)
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    try:
+        commands.begin("train", "A test.")
+        assert not gc.isenabled() and at_end == [gc.freeze]
+        program(lambda: seen.append((gc.isenabled(), gc.get_freeze_count() > 0)))
+    finally:
+        gc.enable()
+    assert seen == [(True, True)]
 
 
 def test_nobody_else_is_given_the_port_at_which_processes_meet():
