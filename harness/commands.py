@@ -149,8 +149,8 @@ def extra(program: str, doc: str) -> argparse.ArgumentParser:
 def begin(program: str, doc: str, bare: bool = False) -> None:
     """Answer --help, or be ready for signals: Ctrl-C, SIGTERM, and the death of the launcher.
 
-    Garbage is not looked for among what is imported, until `run.program`, nor at the end: either takes a second. `bare`:
-    see `answer_help`.
+    Garbage is not looked for among what is imported, until `run.program`, nor at the end: either takes a second.
+    `bare`: see `answer_help`.
     """
     answer_help(program, doc, bare)
     gc.disable()
