@@ -211,9 +211,8 @@ def draw_panel(axes, runs: Mapping[str, list[dict]], key: str, window: int) -> N
         lowest, highest = min(lowest, np.nanmin(values)), max(highest, np.nanmax(values))
         if len(runs) == 1:
             last = mean[np.isfinite(mean)][-1]
-            axes.set_title(f"{last:.3g}", loc="right", fontsize=8, color=MUTED, y=1)
-    # y = 1 is where it would be by itself, after a search that takes a third of the time.
-    axes.set_title(title(key), loc="left", fontsize=9, color=INK, parse_math=False, y=1)
+            axes.set_title(f"{last:.3g}", loc="right", fontsize=8, color=MUTED)
+    axes.set_title(title(key), loc="left", fontsize=9, color=INK, parse_math=False)
     if 0 <= lowest < math.inf:  # the axis starts at 0, so that a rise from 0.50 to 0.52 looks like one
         is_share = highest <= 1 and (key.startswith("reward/") or key == "zero_variance_fraction")
         top = 1 if is_share else highest or 1

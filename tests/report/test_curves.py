@@ -71,6 +71,15 @@ def test_panels_follow_the_keys_and_runs_differ_without_colour(tmp_path, figures
     assert -0.1 < low < 0 and 1 < high < 1.1  # rewards share one scale
 
 
+def test_a_title_stands_above_the_power_of_ten_that_figures_are_written_with(tmp_path, figures):
+    curves.plot_curves([write_run(tmp_path / "a", [{"step": s, "lr": 1e-6 * s} for s in range(40)])], "unused.png")
+    figures[0].draw_without_rendering()
+    (axes,) = figures[0].axes
+    power = axes.yaxis.get_offset_text()
+    assert power.get_text() == "1e\N{MINUS SIGN}5"
+    assert axes._left_title.get_window_extent().y0 >= power.get_window_extent().y1
+
+
 def test_a_single_run_shows_its_spread_and_several_do_not(tmp_path, figures):
     runs = [write_run(tmp_path / name, training(40)) for name in "ab"]
     curves.plot_curves(runs[:1], "unused.png")
