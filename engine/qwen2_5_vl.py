@@ -80,26 +80,26 @@ def window_layout(grids: Sequence[tuple[int, int, int]], window: int | None) -> 
     return Layout(order, tuple((len(indices), length) for length, indices in stacked.items()))
 
 
-def patch_places(grids: Sequence[tuple[int, int, int]]) -> tuple[Tensor, Tensor, Tensor]:
-    """Where patches are, once for all frames of a size: rows and columns int64 [M, 2] of the patches of one temporal
-    grid of each size that there is, in raw order; h and w int64 [M, 2] of their grids; and which of these M each of the
-    clips' patches is, int64 [N].
+def patch_positions(grids: Sequence[tuple[int, int, int]]) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows and columns of patches, once for all frames of a size: int64 [M, 2], of one temporal grid of each size that
+    there is, in raw order; the h and w of their grids, int64 [M, 2]; and which of these M each patch is, int64 [N].
     """
-    places, sizes, first, index = [], [], {}, []
+    positions, sizes, first, index = [], [], {}, []
     for t, h, w in grids:
         if (h, w) not in first:
-            first[h, w] = sum(map(len, places))
+            first[h, w] = sum(map(len, positions))
             row, column = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
-            places.append(torch.stack([row, column], -1).view(h // 2, 2, w // 2, 2, 2).transpose(1, 2).reshape(-1, 2))
+            position = torch.stack([row, column], dim=-1).view(h // 2, 2, w // 2, 2, 2).transpose(1, 2).reshape(-1, 2)
+            positions.append(position)
             sizes.append(torch.tensor([h, w]).expand(h * w, 2))
         index.append(torch.arange(first[h, w], first[h, w] + h * w).repeat(t))
-    return torch.cat(places), torch.cat(sizes), torch.cat(index)
+    return torch.cat(positions), torch.cat(sizes), torch.cat(index)
 
 
-def rotation(places: Tensor, d: int) -> tuple[Tensor, Tensor]:
+def rotation(positions: Tensor, d: int) -> tuple[Tensor, Tensor]:
     """Cosines and sines, float32 [M, 1, d], for patches at these rows and columns [M, 2] and heads of size d."""
-    frequency = 10000.0 ** -(torch.arange(0, d // 2, 2, device=places.device, dtype=torch.float) / (d // 2))
-    angle = (places[..., None] * frequency).flatten(1).repeat(1, 2)[:, None]
+    frequency = 10000.0 ** -(torch.arange(0, d // 2, 2, device=positions.device, dtype=torch.float) / (d // 2))
+    angle = (positions[..., None] * frequency).flatten(1).repeat(1, 2)[:, None]
     return angle.cos(), angle.sin()
 
 
@@ -154,13 +154,13 @@ def encode_clips(visual: nn.Module, patches: Tensor, grids: Sequence[tuple[int, 
     config, device = visual.config, patches.device
     layouts = _layouts(visual, grids)
     # In one copy: at each, the host waits until the device has done all that it was asked before.
-    places, _, index = patch_places(grids)
-    parts = [places.flatten(), index, *(layout.order for layout in layouts.values())]
-    places, index, *orders = torch.cat(parts).to(device).split(list(map(len, parts)))
+    positions, _, index = patch_positions(grids)
+    parts = [positions.flatten(), index, *(layout.order for layout in layouts.values())]
+    positions, index, *orders = torch.cat(parts).to(device).split(list(map(len, parts)))
     orders = dict(zip(layouts, orders, strict=True))
 
-    cos, sin = rotation(places.view(-1, 2), config.hidden_size // config.num_heads)
-    rotations = {full: (cos[index[order]], sin[index[order]]) for full, order in orders.items()}
+    cos, sin = (z[index] for z in rotation(positions.view(-1, 2), config.hidden_size // config.num_heads))
+    rotations = {full: (cos[order], sin[order]) for full, order in orders.items()}
 
     # The convolution over 2 x 14 x 14 pixels without overlap, as the matrix product that it is.
     kernel = visual.patch_embed.proj.weight.flatten(1)

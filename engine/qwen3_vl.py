@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from engine.qwen2_5_vl import Grid, patch_places, rotation, vision_block, window_layout
+from engine.qwen2_5_vl import Grid, patch_positions, rotation, vision_block, window_layout
 
 if TYPE_CHECKING:
     from policy import Video, Vocabulary
@@ -71,18 +71,18 @@ def encode_clips(visual: nn.Module, patches: Tensor, grids: Sequence[tuple[int, 
     config, device, side = visual.config, patches.device, visual.num_grid_per_side
     layout = window_layout(grids, None)
     # Along each side, the table's first and last entries are the frame's first and last patches.
-    places, sizes, index = patch_places(grids)
+    positions, sizes, index = patch_positions(grids)
     # In one copy: at each, the host waits until the device has done all that it was asked before.
-    parts = [places.flatten(), sizes.flatten(), index, layout.order]
-    places, sizes, index, order = torch.cat(parts).to(device).split(list(map(len, parts)))
-    places, sizes, back = places.view(-1, 2), sizes.view(-1, 2), torch.argsort(order)
-    cos, sin = (z[index[order]] for z in rotation(places, config.hidden_size // config.num_heads))
-    entries, weights = table_weights(*(places * (side - 1) / (sizes - 1)).T, side)
+    parts = [positions.flatten(), sizes.flatten(), index[layout.order], layout.order]
+    positions, sizes, index, order = torch.cat(parts).to(device).split(list(map(len, parts)))
+    positions, sizes, back = positions.view(-1, 2), sizes.view(-1, 2), torch.argsort(order)
+    cos, sin = (z[index] for z in rotation(positions, config.hidden_size // config.num_heads))
+    entries, weights = table_weights(*(positions * (side - 1) / (sizes - 1)).T, side)
 
     # The convolution over 2 x 16 x 16 pixels without overlap, as the matrix product that it is.
     proj = visual.patch_embed.proj
     x = F.linear(patches.to(proj.weight.dtype), proj.weight.flatten(1), proj.bias)
-    x = (x + (visual.pos_embed(entries) * weights[..., None]).sum(1).to(x.dtype)[index])[order]
+    x = x[order] + (visual.pos_embed(entries) * weights[..., None]).sum(1).to(x.dtype)[index]
     deep = []
     for i, block in enumerate(visual.blocks):
         if visual.gradient_checkpointing and torch.is_grad_enabled():
